@@ -1,0 +1,2 @@
+//! The jepa-host executable.
+fn main() {}
