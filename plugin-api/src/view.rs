@@ -1,0 +1,108 @@
+//! What a method wants to see of each image, declared as data.
+//!
+//! A method lists its views; the host decodes each image once, draws the random numbers of each view from
+//! (seed, epoch, sample, view), and delivers the views as tensors. No plugin touches pixels.
+
+use serde::{Deserialize, Serialize};
+
+/// The mean and standard deviation of ImageNet's RGB channels, in units of [0, 1].
+pub const IMAGENET_MEAN_STD: ([f32; 3], [f32; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
+
+/// How pixels are interpolated when an image is resized. Both are antialiased, as Pillow and torchvision do it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Interpolation {
+    /// Triangle filter.
+    Bilinear,
+    /// Catmull-Rom-like cubic with a = -0.5.
+    Bicubic,
+}
+
+/// One step from the decoded 8-bit RGB image towards a view. Steps run in the order they are listed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Transform {
+    /// Cut a random box of `scale` × the image's area and an aspect ratio (width / height) in `ratio`, log-uniform,
+    /// and resize it to the view's size.
+    RandomResizedCrop {
+        /// Least and greatest share of the image's area, in (0, 1].
+        scale: (f64, f64),
+        /// Least and greatest width / height.
+        ratio: (f64, f64),
+        /// Resampling filter.
+        interpolation: Interpolation,
+    },
+    /// Resize the shorter side to `size / crop_ratio` and cut the view's size from the centre: what evaluation sees.
+    ResizeCenterCrop {
+        /// Side of the crop over the shorter side of the resized image, in (0, 1]; 0.875 for 224 out of 256.
+        crop_ratio: f64,
+        /// Resampling filter.
+        interpolation: Interpolation,
+    },
+    /// Mirror left and right with probability `p`.
+    HorizontalFlip {
+        /// Probability, in [0, 1].
+        p: f64,
+    },
+    /// Scale to [0, 1], subtract `mean`, divide by `std`, per RGB channel. Last, and at most once.
+    Normalize {
+        /// Mean of each channel.
+        mean: [f32; 3],
+        /// Standard deviation of each channel, > 0.
+        std: [f32; 3],
+    },
+}
+
+/// One view of an image: the transforms that make it, and its name in logs and example images.
+///
+/// The host delivers it as f32 `(B, 3, S, S)`, where S is `data.size`.
+///
+/// ```
+/// use jepa_plugin_api::{Interpolation, ViewSpec};
+/// let view = ViewSpec::new("image")
+///     .random_resized_crop((0.2, 1.0), Interpolation::Bicubic)
+///     .horizontal_flip(0.5)
+///     .normalize_imagenet();
+/// assert_eq!(view.transforms.len(), 3);
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ViewSpec {
+    /// What people call this view.
+    pub name: String,
+    /// The steps, in order.
+    pub transforms: Vec<Transform>,
+}
+
+impl ViewSpec {
+    /// A view without any step yet.
+    pub fn new(name: impl Into<String>) -> Self {
+        ViewSpec { name: name.into(), transforms: Vec::new() }
+    }
+
+    /// Appends a step.
+    pub fn then(mut self, transform: Transform) -> Self {
+        self.transforms.push(transform);
+        self
+    }
+
+    /// Appends [`Transform::RandomResizedCrop`] with aspect ratios from 3/4 to 4/3.
+    pub fn random_resized_crop(self, scale: (f64, f64), interpolation: Interpolation) -> Self {
+        self.then(Transform::RandomResizedCrop { scale, ratio: (3.0 / 4.0, 4.0 / 3.0), interpolation })
+    }
+
+    /// Appends [`Transform::ResizeCenterCrop`].
+    pub fn resize_center_crop(self, crop_ratio: f64, interpolation: Interpolation) -> Self {
+        self.then(Transform::ResizeCenterCrop { crop_ratio, interpolation })
+    }
+
+    /// Appends [`Transform::HorizontalFlip`].
+    pub fn horizontal_flip(self, p: f64) -> Self {
+        self.then(Transform::HorizontalFlip { p })
+    }
+
+    /// Appends [`Transform::Normalize`] with ImageNet's statistics.
+    pub fn normalize_imagenet(self) -> Self {
+        let (mean, std) = IMAGENET_MEAN_STD;
+        self.then(Transform::Normalize { mean, std })
+    }
+}
