@@ -1,7 +1,67 @@
-//! Everything a plugin author needs.
+//! Everything that the author of a jepa-host plugin needs: two traits, a host to ask, and building blocks.
+//!
+//! A plugin is a crate of type `cdylib` with a [`Method`] or a [`Backbone`] and one [`export_plugin!`]. The host owns
+//! the device, the data, random numbers, the optimizer, schedules, EMA, checkpoints, evaluation and logging; a plugin
+//! owns the computation of a loss and says what it needs. So every plugin gets exact resume, mixed precision and
+//! evaluation for nothing.
 
+#![deny(missing_docs)]
+
+pub mod abi;
+mod backbone;
+mod host;
+mod method;
+pub mod params;
 pub mod rng;
 mod view;
 
+pub use anyhow::{self, Context, Error, Result, bail, ensure};
+pub use schemars;
+pub use serde;
+pub use tch;
+pub use tracing;
+
+pub use abi::BackboneHandle;
+pub use backbone::{Backbone, BackboneInfo, NormKind};
+pub use host::{EmaPair, EmaSchedule, Host, RunFacts, parse_device};
+pub use method::{Batch, Method, Step};
+pub use params::Params;
 pub use rng::Rng;
 pub use view::{IMAGENET_MEAN_STD, Interpolation, Transform, ViewSpec};
+
+/// Makes a plugin of this crate: exports its methods and backbones under the crate's name and version. Once per crate.
+///
+/// ```ignore
+/// jepa_plugin_api::export_plugin! { methods: [SimSiam] }
+/// jepa_plugin_api::export_plugin! { backbones: [MobileNet] }
+/// jepa_plugin_api::export_plugin! { methods: [A, B], backbones: [C] }
+/// ```
+#[macro_export]
+macro_rules! export_plugin {
+    ($(methods: [$($method:ty),* $(,)?] $(,)?)? $(backbones: [$($backbone:ty),* $(,)?] $(,)?)?) => {
+        const _: () = {
+            struct Plugin;
+
+            impl $crate::abi::Exports for Plugin {
+                const NAME: &'static str = env!("CARGO_PKG_NAME");
+
+                fn methods() -> Vec<$crate::abi::MethodEntry> {
+                    vec![$($($crate::abi::MethodEntry::of::<$method>()),*)?]
+                }
+
+                fn backbones() -> Vec<$crate::abi::BackboneEntry> {
+                    vec![$($($crate::abi::BackboneEntry::of::<$backbone>()),*)?]
+                }
+            }
+
+            // SAFETY: no other symbol of a plugin has this name; the host reads it by this name and type.
+            #[unsafe(no_mangle)]
+            static JEPA_PLUGIN_MANIFEST: $crate::abi::Manifest =
+                $crate::abi::Manifest::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+
+            // SAFETY: as above.
+            #[unsafe(no_mangle)]
+            static JEPA_PLUGIN_ROOT: $crate::abi::RootHeader = $crate::abi::root_header::<Plugin>();
+        };
+    };
+}

@@ -1,0 +1,306 @@
+//! The plugin's side of the boundary: from the safe traits to the table of functions.
+
+use std::sync::atomic::AtomicBool;
+
+use abi_stable::library::{__call_root_module_loader, CheckTypeLayout, LibHeader, RootModuleResult};
+use abi_stable::prefix_type::PrefixTypeTrait;
+use abi_stable::sabi_trait::prelude::TD_Opaque;
+use abi_stable::std_types::{ROption, RResult, RStr, RString, RVec};
+use anyhow::Context as _;
+use schemars::{JsonSchema, schema_for};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::failure::{AbiFailure, guard, keep_panics_quiet};
+use super::log::LogSink;
+use super::module::*;
+use super::tensor::TensorOwned;
+use super::{BackboneHandle, Failure, FailureKind};
+use crate::params::Entry;
+use crate::{Backbone, BackboneInfo, Batch, Host, Method, Params, Result, Step, ViewSpec, parse_device};
+
+/// What [`export_plugin!`](crate::export_plugin) implements: the names and entries of one plugin file.
+pub trait Exports: 'static {
+    /// The plugin's name.
+    const NAME: &'static str;
+    /// The methods in it.
+    fn methods() -> Vec<MethodEntry>;
+    /// The backbones in it.
+    fn backbones() -> Vec<BackboneEntry>;
+}
+
+/// The static that a plugin exports beside its manifest.
+pub type RootHeader = LibHeader;
+
+/// The header through which a host reaches plugin `P`.
+pub const fn root_header<P: Exports>() -> RootHeader {
+    // SAFETY: `construct` returns the prefix of a PluginModuleRef, which is the type named here.
+    unsafe { LibHeader::from_constructor::<PluginModuleRef>(construct::<P>, CheckTypeLayout::Yes) }
+}
+
+extern "C" fn construct<P: Exports>() -> RootModuleResult {
+    __call_root_module_loader(module::<P>)
+}
+
+pub(super) fn module<P: Exports>() -> PluginModuleRef {
+    PluginModule {
+        attach,
+        offer_json: offer_json::<P>,
+        self_test: self_test::<P>,
+        build_method: build_method::<P>,
+        build_backbone: build_backbone::<P>,
+    }
+    .leak_into_prefix()
+}
+
+/// How a plugin builds one of its methods.
+pub struct MethodEntry {
+    offer: MethodOffer,
+    build: fn(Value, &mut Host<'_>) -> Result<Box<dyn ErasedMethod>>,
+}
+
+impl MethodEntry {
+    /// The entry of method `M`.
+    pub fn of<M: Method>() -> Self {
+        MethodEntry {
+            offer: MethodOffer { name: M::NAME.to_owned(), options: schema_for!(M::Options) },
+            build: |options, host| Ok(Box::new(M::new(read_options(options)?, host)?)),
+        }
+    }
+}
+
+/// How a plugin builds its backbones of one type.
+pub struct BackboneEntry {
+    offers: Vec<BackboneOffer>,
+    build: fn(&str, Value, &Params) -> Result<Box<dyn ErasedBackbone>>,
+}
+
+impl BackboneEntry {
+    /// The entry of backbone type `B`.
+    pub fn of<B: Backbone>() -> Self {
+        let offer =
+            |name: &&str| BackboneOffer { name: (*name).to_owned(), options: schema_for!(B::Options) };
+        BackboneEntry {
+            offers: B::NAMES.iter().map(offer).collect(),
+            build: |name, options, params| Ok(Box::new(B::new(name, read_options(options)?, params)?)),
+        }
+    }
+}
+
+fn read_options<T: DeserializeOwned + JsonSchema>(options: Value) -> Result<T> {
+    serde_json::from_value(options).map_err(|error| {
+        let (kind, message) = (FailureKind::Options, error.to_string());
+        Failure { plugin: String::new(), kind, message, chain: Vec::new() }.into()
+    })
+}
+
+/// [`Method`] without its associated items, so that one object type serves all.
+trait ErasedMethod: Send {
+    fn views(&self) -> Vec<ViewSpec>;
+    fn step(&mut self, batch: &Batch) -> Result<Step>;
+    fn encode(&mut self, images: &Tensor) -> Result<Tensor>;
+}
+
+impl<M: Method> ErasedMethod for M {
+    fn views(&self) -> Vec<ViewSpec> {
+        Method::views(self)
+    }
+    fn step(&mut self, batch: &Batch) -> Result<Step> {
+        Method::step(self, batch)
+    }
+    fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
+        Method::encode(self, images)
+    }
+}
+
+/// [`Backbone`] without its associated items.
+pub(super) trait ErasedBackbone: Send {
+    fn info(&self) -> BackboneInfo;
+    fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor>;
+}
+
+impl<B: Backbone> ErasedBackbone for B {
+    fn info(&self) -> BackboneInfo {
+        Backbone::info(self)
+    }
+    fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
+        Backbone::forward(self, images, mask, train)
+    }
+}
+
+extern "C" fn attach(log: LogSink) {
+    log.install();
+    keep_panics_quiet();
+}
+
+extern "C" fn offer_json<P: Exports>() -> RString {
+    let methods = P::methods().into_iter().map(|entry| entry.offer).collect();
+    let backbones = P::backbones().into_iter().flat_map(|entry| entry.offers).collect();
+    to_json(&Offer { methods, backbones })
+}
+
+extern "C" fn self_test<P: Exports>(x: TensorOwned) -> RResult<TensorOwned, AbiFailure> {
+    guard(P::NAME, &AtomicBool::new(false), || Ok((Tensor::from(x) * 2).f_sum(Kind::Float)?))
+}
+
+extern "C" fn build_method<P: Exports>(
+    name: RStr<'_>,
+    options_json: RStr<'_>,
+    host: HostObject,
+) -> RResult<MethodObject, AbiFailure> {
+    guard(P::NAME, &AtomicBool::new(false), || {
+        let entry = P::methods().into_iter().find(|entry| entry.offer.name == name.as_str());
+        let entry = entry.with_context(|| format!("there is no method `{name}` in this plugin"))?;
+        let facts =
+            serde_json::from_str(host.facts_json().as_str()).context("the host's facts are unreadable")?;
+        let mut backbone = || {
+            let object = host.backbone().into_result().map_err(Failure::from)?;
+            BackboneHandle::from_object(object)
+        };
+        let mut safe_host = Host::new(facts, &mut backbone)?;
+        let options = serde_json::from_str(options_json.as_str())?;
+        let method = (entry.build)(options, &mut safe_host).map_err(|error| in_plugin(P::NAME, error))?;
+        let (params, ema) = safe_host.into_parts();
+        let entries = params.entries();
+        let declaration = MethodDeclaration { views: method.views(), tensors: names(&entries), ema };
+        let tensors = entries.into_iter().map(|entry| entry.tensor).collect();
+        let guarded = GuardedMethod {
+            plugin: P::NAME,
+            declaration_json: to_json(&declaration),
+            tensors,
+            poisoned: AtomicBool::new(false),
+            method,
+        };
+        Ok(AbiMethod_TO::from_value(guarded, TD_Opaque))
+    })
+}
+
+extern "C" fn build_backbone<P: Exports>(
+    name: RStr<'_>,
+    options_json: RStr<'_>,
+    device: RStr<'_>,
+) -> RResult<BackboneObject, AbiFailure> {
+    guard(P::NAME, &AtomicBool::new(false), || {
+        let offers = |entry: &BackboneEntry| entry.offers.iter().any(|offer| offer.name == name.as_str());
+        let entry = P::backbones().into_iter().find(offers);
+        let entry = entry.with_context(|| format!("there is no backbone `{name}` in this plugin"))?;
+        let params = Params::new(parse_device(device.as_str())?);
+        let options = serde_json::from_str(options_json.as_str())?;
+        let backbone =
+            (entry.build)(name.as_str(), options, &params).map_err(|error| in_plugin(P::NAME, error))?;
+        Ok(backbone_object(P::NAME, backbone, &params))
+    })
+}
+
+/// Names the plugin in a failure that was made before its name was known.
+fn in_plugin(plugin: &str, error: anyhow::Error) -> anyhow::Error {
+    match error.downcast::<Failure>() {
+        Ok(failure) if failure.plugin.is_empty() => Failure { plugin: plugin.to_owned(), ..failure }.into(),
+        Ok(failure) => failure.into(),
+        Err(error) => error,
+    }
+}
+
+pub(super) fn backbone_object(
+    plugin: &'static str,
+    backbone: Box<dyn ErasedBackbone>,
+    params: &Params,
+) -> BackboneObject {
+    let entries = params.entries();
+    let declaration = BackboneDeclaration { info: backbone.info(), tensors: names(&entries) };
+    let guarded = GuardedBackbone {
+        plugin,
+        declaration_json: to_json(&declaration),
+        tensors: entries.into_iter().map(|entry| entry.tensor).collect(),
+        poisoned: AtomicBool::new(false),
+        backbone,
+    };
+    AbiBackbone_TO::from_value(guarded, TD_Opaque)
+}
+
+/// A method behind its guard against panics.
+struct GuardedMethod {
+    plugin: &'static str,
+    declaration_json: RString,
+    tensors: Vec<Tensor>,
+    poisoned: AtomicBool,
+    method: Box<dyn ErasedMethod>,
+}
+
+impl AbiMethod for GuardedMethod {
+    fn declaration_json(&self) -> RString {
+        self.declaration_json.clone()
+    }
+
+    fn tensors(&self) -> RVec<TensorOwned> {
+        share(&self.tensors)
+    }
+
+    fn step(&mut self, batch: AbiBatch) -> RResult<AbiStep, AbiFailure> {
+        guard(self.plugin, &self.poisoned, || {
+            let context: BatchContext = serde_json::from_str(batch.context_json.as_str())?;
+            let batch = Batch {
+                views: batch.views.into_iter().map(Tensor::from).collect(),
+                labels: batch.labels.into(),
+                samples: batch.samples.into(),
+                seed: context.seed,
+                epoch: context.epoch,
+                step: context.step,
+                train: context.train,
+            };
+            let Step { loss, metrics } = self.method.step(&batch)?;
+            let metric =
+                |(name, value): (String, Tensor)| AbiMetric { name: name.into(), value: value.into() };
+            Ok(AbiStep { loss: loss.into(), metrics: metrics.into_iter().map(metric).collect() })
+        })
+    }
+
+    fn encode(&mut self, images: TensorOwned) -> RResult<TensorOwned, AbiFailure> {
+        guard(self.plugin, &self.poisoned, || self.method.encode(&images.into()))
+    }
+}
+
+/// A backbone behind its guard against panics.
+struct GuardedBackbone {
+    plugin: &'static str,
+    declaration_json: RString,
+    tensors: Vec<Tensor>,
+    poisoned: AtomicBool,
+    backbone: Box<dyn ErasedBackbone>,
+}
+
+impl AbiBackbone for GuardedBackbone {
+    fn declaration_json(&self) -> RString {
+        self.declaration_json.clone()
+    }
+
+    fn tensors(&self) -> RVec<TensorOwned> {
+        share(&self.tensors)
+    }
+
+    fn forward(
+        &self,
+        images: TensorOwned,
+        mask: ROption<TensorOwned>,
+        train: bool,
+    ) -> RResult<TensorOwned, AbiFailure> {
+        guard(self.plugin, &self.poisoned, || {
+            let mask = mask.into_option().map(Tensor::from);
+            self.backbone.forward(&images.into(), mask.as_ref(), train)
+        })
+    }
+}
+
+fn share(tensors: &[Tensor]) -> RVec<TensorOwned> {
+    tensors.iter().map(|tensor| tensor.shallow_clone().into()).collect()
+}
+
+fn names(entries: &[Entry]) -> Vec<TensorName> {
+    entries.iter().map(|entry| TensorName { name: entry.name.clone(), kind: entry.kind }).collect()
+}
+
+fn to_json<T: Serialize>(value: &T) -> RString {
+    serde_json::to_string(value).expect("structs of strings and numbers become JSON").into()
+}

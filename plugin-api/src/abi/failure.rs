@@ -1,0 +1,154 @@
+//! Errors across the boundary, and panics turned into errors on the side where they happen.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use abi_stable::StableAbi;
+use abi_stable::std_types::{RResult, RString, RVec};
+
+/// What kind of failure a plugin reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// The plugin returned an error.
+    Error,
+    /// The plugin panicked; the object that did is of no use any more.
+    Panic,
+    /// The plugin does not take the options it was given.
+    Options,
+}
+
+/// A plugin's failure, as the host (or another plugin) sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The plugin in which it happened, which need not be the one that was called.
+    pub plugin: String,
+    /// Error, panic or bad options.
+    pub kind: FailureKind,
+    /// What went wrong.
+    pub message: String,
+    /// The causes behind it, outermost first.
+    pub chain: Vec<String>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = match self.kind {
+            FailureKind::Error => "failed",
+            FailureKind::Panic => "panicked",
+            FailureKind::Options => "refused its options",
+        };
+        write!(f, "plugin `{}` {verb}: {}", self.plugin, self.message)?;
+        self.chain.iter().try_for_each(|cause| write!(f, ": {cause}"))
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// [`Failure`] in a layout that crosses. `code` is 0 for an error, 1 for a panic, 2 for options; others read as errors.
+#[repr(C)]
+#[derive(StableAbi)]
+pub struct AbiFailure {
+    code: u32,
+    plugin: RString,
+    message: RString,
+    chain: RVec<RString>,
+}
+
+impl From<Failure> for AbiFailure {
+    fn from(failure: Failure) -> Self {
+        AbiFailure {
+            code: match failure.kind {
+                FailureKind::Error => 0,
+                FailureKind::Panic => 1,
+                FailureKind::Options => 2,
+            },
+            plugin: failure.plugin.into(),
+            message: failure.message.into(),
+            chain: failure.chain.into_iter().map(RString::from).collect(),
+        }
+    }
+}
+
+impl From<AbiFailure> for Failure {
+    fn from(failure: AbiFailure) -> Self {
+        Failure {
+            plugin: failure.plugin.into(),
+            kind: match failure.code {
+                1 => FailureKind::Panic,
+                2 => FailureKind::Options,
+                _ => FailureKind::Error,
+            },
+            message: failure.message.into(),
+            chain: failure.chain.into_iter().map(String::from).collect(),
+        }
+    }
+}
+
+impl Failure {
+    /// The failure that `error` means when it comes out of `plugin`. A failure that `plugin` merely passes on, from a
+    /// backbone of another plugin for one, keeps its origin.
+    pub(crate) fn from_error(plugin: &str, error: anyhow::Error) -> Self {
+        match error.downcast::<Failure>() {
+            Ok(failure) => failure,
+            Err(error) => Failure {
+                plugin: plugin.to_owned(),
+                kind: FailureKind::Error,
+                message: error.to_string(),
+                chain: error.chain().skip(1).map(ToString::to_string).collect(),
+            },
+        }
+    }
+}
+
+thread_local! {
+    /// Where the last panic of this thread happened; the hook notes it, [`guard`] reads it.
+    static PANIC_LOCATION: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Makes panics in this library silent and their location known: the host reports them.
+pub(crate) fn keep_panics_quiet() {
+    std::panic::set_hook(Box::new(|info| {
+        let location = info.location().map(ToString::to_string);
+        PANIC_LOCATION.with(|slot| *slot.borrow_mut() = location);
+    }));
+}
+
+/// Runs `work`, a plugin's own code, so that neither an error nor a panic leaves it as anything but a value. After a
+/// panic `poisoned` is set, and every later call through it fails at once.
+pub(crate) fn guard<T, U: From<T>>(
+    plugin: &str,
+    poisoned: &AtomicBool,
+    work: impl FnOnce() -> anyhow::Result<T>,
+) -> RResult<U, AbiFailure> {
+    let panicked = |message: String| Failure {
+        plugin: plugin.to_owned(),
+        kind: FailureKind::Panic,
+        message,
+        chain: Vec::new(),
+    };
+    if poisoned.load(Ordering::Relaxed) {
+        return RResult::RErr(panicked("it panicked before and cannot go on".to_owned()).into());
+    }
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(value)) => RResult::ROk(value.into()),
+        Ok(Err(error)) => RResult::RErr(Failure::from_error(plugin, error).into()),
+        Err(payload) => {
+            poisoned.store(true, Ordering::Relaxed);
+            let mut message = panic_text(payload.as_ref());
+            if let Some(location) = PANIC_LOCATION.with(|slot| slot.borrow_mut().take()) {
+                message = format!("{message} (at {location})");
+            }
+            // A payload whose own destructor panics must not reach the boundary either.
+            std::mem::forget(payload);
+            RResult::RErr(panicked(message).into())
+        }
+    }
+}
+
+fn panic_text(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}

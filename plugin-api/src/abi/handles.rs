@@ -1,0 +1,253 @@
+//! The caller's side of the boundary: safe handles on a plugin, its methods and its backbones.
+
+use std::ffi::c_void;
+
+use abi_stable::StableAbi as _;
+use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
+use abi_stable::library::{AbiHeaderRef, IsLayoutChecked};
+use abi_stable::sabi_trait::prelude::TD_Opaque;
+use abi_stable::std_types::{RResult, RString, RVec};
+use serde_json::Value;
+use tch::Tensor;
+
+use super::exports::{ErasedBackbone, Exports, backbone_object, module};
+use super::failure::{AbiFailure, Failure};
+use super::log::{LogSink, emit_in_host};
+use super::module::*;
+use super::tensor::TensorOwned;
+use crate::host::RunFacts;
+use crate::params::Entry;
+use crate::{BackboneInfo, Batch, EmaPair, Params, Result, Step, ViewSpec};
+
+/// A plugin whose functions can be called.
+pub struct Plugin {
+    name: String,
+    module: PluginModuleRef,
+    offer: Offer,
+}
+
+impl Plugin {
+    /// Takes over the plugin called `name` whose [`RootHeader`](super::RootHeader) is at `root`: checks the layout of
+    /// every type that crosses, connects logging and panics, and asks what it offers.
+    ///
+    /// # Errors
+    /// One sentence for a layout or an abi_stable that does not fit; the long comparison of types goes to the debug
+    /// log.
+    ///
+    /// # Safety
+    /// `root` is the address of the static [`ROOT_SYMBOL`](super::ROOT_SYMBOL) of a library that is never unloaded.
+    pub unsafe fn adopt(name: &str, root: *const c_void) -> Result<Self> {
+        anyhow::ensure!(!root.is_null(), "its table of functions is null");
+        // SAFETY: AbiHeaderRef is a transparent wrapper of a non-null pointer to the header's first field, which the
+        // caller vouches for.
+        let header = unsafe { std::mem::transmute::<*const c_void, AbiHeaderRef>(root) };
+        let header =
+            header.upgrade().map_err(|error| anyhow::anyhow!("its abi_stable does not fit: {error}"))?;
+        let IsLayoutChecked::Yes(theirs) = header.root_mod_consts().layout() else {
+            anyhow::bail!("it carries no description of its types");
+        };
+        check_either_way(theirs)?;
+        // SAFETY: the layouts were compared just now.
+        let module = unsafe { header.unchecked_layout::<PluginModuleRef>() }
+            .map_err(|error| anyhow::anyhow!("it fails to start: {error}"))?;
+        Self::connect(name, module)
+    }
+
+    /// The plugin that `P` would be as a file, linked into this program.
+    ///
+    /// # Errors
+    /// When its offer cannot be read.
+    pub fn linked<P: Exports>() -> Result<Self> {
+        Self::connect(P::NAME, module::<P>())
+    }
+
+    fn connect(name: &str, module: PluginModuleRef) -> Result<Self> {
+        (module.attach())(LogSink::new(emit_in_host));
+        let offer = serde_json::from_str((module.offer_json())().as_str())?;
+        Ok(Plugin { name: name.to_owned(), module, offer })
+    }
+
+    /// The plugin's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it offers.
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+
+    /// Sends a leaf tensor through the plugin and differentiates what comes back: proof that both sides use the same
+    /// libtorch and that its graph crosses.
+    ///
+    /// # Errors
+    /// When the plugin fails, or the gradient is not the expected one.
+    pub fn self_test(&self) -> Result<()> {
+        let x = Tensor::from_slice(&[1f32, 2., 3.]).set_requires_grad(true);
+        let y = Tensor::from(unwrap((self.module.self_test())(x.shallow_clone().into()))?);
+        y.f_backward()?;
+        let gradient = Vec::<f32>::try_from(&x.grad())?;
+        anyhow::ensure!(gradient == [2., 2., 2.], "gradients do not cross the boundary: {gradient:?}");
+        Ok(())
+    }
+
+    /// Builds one of the plugin's backbones on `device` (`cpu` or `cuda:<n>`).
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`].
+    pub fn build_backbone(&self, name: &str, options: &Value, device: &str) -> Result<BackboneHandle> {
+        let options = options.to_string();
+        let object = (self.module.build_backbone())(name.into(), options.as_str().into(), device.into());
+        BackboneHandle::from_object(unwrap(object)?)
+    }
+
+    /// Builds one of the plugin's methods; `backbone` builds what it asks for.
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`], or that of a backbone.
+    pub fn build_method(
+        &self,
+        name: &str,
+        options: &Value,
+        facts: RunFacts,
+        backbone: Box<dyn Fn() -> Result<BackboneHandle>>,
+    ) -> Result<MethodHandle> {
+        let options = options.to_string();
+        let host = AbiHost_TO::from_value(HostSide { facts, backbone }, TD_Opaque);
+        let object = unwrap((self.module.build_method())(name.into(), options.as_str().into(), host))?;
+        let declaration: MethodDeclaration = serde_json::from_str(object.declaration_json().as_str())?;
+        let entries = named(&declaration.tensors, object.tensors())?;
+        Ok(MethodHandle { object, declaration, entries })
+    }
+}
+
+/// Prefix types may be longer on either side, but abi_stable only accepts a longer implementation: ask both ways.
+fn check_either_way(theirs: &'static abi_stable::type_layout::TypeLayout) -> Result<()> {
+    let ours = PluginModuleRef::LAYOUT;
+    let Err(errors) = check_layout_compatibility(ours, theirs) else { return Ok(()) };
+    if check_layout_compatibility(theirs, ours).is_ok() {
+        return Ok(());
+    }
+    tracing::debug!("layouts that do not fit:\n{errors}");
+    anyhow::bail!("its types are laid out differently from the host's (RUST_LOG=debug shows where)")
+}
+
+fn unwrap<T>(result: RResult<T, AbiFailure>) -> Result<T, Failure> {
+    result.into_result().map_err(Failure::from)
+}
+
+fn named(names: &[TensorName], tensors: RVec<TensorOwned>) -> Result<Vec<Entry>> {
+    anyhow::ensure!(names.len() == tensors.len(), "{} names for {} tensors", names.len(), tensors.len());
+    let pairs = names.iter().zip(tensors.into_iter().map(Tensor::from));
+    Ok(pairs.map(|(name, tensor)| Entry { name: name.name.clone(), kind: name.kind, tensor }).collect())
+}
+
+/// The host's side of a method's constructor.
+struct HostSide {
+    facts: RunFacts,
+    backbone: Box<dyn Fn() -> Result<BackboneHandle>>,
+}
+
+impl AbiHost for HostSide {
+    fn facts_json(&self) -> RString {
+        serde_json::to_string(&self.facts).expect("facts become JSON").into()
+    }
+
+    fn backbone(&self) -> RResult<BackboneObject, AbiFailure> {
+        match (self.backbone)() {
+            Ok(handle) => RResult::ROk(handle.object),
+            Err(error) => RResult::RErr(Failure::from_error("jepa-host", error).into()),
+        }
+    }
+}
+
+/// A method, wherever its code is.
+pub struct MethodHandle {
+    object: MethodObject,
+    declaration: MethodDeclaration,
+    entries: Vec<Entry>,
+}
+
+impl MethodHandle {
+    /// The views it wants.
+    pub fn views(&self) -> &[ViewSpec] {
+        &self.declaration.views
+    }
+
+    /// The EMA pairs it declares.
+    pub fn ema(&self) -> &[EmaPair] {
+        &self.declaration.ema
+    }
+
+    /// All its tensors, backbones' included.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The loss of one batch, see [`Method::step`](crate::Method::step).
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`].
+    pub fn step(&mut self, batch: Batch) -> Result<Step, Failure> {
+        let context =
+            BatchContext { seed: batch.seed, epoch: batch.epoch, step: batch.step, train: batch.train };
+        let batch = AbiBatch {
+            views: batch.views.into_iter().map(Into::into).collect(),
+            labels: batch.labels.into(),
+            samples: batch.samples.into(),
+            context_json: serde_json::to_string(&context).expect("numbers become JSON").into(),
+        };
+        let AbiStep { loss, metrics } = unwrap(self.object.step(batch))?;
+        let metric = |m: AbiMetric| (m.name.into(), m.value.into());
+        Ok(Step { loss: loss.into(), metrics: metrics.into_iter().map(metric).collect() })
+    }
+
+    /// Features of images, see [`Method::encode`](crate::Method::encode).
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`].
+    pub fn encode(&mut self, images: &Tensor) -> Result<Tensor, Failure> {
+        Ok(unwrap(self.object.encode(images.shallow_clone().into()))?.into())
+    }
+}
+
+/// A backbone, wherever its code is.
+pub struct BackboneHandle {
+    object: BackboneObject,
+    declaration: BackboneDeclaration,
+}
+
+impl BackboneHandle {
+    /// A backbone of this program's own, for tests without a plugin file.
+    pub fn linked<B: crate::Backbone>(backbone: B, params: &Params) -> Result<Self> {
+        let erased: Box<dyn ErasedBackbone> = Box::new(backbone);
+        Self::from_object(backbone_object("linked", erased, params))
+    }
+
+    pub(super) fn from_object(object: BackboneObject) -> Result<Self> {
+        let declaration = serde_json::from_str(object.declaration_json().as_str())?;
+        Ok(BackboneHandle { object, declaration })
+    }
+
+    /// What a method has to know about it.
+    pub fn info(&self) -> &BackboneInfo {
+        &self.declaration.info
+    }
+
+    /// Its tensors, by timm's names.
+    pub(crate) fn entries(&self) -> Result<Vec<Entry>> {
+        named(&self.declaration.tensors, self.object.tensors())
+    }
+
+    /// The feature map `(B, C, S / r, S / r)`; with a mask in sparse mode. See
+    /// [`Backbone::forward`](crate::Backbone::forward).
+    ///
+    /// # Errors
+    /// When the backbone fails, or is asked for a sparse mode that it does not have.
+    pub fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
+        anyhow::ensure!(mask.is_none() || self.info().sparse, "this backbone has no sparse mode");
+        let mask = mask.map(|mask| mask.shallow_clone().into()).into();
+        let map = unwrap(self.object.forward(images.shallow_clone().into(), mask, train))?;
+        Ok(map.into())
+    }
+}

@@ -1,0 +1,43 @@
+//! The boundary between host and plugins: the only place that knows abi_stable.
+//!
+//! What crosses, and who owns it:
+//! - [`Manifest`]: a static of plain bytes, read from the file before anything of it runs;
+//! - [`module`]: the table of functions behind it, checked type by type by abi_stable;
+//! - tensors, as owned pointers to libtorch's own objects, so that gradients flow across ([`tensor`]);
+//! - errors, as code + message + chain + plugin name ([`Failure`]);
+//! - everything else as JSON text, which grows by keys and never by layout.
+//!
+//! Plugin authors see none of this: [`export_plugin!`](crate::export_plugin) writes the plugin's side, and the
+//! handles [`Plugin`], [`MethodHandle`] and [`BackboneHandle`] are the host's.
+
+mod exports;
+mod failure;
+mod handles;
+mod log;
+mod manifest;
+mod module;
+mod tensor;
+
+pub use exports::{BackboneEntry, Exports, MethodEntry, RootHeader, root_header};
+pub use failure::{Failure, FailureKind};
+pub use handles::{BackboneHandle, MethodHandle, Plugin};
+pub use manifest::{Manifest, ManifestError, ManifestFields};
+pub use module::{BackboneOffer, MethodOffer, Offer};
+
+/// Major version of the boundary: another one is refused.
+///
+/// History
+/// - 1.0: first release.
+pub const API_MAJOR: u16 = 1;
+
+/// Minor version: grows when something is appended, with a default for plugins that do not have it.
+pub const API_MINOR: u16 = 0;
+
+/// The torch bridge that this crate's tch calls: `lib` + this + `.so` is its soname.
+pub const BRIDGE: &str = "jepa_torch_0_24";
+
+/// Name of the exported [`Manifest`].
+pub const MANIFEST_SYMBOL: &str = "JEPA_PLUGIN_MANIFEST";
+
+/// Name of the exported [`RootHeader`].
+pub const ROOT_SYMBOL: &str = "JEPA_PLUGIN_ROOT";

@@ -1,0 +1,53 @@
+//! The trait of a backbone, and the handle by which a method uses one.
+
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::{Params, Result};
+
+/// A convolutional network that turns images into a map of features.
+pub trait Backbone: Send + Sized + 'static {
+    /// The names in `backbone.name` that this type builds: timm's, where timm has the architecture.
+    const NAMES: &'static [&'static str];
+
+    /// The keys under `backbone.`: a struct with a serde default for every field.
+    type Options: DeserializeOwned + JsonSchema;
+
+    /// Builds architecture `name`, one of [`NAMES`](Backbone::NAMES), registering its tensors with timm's names.
+    fn new(name: &str, options: Self::Options, params: &Params) -> Result<Self>;
+
+    /// What a method has to know about it.
+    fn info(&self) -> BackboneInfo;
+
+    /// The feature map `(B, C, S / r, S / r)` of `images` f32 `(B, 3, S, S)`, without global pooling.
+    ///
+    /// With a `mask`, bool `(B, 1, S / r, S / r)` and true where visible, the network runs in sparse mode: it sees the
+    /// visible cells only, every output is zero at hidden cells, and statistics are taken over visible positions.
+    /// `train` chooses batch statistics (and updates running ones) over running statistics.
+    fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor>;
+}
+
+/// The normalisation that a family of backbones uses; a predictor on top of one follows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// Batch norm over (B, H, W).
+    Batch,
+    /// Layer norm over C at each position.
+    Layer,
+}
+
+/// What a method has to know about a backbone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BackboneInfo {
+    /// Channels C of the feature map.
+    pub channels: i64,
+    /// Pixels r that a cell of the feature map spans, each way.
+    pub downsample: i64,
+    /// The family's normalisation.
+    pub norm: NormKind,
+    /// Whether `forward` takes a mask.
+    pub sparse: bool,
+}

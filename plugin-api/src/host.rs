@@ -1,0 +1,137 @@
+//! What the host tells a method while it is built, and what the method asks of it.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use crate::abi::BackboneHandle;
+use crate::{BackboneInfo, Params, Result};
+
+/// The facts of a run that a method may depend on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunFacts {
+    /// `cpu` or `cuda:<n>`.
+    pub device: String,
+    /// Side S of a view, in pixels.
+    pub image_size: i64,
+    /// Images in a batch.
+    pub batch_size: i64,
+    /// Epochs of the whole run.
+    pub epochs: u64,
+    /// Optimizer steps in an epoch.
+    pub steps_per_epoch: u64,
+    /// Classes of the training set; 0 without labels.
+    pub classes: i64,
+    /// The run's seed.
+    pub seed: u64,
+}
+
+/// How the momentum of an EMA pair moves: a half cosine from `from` to `to` over the epochs, constant within one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmaSchedule {
+    /// Momentum in the first epoch, in [0, 1].
+    pub from: f64,
+    /// Momentum at the end, in [0, 1].
+    pub to: f64,
+}
+
+/// Two subtrees of parameters of which one follows the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EmaPair {
+    /// Name of the subtree that is trained.
+    pub online: String,
+    /// Name of the subtree that follows: equal at the start, then target ← m · target + (1 − m) · online before each
+    /// forward pass. Its parameters get no gradients; its buffers are its own.
+    pub target: String,
+    /// The momentum m.
+    pub schedule: EmaSchedule,
+}
+
+/// The host, as a method sees it while it is built.
+pub struct Host<'a> {
+    facts: RunFacts,
+    device: Device,
+    params: Params,
+    ema: Vec<EmaPair>,
+    build_backbone: &'a mut dyn FnMut() -> Result<BackboneHandle>,
+}
+
+impl<'a> Host<'a> {
+    pub(crate) fn new(
+        facts: RunFacts,
+        build_backbone: &'a mut dyn FnMut() -> Result<BackboneHandle>,
+    ) -> Result<Self> {
+        let device = parse_device(&facts.device)?;
+        Ok(Host { facts, device, params: Params::new(device), ema: Vec::new(), build_backbone })
+    }
+
+    /// The facts of the run.
+    pub fn facts(&self) -> &RunFacts {
+        &self.facts
+    }
+
+    /// The device that all tensors live on.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Where the method registers its own parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// Builds the backbone that `backbone.name` chooses; its parameters appear under `name`. Each call builds one.
+    ///
+    /// # Errors
+    /// When no loaded plugin has that backbone, or it refuses its options.
+    pub fn backbone(&mut self, name: &str) -> Result<BackboneHandle> {
+        let backbone = (self.build_backbone)()?;
+        self.params.sub(name).adopt(backbone.entries()?);
+        Ok(backbone)
+    }
+
+    /// Declares that the parameters under `target` follow those under `online`.
+    pub fn ema(&mut self, online: &str, target: &str, schedule: EmaSchedule) {
+        self.ema.push(EmaPair { online: online.to_owned(), target: target.to_owned(), schedule });
+    }
+
+    pub(crate) fn into_parts(self) -> (Params, Vec<EmaPair>) {
+        (self.params, self.ema)
+    }
+}
+
+/// Reads `cpu`, `cuda` or `cuda:<n>`.
+///
+/// # Errors
+/// When it is none of these.
+pub fn parse_device(text: &str) -> Result<Device> {
+    match text.split_once(':').unwrap_or((text, "0")) {
+        ("cpu", _) => Ok(Device::Cpu),
+        ("cuda", n) => Ok(Device::Cuda(n.parse()?)),
+        _ => anyhow::bail!("`{text}` is no device: use cpu, cuda or cuda:<n>"),
+    }
+}
+
+/// A backbone as a method holds it, wherever it was built.
+impl BackboneHandle {
+    /// Features pooled over space `(B, C)` from `images` f32 `(B, 3, S, S)`.
+    ///
+    /// # Errors
+    /// Whatever [`forward`](BackboneHandle::forward) gives.
+    pub fn pooled(&self, images: &Tensor, train: bool) -> Result<Tensor> {
+        let map = self.forward(images, None, train)?;
+        Ok(map.mean_dim([2i64, 3].as_slice(), false, tch::Kind::Float))
+    }
+
+    /// Cells a side, f = S / r, for images of side `size`.
+    ///
+    /// # Errors
+    /// When `size` is not a multiple of r.
+    pub fn cells(&self, size: i64) -> Result<i64> {
+        let BackboneInfo { downsample, .. } = self.info();
+        anyhow::ensure!(
+            size % downsample == 0 && size > 0,
+            "images of {size} px do not divide into cells of {downsample} px: set data.size to a multiple of {downsample}"
+        );
+        Ok(size / downsample)
+    }
+}

@@ -1,0 +1,102 @@
+//! The trait of a pretraining method, and what it gets and gives at each step.
+
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use tch::{Kind, Tensor};
+
+use crate::{Host, Result, Rng, ViewSpec};
+
+/// A self-supervised (or supervised) method: which views it wants, and what loss they give.
+///
+/// The host owns everything else: device, precision, data, random numbers, optimizer, schedules, EMA updates,
+/// checkpoints, evaluation and logging.
+pub trait Method: Send + Sized + 'static {
+    /// The name in `method.name`, in `snake_case`.
+    const NAME: &'static str;
+
+    /// The keys under `method.`: a struct with a serde default for every field. Its schema and its doc comments are
+    /// what `jepa-host plugin info` prints, and what the host validates a configuration against.
+    type Options: DeserializeOwned + JsonSchema;
+
+    /// Builds the method: asks the host for backbones, registers parameters, declares EMA pairs.
+    fn new(options: Self::Options, host: &mut Host) -> Result<Self>;
+
+    /// The views of each image that [`step`](Method::step) wants, in order.
+    fn views(&self) -> Vec<ViewSpec>;
+
+    /// The loss of one batch. The host differentiates it.
+    fn step(&mut self, batch: &Batch) -> Result<Step>;
+
+    /// Features of images for evaluation, without augmentation and without gradients.
+    ///
+    /// `images` is f32 `(B, 3, S, S)`; the result is `(B, D)`, pooled over space.
+    fn encode(&mut self, images: &Tensor) -> Result<Tensor>;
+}
+
+/// One batch of views, and where in the run it stands.
+#[derive(Debug)]
+pub struct Batch {
+    /// One tensor f32 `(B, 3, S, S)` for each declared view.
+    pub views: Vec<Tensor>,
+    /// Class of each image, i64 `(B)`; −1 where the data set has no labels.
+    pub labels: Tensor,
+    /// Number of each image in the data set.
+    pub samples: Vec<u64>,
+    /// The run's seed.
+    pub seed: u64,
+    /// Epochs finished before this one.
+    pub epoch: u64,
+    /// Optimizer steps taken before this one.
+    pub step: u64,
+    /// False during validation: use running statistics, change no state.
+    pub train: bool,
+}
+
+impl Batch {
+    /// Number of images B.
+    pub fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    /// True for a batch without images.
+    pub fn is_empty(&self) -> bool {
+        self.samples.is_empty()
+    }
+
+    /// Random numbers for a decision about the whole batch: the same at every replay of this step. Give each use in
+    /// your plugin a `purpose` of its own.
+    pub fn rng(&self, purpose: u64) -> Rng {
+        Rng::keyed(self.seed, self.step, u64::MAX, purpose)
+    }
+
+    /// Random numbers for a decision about image `i` of the batch, keyed by the image's number in the data set and
+    /// not by its place in the batch, so that they do not depend on how a batch is split over devices.
+    ///
+    /// # Panics
+    /// When `i` is not below [`len`](Batch::len).
+    pub fn sample_rng(&self, i: usize, purpose: u64) -> Rng {
+        Rng::keyed(self.seed, self.step, self.samples[i], purpose)
+    }
+}
+
+/// What a step gives back: the loss to differentiate, and figures to log.
+#[derive(Debug)]
+pub struct Step {
+    /// Scalar with a graph.
+    pub loss: Tensor,
+    /// Scalars that the host averages between log lines, as `train/<method>/<name>`.
+    pub metrics: Vec<(String, Tensor)>,
+}
+
+impl Step {
+    /// A step with this loss and no metrics.
+    pub fn new(loss: Tensor) -> Self {
+        Step { loss, metrics: Vec::new() }
+    }
+
+    /// Adds a figure to log: a scalar tensor, which stays on its device until the host logs it.
+    pub fn metric(mut self, name: &str, value: &Tensor) -> Self {
+        self.metrics.push((name.to_owned(), value.detach().to_kind(Kind::Float)));
+        self
+    }
+}
