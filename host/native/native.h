@@ -1,0 +1,104 @@
+/* What the host needs of libtorch and tch does not bind: autocast, list operations, gradients of a list.
+ *
+ * Built once into libjepa_native.so by build.sh; everything else of the host reaches libtorch through this file
+ * and the bridge alone.
+ *
+ * Conventions
+ *   jepa_tensor     an at::Tensor*, as in tch: a handle from tch is valid here, and one that is returned here is
+ *                   freed as tch frees its own (at_free, or by becoming a tch::Tensor).
+ *   OWNERSHIP       handles that come in stay the caller's; a handle that goes out is the caller's to free.
+ *   lists           `count` handles, one after the other. Lists that belong together have the same count.
+ *   result, error   true: done, and *error is untouched. false: nothing is returned, and *error holds a message
+ *                   that the caller frees with jepa_native_free_string. `error` may be NULL. No C++ exception
+ *                   leaves this library.
+ *   gradients       nothing here records a graph, and tensors are changed in place where a name says so.
+ */
+#ifndef JEPA_NATIVE_H
+#define JEPA_NATIVE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef void* jepa_tensor;
+
+/* Frees a message of this library; NULL is allowed. */
+void jepa_native_free_string(char* text);
+
+/* --- about the library; these strings are static --------------------------------------------------------- */
+
+/* The version of this interface. It grows at the end; a change of what is there is a new number. */
+int32_t jepa_native_api(void);
+
+/* The libtorch that this library was compiled against, such as "2.11.0". */
+const char* jepa_native_libtorch_version(void);
+
+/* The vector instructions that libtorch's kernels use here, such as "AVX2" or "AVX512". */
+const char* jepa_native_cpu_capability(void);
+
+/* Whether libtorch_cuda is in the process. Safe at any time. */
+bool jepa_native_cuda_loaded(void);
+
+/* Whether libtorch can use a CUDA device. libtorch settles whether it has CUDA when it is first asked (seeding
+ * asks too) and never looks again: open libtorch_cuda before this or anything else that might ask. */
+bool jepa_native_has_cuda(void);
+
+/* --- autocast: state of the calling thread --------------------------------------------------------------- */
+
+enum { JEPA_CPU = 0, JEPA_CUDA = 1 };
+
+/* Sets autocast for one device type. `dtype` is a c10::ScalarType (tch's Kind as an integer); only 5, fp16, and
+ * 15, bf16, mean anything to autocast. The state before is stored in the two out parameters unless they are NULL,
+ * for a later call that restores it. */
+bool jepa_autocast_set(int32_t device_type, bool enabled, int32_t dtype, bool* previous_enabled,
+                       int32_t* previous_dtype, char** error);
+
+/* Whether autocast keeps its casts of parameters within a region; on by default. */
+bool jepa_autocast_cache_set(bool enabled, bool* previous, char** error);
+
+/* Drops the casts that were kept. To be called on leaving the outermost autocast region: the parameters are
+ * about to change. */
+bool jepa_autocast_cache_clear(char** error);
+
+/* --- lists of parameters and gradients ------------------------------------------------------------------- */
+
+/* One AdamW step, equal to torch.optim.AdamW(fused=True).
+ * All tensors of a call are on one device and have one dtype; params, exp_avgs and exp_avg_sqs have equal shapes
+ * and strides; state_steps are float32 scalars on that device. This function adds 1 to them before the update. */
+bool jepa_fused_adamw(size_t count, const jepa_tensor* params, const jepa_tensor* grads,
+                      const jepa_tensor* exp_avgs, const jepa_tensor* exp_avg_sqs,
+                      const jepa_tensor* state_steps, double lr, double beta1, double beta2,
+                      double weight_decay, double eps, char** error);
+
+/* targets = momentum * targets + (1 - momentum) * onlines, in the order of
+ * target.mul_(momentum).add_(online, alpha=1 - momentum). Floating point only. */
+bool jepa_ema(size_t count, const jepa_tensor* targets, const jepa_tensor* onlines, double momentum,
+              char** error);
+
+/* The L2 norm of all tensors together: the norm of their norms, as torch.nn.utils.clip_grad_norm_ computes it.
+ * NULL handles and undefined tensors are skipped; of an empty list it is 0. *norm is a scalar tensor on the first
+ * tensor's device, so that nothing waits for a GPU here. */
+bool jepa_total_norm(size_t count, const jepa_tensor* tensors, jepa_tensor* norm, char** error);
+
+/* Multiplies by min(1, max_norm / (norm + 1e-6)), in place, without waiting for a GPU: the second half of
+ * clip_grad_norm_. `norm` is the first half's. Skips as jepa_total_norm does. */
+bool jepa_clip(size_t count, const jepa_tensor* tensors, jepa_tensor norm, double max_norm, char** error);
+
+/* Multiplies by `factor`, in place. Skips as jepa_total_norm does. */
+bool jepa_scale(size_t count, const jepa_tensor* tensors, double factor, char** error);
+
+/* Stores in out[i] a handle of params[i].grad, or NULL where there is no gradient. */
+bool jepa_grads(size_t count, const jepa_tensor* params, jepa_tensor* out, char** error);
+
+/* Drops the gradients: .grad becomes undefined. */
+bool jepa_zero_grads(size_t count, const jepa_tensor* params, char** error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
