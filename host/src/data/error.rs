@@ -170,6 +170,20 @@ pub enum DataError {
         /// The first few, with reasons.
         examples: String,
     },
+    /// A check of all images found corrupt ones, which have been listed.
+    #[error(
+        "{bad} of the {images} images in {} are corrupt; train with data.on_error=\"replace\", or pack the file again \
+         without them: `jepa-host data pack --skip-bad`",
+        path.display()
+    )]
+    BadImages {
+        /// The file.
+        path: PathBuf,
+        /// How many.
+        bad: usize,
+        /// Of how many.
+        images: usize,
+    },
     /// The output is there already.
     #[error("{} exists already; choose another name, or overwrite it with --force", path.display())]
     Exists {
