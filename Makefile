@@ -1,0 +1,29 @@
+# Every target prepares what it needs first; after `make setup`, plain cargo works as well.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test lint data
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
+
+# LIBTORCH and CUDA reach the script through the environment, as make passes on what its command line sets.
+setup:  ## fetch libtorch and cmake, compile the torch bridge; LIBTORCH=/path uses your PyTorch 2.11, CUDA=1 adds CUDA
+	@scripts/setup.sh
+
+build: setup  ## build the host and all plugins
+	cargo build --release --workspace
+
+demo: build  ## pretrain CNN-JEPA on real images and show what it has learnt
+	scripts/demo.sh
+
+# Tests run the built host and plugins, so these come first, in the profile that the demo shares.
+test: build  ## run all tests
+	cargo test --release --workspace
+
+lint: setup  ## check formatting and lints
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+
+data: build  ## build the full Fashion-MNIST files
+	scripts/data.sh
