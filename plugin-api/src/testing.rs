@@ -23,7 +23,9 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::params::Entry;
-use crate::{Backbone, BackboneHandle, Batch, Context, EmaPair, Host, Method, Params, Result, RunFacts, parse_device};
+use crate::{
+    Backbone, BackboneHandle, Batch, Context, EmaPair, Host, Method, Params, Result, RunFacts, parse_device,
+};
 
 /// A method built in this process, with all that it registered and declared.
 pub struct LinkedMethod<M> {

@@ -97,10 +97,7 @@ impl LayerNorm2d {
     /// Registers weight 1 and bias 0.
     pub fn new(params: &Params, channels: i64) -> Self {
         let of = |value: f64| Tensor::full([channels], value, (Kind::Float, params.device()));
-        LayerNorm2d {
-            weight: params.parameter("weight", of(1.0)),
-            bias: params.parameter("bias", of(0.0)),
-        }
+        LayerNorm2d { weight: params.parameter("weight", of(1.0)), bias: params.parameter("bias", of(0.0)) }
     }
 
     /// `(B, C, H, W)` to the same.

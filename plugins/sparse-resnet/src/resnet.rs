@@ -122,7 +122,9 @@ impl Residual {
         let BlockPlan { channels_in, inner, out, stride, last_gain } = plan;
         let shapes = match block {
             Block::Basic => vec![(channels_in, out, 3, stride), (out, out, 3, 1)],
-            Block::Bottleneck => vec![(channels_in, inner, 1, 1), (inner, inner, 3, stride), (inner, out, 1, 1)],
+            Block::Bottleneck => {
+                vec![(channels_in, inner, 1, 1), (inner, inner, 3, stride), (inner, out, 1, 1)]
+            }
         };
         let last = shapes.len();
         let branch = shapes.into_iter().zip(1..).map(|((from, to, kernel, stride), i)| {
@@ -183,7 +185,10 @@ impl ResNet {
         );
         if let Some(mask) = mask {
             let (wanted, given) = ([batch, 1, height / r, width / r], mask.size());
-            ensure!(given == wanted, "the mask of visible cells has shape {given:?}, but must have {wanted:?}");
+            ensure!(
+                given == wanted,
+                "the mask of visible cells has shape {given:?}, but must have {wanted:?}"
+            );
         }
         Ok(())
     }
