@@ -1,0 +1,431 @@
+//! Every setting that the host knows: its type, its unit, its default and its range.
+//!
+//! The JSON Schema derived from these types is what layers are checked against, so a range stands here only.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::error::ConfigError;
+
+/// A whole configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Keys every random number of the run. Default 42.
+    pub seed: u64,
+    /// Where results go.
+    pub run: Run,
+    /// Which method trains, and its own options.
+    pub method: Method,
+    /// Which backbone is trained, and its own options.
+    pub backbone: Backbone,
+    /// The images and how they are read.
+    pub data: Data,
+    /// How parameters are updated.
+    pub optimizer: Optimizer,
+    /// How long and on what the loop runs.
+    pub trainer: Trainer,
+    /// When the state is saved and what is kept.
+    pub checkpoint: Checkpoint,
+    /// How representations are judged while training.
+    pub eval: Eval,
+}
+
+/// Where results go: `<dir>/<name>/version_<n>`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Run {
+    /// Name of the run: one directory name. Default: the method's name.
+    pub name: Option<String>,
+    /// Directory of all runs. Default `runs`.
+    pub dir: PathBuf,
+}
+
+/// Which method trains. Every other key of the section is the method's own.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Method {
+    /// Name of the method. May be left out when the loaded plugins have just one.
+    pub name: Option<String>,
+    /// The method's own options, checked against the schema that its plugin publishes.
+    #[serde(flatten)]
+    pub options: Map<String, Value>,
+}
+
+/// Which backbone is trained. Every other key of the section is the backbone's own.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Backbone {
+    /// Name of the backbone, such as `resnet50`.
+    pub name: Option<String>,
+    /// The backbone's own options, checked against the schema that its plugin publishes.
+    #[serde(flatten)]
+    pub options: Map<String, Value>,
+}
+
+/// The images and how they are read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Data {
+    /// HDF5 file with the training images, relative to the current directory.
+    pub train: Option<PathBuf>,
+    /// HDF5 file with the held-out images, relative to the current directory. Default: none, so no evaluation.
+    pub val: Option<PathBuf>,
+    /// Side of the square images that the network sees, in pixels. Default 224.
+    #[schemars(range(min = 1))]
+    pub size: usize,
+    /// Threads that decode and augment; 0: one per core. Results do not depend on it. Default 0.
+    pub threads: usize,
+    /// What to do about an image that cannot be decoded. Default `fail`.
+    pub on_error: OnError,
+}
+
+/// What to do about an image that cannot be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// Stop, naming the image.
+    Fail,
+    /// Use another image instead, count it and name it.
+    Replace,
+}
+
+/// How parameters are updated.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Optimizer {
+    /// Update rule. Default `adamw`.
+    pub algorithm: Algorithm,
+    /// Peak learning rate, reached at the end of the warm-up. Default 0.001.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub lr: f64,
+    /// Decoupled weight decay: each step multiplies parameters by 1 − lr × weight_decay. Default 0.01.
+    #[schemars(range(min = 0.0))]
+    pub weight_decay: f64,
+    /// Decay rates of the averages of gradients and of squared gradients. Default [0.9, 0.999].
+    #[schemars(extend("items" = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}))]
+    pub betas: [f64; 2],
+    /// Added to the denominator of an update. Default 1e-8.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub eps: f64,
+    /// Images in one forward pass on one device. Default 128.
+    #[schemars(range(min = 1))]
+    pub batch_size: usize,
+    /// Length of the linear warm-up from 0, in epochs; may be a fraction. Default 10.
+    #[schemars(range(min = 0.0))]
+    pub warmup_epochs: f64,
+    /// The half cosine after the warm-up ends at this share of `lr`. Default 0.001.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub final_lr_ratio: f64,
+    /// Whether parameters of norm layers and biases stay without weight decay. Default false.
+    pub exclude_norm_and_bias: bool,
+}
+
+/// The update rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Algorithm {
+    /// Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
+    AdamW,
+}
+
+/// How long and on what the loop runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Trainer {
+    /// Passes over the training images. Default 100.
+    #[schemars(range(min = 1))]
+    pub epochs: u64,
+    /// Stop after so many optimizer steps, where that comes before the last epoch. Default: no such limit.
+    #[schemars(range(min = 1))]
+    pub max_steps: Option<u64>,
+    /// Arithmetic of the forward pass; parameters are fp32 in any case. Default `fp32`.
+    pub precision: Precision,
+    /// Where to compute: `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:N`. Default `auto`.
+    pub device: Device,
+    /// Threads that libtorch computes with; 0: one per core. Resuming to the bit needs the same number. Default 0.
+    pub threads: usize,
+    /// Batches whose gradients are averaged into one optimizer step. Default 1.
+    #[schemars(range(min = 1))]
+    pub accumulate: usize,
+    /// Gradients are scaled down to this L2 norm over all parameters. Default: no clipping.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub clip: Option<f64>,
+    /// Optimizer steps between two records of training metrics. Default 10.
+    #[schemars(range(min = 1))]
+    pub log_every_steps: u64,
+}
+
+/// Arithmetic of the forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floating point throughout.
+    Fp32,
+    /// bfloat16 autocast: matrix products and convolutions in bf16, the rest in fp32.
+    Bf16,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub enum Device {
+    /// CUDA where there is one, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A CUDA device: this one, or the one that the launcher assigns (else the first).
+    Cuda(Option<usize>),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Device::Auto),
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(None)),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(|index| Device::Cuda(Some(index)))
+                .ok_or_else(|| {
+                    format!("\"{text}\" is not one of \"auto\", \"cpu\", \"cuda\", \"cuda:0\", \"cuda:1\", …")
+                }),
+        }
+    }
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> String {
+        match device {
+            Device::Auto => "auto".to_owned(),
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda(None) => "cuda".to_owned(),
+            Device::Cuda(Some(index)) => format!("cuda:{index}"),
+        }
+    }
+}
+
+/// When the state is saved and what is kept. The last state of a run is saved in any case.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Save every so many optimizer steps. Default: not by steps.
+    #[schemars(range(min = 1))]
+    pub every_steps: Option<u64>,
+    /// Save every so many epochs; 0: not by epochs. Default 1.
+    pub every_epochs: u64,
+    /// How many of the newest checkpoints are kept. Default 2.
+    #[schemars(range(min = 1))]
+    pub keep: usize,
+    /// Keep the checkpoint that is best by this metric too: lowest where the name ends in `loss`, else highest;
+    /// `none` keeps no such checkpoint. Default `eval/linear_top1_final`.
+    pub best: Option<String>,
+}
+
+/// How representations are judged while training, on `data.val`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Eval {
+    /// Evaluate every so many epochs, and after the last one; 0: never. Default 5.
+    pub every_epochs: u64,
+    /// Evaluate before the first step too. Default true.
+    pub at_start: bool,
+    /// Images in one forward pass. Default 256.
+    #[schemars(range(min = 1))]
+    pub batch_size: usize,
+    /// Side of the centre crop as a share of the resized image: 0.875 is resize 256, crop 224. Default 0.875.
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
+    pub crop_ratio: f64,
+    /// How many training images the probes learn from, evenly spread over the file. Default: all.
+    #[schemars(range(min = 1))]
+    pub train_limit: Option<usize>,
+    /// The linear probe.
+    pub linear: LinearProbe,
+    /// The nearest-neighbour vote.
+    pub knn: Knn,
+}
+
+/// A linear classifier on frozen features, trained with Adam.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LinearProbe {
+    /// Whether it runs. Default true.
+    pub enabled: bool,
+    /// Passes over the features. Default 90.
+    #[schemars(range(min = 1))]
+    pub epochs: u64,
+    /// Learning rate. Default 0.001.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub lr: f64,
+    /// Features in one step. Default 256.
+    #[schemars(range(min = 1))]
+    pub batch_size: usize,
+}
+
+/// A vote of the nearest training features by cosine similarity.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Knn {
+    /// Whether it runs. Default true.
+    pub enabled: bool,
+    /// Neighbours that vote. Default 200.
+    #[schemars(range(min = 1))]
+    pub k: usize,
+    /// A neighbour's weight is exp(similarity / temperature). Default 0.1.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub temperature: f64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            seed: 42,
+            run: Run::default(),
+            method: Method::default(),
+            backbone: Backbone::default(),
+            data: Data::default(),
+            optimizer: Optimizer::default(),
+            trainer: Trainer::default(),
+            checkpoint: Checkpoint::default(),
+            eval: Eval::default(),
+        }
+    }
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Run { name: None, dir: "runs".into() }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Data { train: None, val: None, size: 224, threads: 0, on_error: OnError::Fail }
+    }
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Optimizer {
+            algorithm: Algorithm::AdamW,
+            lr: 1e-3,
+            weight_decay: 0.01,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            batch_size: 128,
+            warmup_epochs: 10.0,
+            final_lr_ratio: 1e-3,
+            exclude_norm_and_bias: false,
+        }
+    }
+}
+
+impl Default for Trainer {
+    fn default() -> Self {
+        Trainer {
+            epochs: 100,
+            max_steps: None,
+            precision: Precision::Fp32,
+            device: Device::Auto,
+            threads: 0,
+            accumulate: 1,
+            clip: None,
+            log_every_steps: 10,
+        }
+    }
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Checkpoint {
+            every_steps: None,
+            every_epochs: 1,
+            keep: 2,
+            best: Some("eval/linear_top1_final".to_owned()),
+        }
+    }
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Eval {
+            every_epochs: 5,
+            at_start: true,
+            batch_size: 256,
+            crop_ratio: 0.875,
+            train_limit: None,
+            linear: LinearProbe::default(),
+            knn: Knn::default(),
+        }
+    }
+}
+
+impl Default for LinearProbe {
+    fn default() -> Self {
+        LinearProbe { enabled: true, epochs: 90, lr: 1e-3, batch_size: 256 }
+    }
+}
+
+impl Default for Knn {
+    fn default() -> Self {
+        Knn { enabled: true, k: 200, temperature: 0.1 }
+    }
+}
+
+impl Config {
+    /// The JSON Schema of the host's own settings.
+    pub fn schema() -> Value {
+        schemars::schema_for!(Config).to_value()
+    }
+
+    /// The training file, or the error that says how to name one.
+    pub fn train_file(&self) -> Result<&PathBuf, ConfigError> {
+        self.data.train.as_ref().ok_or_else(|| ConfigError::Missing {
+            key: "data.train".to_owned(),
+            example: "train.h5".to_owned(),
+        })
+    }
+
+    /// The backbone's name, or the error that says how to give one.
+    pub fn backbone_name(&self) -> Result<&str, ConfigError> {
+        self.backbone.name.as_deref().ok_or_else(|| ConfigError::Missing {
+            key: "backbone.name".to_owned(),
+            example: "resnet50".to_owned(),
+        })
+    }
+
+    /// The run's name: as configured, else that of the method.
+    pub fn run_name<'a>(&'a self, method: &'a str) -> &'a str {
+        self.run.name.as_deref().unwrap_or(method)
+    }
+
+    /// What a schema cannot say: (key, message) of each setting that is wrong in itself or beside another one.
+    pub(super) fn faults(&self) -> Vec<(&'static str, String)> {
+        let mut faults = Vec::new();
+        if let Some(name) = &self.run.name
+            && (name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']))
+        {
+            faults.push((
+                "run.name",
+                format!("{name:?} is no directory name: leave out slashes and a leading dot, or set run.dir"),
+            ));
+        }
+        faults
+    }
+}
