@@ -6,6 +6,7 @@
 
 pub mod augment;
 mod batch;
+mod chunked;
 mod dataset;
 pub mod decode;
 mod error;
