@@ -1,3 +1,4 @@
 //! The host.
 
+pub mod checkpoint;
 pub mod config;
