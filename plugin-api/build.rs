@@ -47,8 +47,7 @@ fn build() -> Result<(), String> {
 
 /// Writes `lib{STUB}.so`: every symbol, one address, no code.
 fn link_stub(out: &Path) -> Result<(), String> {
-    let symbols =
-        fs::read_to_string(SYMBOLS).map_err(|error| format!("cannot read {SYMBOLS}: {error}"))?;
+    let symbols = fs::read_to_string(SYMBOLS).map_err(|error| format!("cannot read {SYMBOLS}: {error}"))?;
     let mut assembly = String::from(".text\n");
     for name in symbols.lines() {
         assembly.push_str(&format!(".globl {name}\n.type {name}, %function\n{name}:\n"));
@@ -56,8 +55,7 @@ fn link_stub(out: &Path) -> Result<(), String> {
     assembly.push_str(".section .note.GNU-stack, \"\", %progbits\n");
 
     let source = out.join("stub.s");
-    fs::write(&source, assembly)
-        .map_err(|error| format!("cannot write {}: {error}", source.display()))?;
+    fs::write(&source, assembly).map_err(|error| format!("cannot write {}: {error}", source.display()))?;
 
     let compiler = env::var_os("CC").unwrap_or_else(|| "cc".into());
     let output = Command::new(&compiler)
@@ -90,17 +88,14 @@ fn deps_lib() -> Option<PathBuf> {
         return Some(PathBuf::from(named));
     }
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR")?);
-    here.ancestors()
-        .map(|folder| folder.join(".deps/lib"))
-        .find(|folder| folder.is_dir())
+    here.ancestors().map(|folder| folder.join(".deps/lib")).find(|folder| folder.is_dir())
 }
 
 fn point_to_bridge(out: &Path, deps: &Path) -> Result<(), String> {
     let link = out.join(SONAME);
     let bridge = deps.join(SONAME);
     if fs::symlink_metadata(&link).is_ok() {
-        fs::remove_file(&link)
-            .map_err(|error| format!("cannot replace {}: {error}", link.display()))?;
+        fs::remove_file(&link).map_err(|error| format!("cannot replace {}: {error}", link.display()))?;
     }
     std::os::unix::fs::symlink(&bridge, &link)
         .map_err(|error| format!("cannot link {} to the bridge: {error}", link.display()))

@@ -1,5 +1,15 @@
-//! The host.
+//! The host of jepa: it loads methods and backbones from plugin files and pretrains with them on real images.
+//!
+//! `cli` composes everything; `train` holds the loop; the other rooms do one thing each and do not know one another
+//! more than they must. Nothing imports `cli`.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod config;
+pub mod data;
+pub mod device;
 pub mod eval;
+pub mod plugin;
+pub mod provenance;
+pub mod track;
+pub mod train;

@@ -11,8 +11,10 @@ pub mod abi;
 mod backbone;
 mod host;
 mod method;
+pub mod nn;
 pub mod params;
 pub mod rng;
+pub mod testing;
 mod view;
 
 pub use anyhow::{self, Context, Error, Result, bail, ensure};

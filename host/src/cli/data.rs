@@ -1,0 +1,269 @@
+//! `jepa-host data …`: make, look at, and check data sets. The work is done in [`crate::data`].
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueEnum};
+use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+
+use crate::data::{
+    self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Split, Summary, VerifyReport,
+};
+
+/// Make, look at, and check data sets.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Pack images into one HDF5 file that loads in parallel.
+    ///
+    /// SOURCE is a directory with one folder of JPEG or PNG files per class (labels follow the sorted names), a
+    /// directory of images without labels, an HDF5 file in the `images/<i>`, `labels/<i>` layout, a packed file, or
+    /// IDX files as MNIST has them (gzipped or not, stored as PNG). Every image is decoded once before anything is
+    /// written, and an existing file is replaced only with --force and only when all went well.
+    Pack(PackArgs),
+    /// Show what is in a data set: images, classes, sizes, formats, fingerprint, where it comes from.
+    Inspect(InspectArgs),
+    /// Decode every image and list those that are corrupt. Exits with 4 if there are any.
+    Verify(VerifyArgs),
+}
+
+/// How a result is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// Options of `data pack`.
+#[derive(Debug, Args)]
+pub struct PackArgs {
+    /// Class folders, an HDF5 file, an IDX file, or a directory of IDX files
+    source: PathBuf,
+    /// The file to write
+    out: PathBuf,
+    /// Which IDX files of a directory
+    #[arg(long, value_enum)]
+    split: Option<SplitArg>,
+    /// Take only N images, evenly from all classes, the same ones every time
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// Names of classes 0, 1, …, separated by commas, where the source has none
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    class_names: Option<Vec<String>>,
+    /// Leave unreadable images out instead of refusing the source
+    #[arg(long)]
+    skip_bad: bool,
+    /// Overwrite OUT if it exists
+    #[arg(long)]
+    force: bool,
+    /// Threads that check images; 0 for one per core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SplitArg {
+    /// train-images-idx3-ubyte
+    Train,
+    /// t10k-images-idx3-ubyte
+    Test,
+}
+
+/// Options of `data inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The data set
+    file: PathBuf,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+/// Options of `data verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The data set
+    file: PathBuf,
+    /// Threads that decode; 0 for one per core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// How to print the result
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl DataCommand {
+    /// Runs the command and prints its result.
+    ///
+    /// # Errors
+    /// A [`DataError`] (exit code 4), or that standard output cannot be written.
+    pub fn run(self) -> anyhow::Result<()> {
+        match self {
+            DataCommand::Pack(args) => args.run(),
+            DataCommand::Inspect(args) => args.run(),
+            DataCommand::Verify(args) => args.run(),
+        }
+    }
+}
+
+impl PackArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let options = PackOptions {
+            split: self.split.map(|split| match split {
+                SplitArg::Train => Split::Train,
+                SplitArg::Test => Split::Test,
+            }),
+            limit: self.limit.map(|limit| limit as usize),
+            class_names: self.class_names,
+            skip_bad: self.skip_bad,
+            force: self.force,
+            threads: self.threads,
+        };
+        let bar = Bar::new();
+        let report = data::pack(&self.source, &self.out, &options, &|progress| match progress {
+            PackProgress::Checked(done, of) => bar.show("check", done, of),
+            PackProgress::Written(done, of) => bar.show("write", done, of),
+        })?;
+        drop(bar);
+        print(self.format, &report, print_pack)
+    }
+}
+
+impl InspectArgs {
+    fn run(self) -> anyhow::Result<()> {
+        print(self.format, &data::inspect(&Dataset::open(&self.file)?)?, print_summary)
+    }
+}
+
+impl VerifyArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let dataset = Dataset::open(&self.file)?;
+        let bar = Bar::new();
+        let report = data::verify(&dataset, self.threads, &|done, of| bar.show("decode", done, of));
+        drop(bar);
+        print(self.format, &report, print_verify)?;
+        let VerifyReport { path, images, bad } = report;
+        if bad.is_empty() { Ok(()) } else { Err(DataError::BadImages { path, bad: bad.len(), images }.into()) }
+    }
+}
+
+/// A progress bar on a terminal, and nothing elsewhere.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new() -> Bar {
+        let bar = ProgressBar::new(0);
+        if let Ok(style) = ProgressStyle::with_template("{msg:6} {bar:30} {human_pos}/{human_len} {per_sec} {eta}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Bar(bar)
+    }
+
+    fn show(&self, stage: &'static str, done: usize, of: usize) {
+        // A thousand steps are plenty to look at; more would cost time.
+        if done.is_multiple_of(of / 1000 + 1) || done == of {
+            self.0.set_message(stage);
+            self.0.set_length(of as u64);
+            self.0.set_position(done as u64);
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+fn print<T: serde::Serialize>(
+    format: Format,
+    result: &T,
+    text: impl Fn(&T, &mut dyn Write) -> io::Result<()>,
+) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match format {
+        Format::Text => text(result, &mut out)?,
+        Format::Json => {
+            serde_json::to_writer_pretty(&mut out, result)?;
+            writeln!(out)?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
+    for bad in &report.skipped {
+        writeln!(out, "left out {}: {}", bad.name, bad.reason)?;
+    }
+    if report.ignored_files > 0 {
+        writeln!(out, "ignored {} files that are neither .jpg, .jpeg nor .png", report.ignored_files)?;
+    }
+    let classes = match report.classes {
+        0 => "no labels".to_owned(),
+        classes => format!("{classes} classes"),
+    };
+    writeln!(
+        out,
+        "{}: {} images, {classes}, {}",
+        report.path.display(),
+        HumanCount(report.images as u64),
+        HumanBytes(report.image_bytes)
+    )
+}
+
+fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
+    let range = |(low, high): (u32, u32)| if low == high { low.to_string() } else { format!("{low}–{high}") };
+    let sample = &summary.sample;
+    let layout = match summary.layout {
+        Layout::Reference => "images/<i>, labels/<i>",
+        Layout::Packed => "packed",
+    };
+    let formats: Vec<_> = sample.formats.iter().map(|(format, count)| format!("{count} {format}")).collect();
+    writeln!(out, "file         {}", summary.path.display())?;
+    writeln!(out, "layout       {layout}")?;
+    if let Some(provenance) = &summary.provenance {
+        let (kind, source, tool) = (&provenance.source_kind, &provenance.source, &provenance.tool);
+        writeln!(out, "packed from  {source} ({kind}) by {tool}, format {}", provenance.format_version)?;
+    }
+    let mean = summary.image_bytes / summary.images as u64;
+    let (total, mean) = (HumanBytes(summary.image_bytes), HumanBytes(mean));
+    writeln!(out, "images       {}, {total}, {mean} each", HumanCount(summary.images as u64))?;
+    let (width, height) = (range(sample.width), range(sample.height));
+    writeln!(out, "sample       {}: {width} × {height} pixels", formats.join(", "))?;
+    if sample.unreadable > 0 {
+        let hint = "run `jepa-host data verify`";
+        writeln!(out, "             {} of {} are unreadable: {hint}", sample.unreadable, sample.images)?;
+    }
+    writeln!(out, "fingerprint  {}", summary.fingerprint)?;
+    match &summary.classes {
+        None => writeln!(out, "classes      no labels"),
+        Some(classes) => {
+            writeln!(out, "classes      {}", classes.len())?;
+            if summary.unlabelled > 0 {
+                writeln!(out, "             {} images without a label", summary.unlabelled)?;
+            }
+            classes.iter().try_for_each(|class| {
+                let name = class.name.as_deref().unwrap_or_default();
+                writeln!(out, "{:>12}  {:>9}  {name}", class.label, HumanCount(class.images as u64).to_string())
+            })
+        }
+    }
+}
+
+fn print_verify(report: &VerifyReport, out: &mut dyn Write) -> io::Result<()> {
+    for bad in &report.bad {
+        writeln!(out, "{:>9}  {}", bad.index, bad.reason)?;
+    }
+    if report.bad.is_empty() {
+        let images = HumanCount(report.images as u64);
+        writeln!(out, "{}: all {images} images decode", report.path.display())?;
+    }
+    Ok(())
+}

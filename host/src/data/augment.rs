@@ -1,0 +1,342 @@
+//! Makes the views of an image that a method declared, as torchvision's transforms on 8-bit RGB would.
+//!
+//! [`check_views`] turns [`ViewSpec`]s into [`Augmenter`]s and refuses what makes no sense, before the first batch.
+//! An augmenter draws from the generator that it is given and from nowhere else.
+
+use jepa_plugin_api::{Interpolation, Rng, Transform, ViewSpec};
+
+use super::decode::Rgb;
+use super::error::DataError;
+use super::resample::{CropBox, Resampler};
+
+/// A checked view, ready to be made at one size.
+#[derive(Clone, Debug)]
+pub struct Augmenter {
+    size: u32,
+    crop: Crop,
+    steps: Vec<Step>,
+    /// What a byte becomes, per channel.
+    values: [[f32; 256]; 3],
+}
+
+/// How the view's pixels are cut out of the image.
+#[derive(Clone, Copy, Debug)]
+enum Crop {
+    Random {
+        scale: (f64, f64),
+        ratio: (f64, f64),
+        interpolation: Interpolation,
+    },
+    /// `shorter` is the shorter side before the centre is cut out.
+    Center {
+        shorter: u32,
+        interpolation: Interpolation,
+    },
+}
+
+/// What happens to the cut-out pixels, still 8-bit RGB.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Flip { p: f64 },
+}
+
+/// Memory that one thread needs to make views; used again from image to image.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    resampler: Resampler,
+    pixels: Rgb,
+}
+
+/// Checks every view and prepares it for `size × size` pixels.
+///
+/// # Errors
+/// [`DataError::View`] with the view's name when a parameter is out of range or the steps are not: one crop, then
+/// anything, then at most one `normalize`.
+pub fn check_views(views: &[ViewSpec], size: u32) -> Result<Vec<Augmenter>, DataError> {
+    if views.is_empty() {
+        return Err(DataError::Options("a method has to declare at least one view".into()));
+    }
+    if size == 0 {
+        return Err(DataError::Options("data.size is 0; views need at least one pixel".into()));
+    }
+    views.iter().map(|view| Augmenter::new(view, size)).collect()
+}
+
+impl Augmenter {
+    /// Checks one view and prepares it.
+    ///
+    /// # Errors
+    /// As [`check_views`].
+    pub fn new(view: &ViewSpec, size: u32) -> Result<Augmenter, DataError> {
+        let refuse = |reason: String| DataError::View { view: view.name.clone(), reason };
+        let Some((first, rest)) = view.transforms.split_first() else {
+            return Err(refuse(
+                "it has no steps; start with random_resized_crop or resize_center_crop".into(),
+            ));
+        };
+        let crop = match *first {
+            Transform::RandomResizedCrop { scale, ratio, interpolation } => {
+                if !(0.0 < scale.0 && scale.0 <= scale.1 && scale.1 <= 1.0) {
+                    return Err(refuse(format!("crop scale {scale:?} is not a range within (0, 1]")));
+                }
+                if !(0.0 < ratio.0 && ratio.0 <= ratio.1 && ratio.1.is_finite()) {
+                    return Err(refuse(format!("crop ratio {ratio:?} is not a range of positive numbers")));
+                }
+                Crop::Random { scale, ratio, interpolation }
+            }
+            Transform::ResizeCenterCrop { crop_ratio, interpolation } => {
+                if !(0.0 < crop_ratio && crop_ratio <= 1.0) {
+                    return Err(refuse(format!("crop_ratio {crop_ratio} is not in (0, 1]")));
+                }
+                // timm rounds down.
+                let shorter = (f64::from(size) / crop_ratio).floor();
+                if shorter > f64::from(u16::MAX) {
+                    return Err(refuse(format!(
+                        "crop_ratio {crop_ratio} asks for images of {shorter} pixels"
+                    )));
+                }
+                Crop::Center { shorter: shorter as u32, interpolation }
+            }
+            _ => return Err(refuse("its first step is not a crop, so its size is unknown".into())),
+        };
+        let mut steps = Vec::new();
+        let mut values = None;
+        for step in rest {
+            if values.is_some() {
+                return Err(refuse("a step follows normalize, which has to be the last".into()));
+            }
+            match *step {
+                Transform::RandomResizedCrop { .. } | Transform::ResizeCenterCrop { .. } => {
+                    return Err(refuse("it crops twice; only its first step can be a crop".into()));
+                }
+                Transform::HorizontalFlip { p } => {
+                    if !(0.0..=1.0).contains(&p) {
+                        return Err(refuse(format!("flip probability {p} is not in [0, 1]")));
+                    }
+                    steps.push(Step::Flip { p });
+                }
+                Transform::Normalize { mean, std } => {
+                    if !mean.iter().all(|value| value.is_finite())
+                        || !std.iter().all(|&value| value.is_finite() && value > 0.0)
+                    {
+                        return Err(refuse(format!(
+                            "normalize needs finite means and positive deviations, not {mean:?} and {std:?}"
+                        )));
+                    }
+                    values = Some(byte_values(mean, std));
+                }
+            }
+        }
+        let values = values.unwrap_or_else(|| byte_values([0.0; 3], [1.0; 3]));
+        Ok(Augmenter { size, crop, steps, values })
+    }
+
+    /// Number of f32 in a view: `3 × size × size`.
+    pub fn len(&self) -> usize {
+        self.values.len() * self.size as usize * self.size as usize
+    }
+
+    /// Whether a view holds nothing, which [`check_views`] rules out.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Makes the view of `image` and writes it to `out` as `(3, size, size)`.
+    ///
+    /// # Panics
+    /// When `out` does not have [`len`](Self::len) elements or the image is empty.
+    pub fn apply(&self, image: &Rgb, rng: &mut Rng, scratch: &mut Scratch, out: &mut [f32]) {
+        assert_eq!(out.len(), self.len(), "a view's place in the batch has its size");
+        let Scratch { resampler, pixels } = scratch;
+        match self.crop {
+            Crop::Random { scale, ratio, interpolation } => {
+                let crop = random_crop(image.width, image.height, scale, ratio, rng);
+                resampler.resize(image, crop, (self.size, self.size), interpolation, pixels);
+            }
+            Crop::Center { shorter, interpolation } => {
+                let whole = CropBox { top: 0, left: 0, height: image.height, width: image.width };
+                let (width, height) = shorter_side_to(shorter, image.width, image.height);
+                resampler.resize(image, whole, (width, height), interpolation, pixels);
+                cut_center(pixels, self.size);
+            }
+        }
+        for step in &self.steps {
+            match *step {
+                Step::Flip { p } => {
+                    if rng.chance(p) {
+                        flip(pixels);
+                    }
+                }
+            }
+        }
+        let (pixels, _) = pixels.pixels.as_chunks::<3>();
+        for (channel, (plane, values)) in out.chunks_exact_mut(pixels.len()).zip(&self.values).enumerate() {
+            for (value, pixel) in plane.iter_mut().zip(pixels) {
+                *value = values[usize::from(pixel[channel])];
+            }
+        }
+    }
+}
+
+/// What torchvision's `ToTensor` and `Normalize` make of each byte, in the same f32 steps.
+fn byte_values(mean: [f32; 3], std: [f32; 3]) -> [[f32; 256]; 3] {
+    std::array::from_fn(|channel| {
+        std::array::from_fn(|byte| (byte as f32 / 255.0 - mean[channel]) / std[channel])
+    })
+}
+
+/// Draws the box of torchvision's `RandomResizedCrop.get_params`: ten tries at a random area and aspect ratio, then
+/// the largest centred box of an allowed ratio.
+pub fn random_crop(width: u32, height: u32, scale: (f64, f64), ratio: (f64, f64), rng: &mut Rng) -> CropBox {
+    let (image_width, image_height) = (f64::from(width), f64::from(height));
+    for _ in 0..10 {
+        let area = image_width * image_height * rng.uniform(scale.0, scale.1);
+        let aspect = rng.uniform(ratio.0.ln(), ratio.1.ln()).exp();
+        // Python's round: halves go to the even neighbour.
+        let crop_width = (area * aspect).sqrt().round_ties_even();
+        let crop_height = (area / aspect).sqrt().round_ties_even();
+        if 0.0 < crop_width && crop_width <= image_width && 0.0 < crop_height && crop_height <= image_height {
+            let (crop_width, crop_height) = (crop_width as u32, crop_height as u32);
+            let top = rng.below(u64::from(height - crop_height) + 1) as u32;
+            let left = rng.below(u64::from(width - crop_width) + 1) as u32;
+            return CropBox { top, left, height: crop_height, width: crop_width };
+        }
+    }
+    let image_ratio = image_width / image_height;
+    let (crop_width, crop_height) = if image_ratio < ratio.0 {
+        (width, (image_width / ratio.0).round_ties_even() as u32)
+    } else if image_ratio > ratio.1 {
+        ((image_height * ratio.1).round_ties_even() as u32, height)
+    } else {
+        (width, height)
+    };
+    // An image one pixel wide can round to nothing.
+    let (crop_width, crop_height) = (crop_width.clamp(1, width), crop_height.clamp(1, height));
+    CropBox {
+        top: (height - crop_height) / 2,
+        left: (width - crop_width) / 2,
+        height: crop_height,
+        width: crop_width,
+    }
+}
+
+/// The size to which torchvision's `Resize(shorter)` brings an image: the longer side is rounded down.
+fn shorter_side_to(shorter: u32, width: u32, height: u32) -> (u32, u32) {
+    let longer = |long: u32, short: u32| (u64::from(shorter) * u64::from(long) / u64::from(short)) as u32;
+    if width <= height { (shorter, longer(height, width)) } else { (longer(width, height), shorter) }
+}
+
+/// Keeps the centred square of an image, in place. torchvision rounds its corner half to even.
+fn cut_center(image: &mut Rgb, size: u32) {
+    let corner = |side: u32| (f64::from(side - size) / 2.0).round_ties_even() as usize;
+    let (top, left) = (corner(image.height), corner(image.width));
+    let (from_stride, to_stride) = (image.width as usize * 3, size as usize * 3);
+    for row in 0..size as usize {
+        let from = (top + row) * from_stride + left * 3;
+        image.pixels.copy_within(from..from + to_stride, row * to_stride);
+    }
+    image.pixels.truncate(size as usize * to_stride);
+    image.width = size;
+    image.height = size;
+}
+
+/// Mirrors every row.
+fn flip(image: &mut Rgb) {
+    let (pixels, _) = image.pixels.as_chunks_mut::<3>();
+    for row in pixels.chunks_exact_mut(image.width as usize) {
+        row.reverse();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gradient(width: u32, height: u32) -> Rgb {
+        let pixels = (0..height)
+            .flat_map(|y| (0..width).flat_map(move |x| [x as u8, y as u8, (x + y) as u8]))
+            .collect();
+        Rgb { width, height, pixels }
+    }
+
+    fn apply(view: ViewSpec, size: u32, image: &Rgb) -> Vec<f32> {
+        let augmenter = Augmenter::new(&view, size).unwrap();
+        let mut out = vec![f32::NAN; augmenter.len()];
+        augmenter.apply(image, &mut Rng::keyed(1, 2, 3, 4), &mut Scratch::default(), &mut out);
+        out
+    }
+
+    fn refusal(view: ViewSpec) -> String {
+        Augmenter::new(&view, 8).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_center_crop_at_full_size_takes_the_middle() {
+        let image = gradient(10, 8);
+        let out = apply(ViewSpec::new("v").resize_center_crop(1.0, Interpolation::Bilinear), 8, &image);
+        let expected: Vec<f32> = (0..8).flat_map(|_| (1..9).map(|x| x as f32 / 255.0)).collect();
+        assert_eq!(out[..64], expected);
+    }
+
+    #[test]
+    fn a_certain_flip_mirrors_left_and_right() {
+        let image = gradient(8, 8);
+        let plain = apply(ViewSpec::new("v").resize_center_crop(1.0, Interpolation::Bilinear), 8, &image);
+        let spec = ViewSpec::new("v").resize_center_crop(1.0, Interpolation::Bilinear).horizontal_flip(1.0);
+        let mirrored: Vec<f32> = apply(spec, 8, &image)
+            .chunks_exact(8)
+            .flat_map(|row| row.iter().rev().copied().collect::<Vec<_>>())
+            .collect();
+        assert_eq!(plain, mirrored);
+    }
+
+    #[test]
+    fn one_pixel_wide_images_can_be_cropped() {
+        let mut rng = Rng::keyed(0, 0, 0, 0);
+        for (width, height) in [(1, 1), (1, 500), (500, 1), (2, 3)] {
+            for _ in 0..100 {
+                let crop = random_crop(width, height, (0.08, 1.0), (0.75, 4.0 / 3.0), &mut rng);
+                assert!(crop.width > 0 && crop.left + crop.width <= width, "{crop:?} in {width} × {height}");
+                assert!(
+                    crop.height > 0 && crop.top + crop.height <= height,
+                    "{crop:?} in {width} × {height}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn extreme_shapes_fall_back_to_the_centre_with_the_nearest_allowed_ratio() {
+        let mut rng = Rng::keyed(0, 0, 0, 0);
+        let crop = random_crop(1000, 100, (1.0, 1.0), (0.75, 4.0 / 3.0), &mut rng);
+        assert_eq!(crop, CropBox { top: 0, left: 433, height: 100, width: 133 });
+        let crop = random_crop(90, 1000, (1.0, 1.0), (0.75, 4.0 / 3.0), &mut rng);
+        assert_eq!(crop, CropBox { top: 440, left: 0, height: 120, width: 90 });
+    }
+
+    #[test]
+    fn views_that_make_no_sense_are_refused_by_name() {
+        let crop = || ViewSpec::new("left").random_resized_crop((0.2, 1.0), Interpolation::Bicubic);
+        assert_eq!(
+            refusal(ViewSpec::new("left")),
+            "view `left`: it has no steps; start with random_resized_crop or resize_center_crop"
+        );
+        assert!(refusal(ViewSpec::new("left").normalize_imagenet()).contains("first step is not a crop"));
+        assert!(refusal(crop().resize_center_crop(1.0, Interpolation::Bilinear)).contains("crops twice"));
+        assert!(
+            refusal(crop().normalize_imagenet().horizontal_flip(0.5)).contains("a step follows normalize")
+        );
+        assert!(
+            refusal(crop().normalize_imagenet().normalize_imagenet()).contains("a step follows normalize")
+        );
+        assert!(refusal(crop().horizontal_flip(1.5)).contains("flip probability 1.5"));
+        let scale = ViewSpec::new("left").random_resized_crop((0.0, 1.0), Interpolation::Bicubic);
+        assert!(refusal(scale).contains("crop scale (0.0, 1.0)"));
+        let zero = Transform::Normalize { mean: [0.0; 3], std: [1.0, 0.0, 1.0] };
+        assert!(refusal(crop().then(zero)).contains("positive deviations"));
+        assert!(
+            refusal(ViewSpec::new("v").resize_center_crop(0.0, Interpolation::Bilinear))
+                .contains("crop_ratio 0")
+        );
+    }
+}

@@ -1,0 +1,293 @@
+//! An image data set in one HDF5 file: who its images are, where their bytes lie, and how to fetch them.
+//!
+//! The HDF5 library opens the file, and tells the layout, the labels and the byte address of every image, once.
+//! From then on images are read with `pread` by any number of threads, without a lock and without the library. Only
+//! what has no plain address (chunked, compressed, or stored in the object header) is read through the library, one
+//! thread at a time. What the two layouts look like is in [`reference`](super::reference) and
+//! [`packed`](super::packed).
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use sha2::{Digest, Sha256};
+
+use super::error::DataError;
+use super::{index_file, packed, reference};
+
+/// How a file is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// One data set per image, in a group `images`, and one per label in `labels`.
+    Reference,
+    /// All images in one data set with an offset table: what `jepa-host data pack` writes.
+    Packed,
+}
+
+/// Where a packed file comes from, as its attributes say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Provenance {
+    /// Version of the packed layout.
+    pub format_version: u32,
+    /// What wrote it, as in `jepa-host 0.1.0`.
+    pub tool: String,
+    /// Name of the directory or file that it was packed from.
+    pub source: String,
+    /// `image folder`, `idx`, or `hdf5`.
+    pub source_kind: String,
+}
+
+/// Where the encoded bytes of one image lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    /// Byte address in the file, or `NO_ADDRESS`.
+    pub offset: u64,
+    /// Number of bytes.
+    pub len: u64,
+}
+
+/// Says that an image has to be read through the library.
+pub(super) const NO_ADDRESS: u64 = u64::MAX;
+
+/// What opening a file of either layout finds out.
+pub(super) struct Contents {
+    pub layout: Layout,
+    pub slots: Vec<Slot>,
+    pub labels: Option<Vec<i64>>,
+    pub class_names: Option<Vec<String>>,
+    pub provenance: Option<Provenance>,
+}
+
+/// An open data set. Shared between threads in an `Arc`; every method takes `&self`.
+#[derive(Debug)]
+pub struct Dataset {
+    path: PathBuf,
+    file: File,
+    layout: Layout,
+    slots: Vec<Slot>,
+    labels: Option<Vec<i64>>,
+    class_names: Option<Vec<String>>,
+    provenance: Option<Provenance>,
+    /// Kept open only where some image has no address.
+    library: Option<Mutex<hdf5::File>>,
+}
+
+impl Dataset {
+    /// Opens a file of either layout and checks that it is whole.
+    ///
+    /// A file without labels opens; see [`require_labels`](Self::require_labels).
+    ///
+    /// # Errors
+    /// When it cannot be read, is not HDF5, is truncated, has another layout, other shapes or types than expected, no
+    /// image, or another number of labels than of images.
+    pub fn open(path: impl AsRef<Path>) -> Result<Dataset, DataError> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(DataError::io("open", path))?;
+        let metadata = file.metadata().map_err(DataError::io("open", path))?;
+        if metadata.is_dir() {
+            return Err(DataError::Source {
+                path: path.to_owned(),
+                reason: "a directory is not a data set; `jepa-host data pack DIR OUT.h5` makes one of it"
+                    .into(),
+            });
+        }
+        check_signature(path, &file)?;
+        let library = hdf5::File::open(path).map_err(|error| open_error(path, &error))?;
+
+        let contents = if packed::is_packed(&library) {
+            packed::read_contents(path, &library)?
+        } else if let Some(contents) = index_file::load(path, &metadata) {
+            contents
+        } else {
+            let contents = reference::read_contents(path, &library)?;
+            index_file::save(path, &metadata, &contents);
+            contents
+        };
+        let Contents { layout, slots, labels, class_names, provenance } = contents;
+        if slots.is_empty() {
+            return Err(DataError::Empty { path: path.to_owned() });
+        }
+        if let Some(labels) = labels.as_ref().filter(|labels| labels.len() != slots.len()) {
+            let (images, labels) = (slots.len(), labels.len());
+            return Err(DataError::CountMismatch { path: path.to_owned(), images, labels });
+        }
+        check_addresses(path, &slots, metadata.len())?;
+
+        let unaddressed = slots.iter().filter(|slot| slot.offset == NO_ADDRESS).count();
+        if unaddressed > 0 {
+            tracing::warn!(
+                "{}: {unaddressed} of {} images are chunked, compressed or otherwise not contiguous, so they are read \
+                 through the HDF5 library, one at a time; `jepa-host data pack` makes a file that is read in parallel",
+                path.display(),
+                slots.len()
+            );
+        }
+        let library = (unaddressed > 0).then(|| Mutex::new(library));
+        Ok(Dataset { path: path.to_owned(), file, layout, slots, labels, class_names, provenance, library })
+    }
+
+    /// Number of images, at least 1.
+    #[expect(clippy::len_without_is_empty, reason = "an empty data set does not open")]
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How the file is laid out.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Where it comes from, for a packed file.
+    pub fn provenance(&self) -> Option<&Provenance> {
+        self.provenance.as_ref()
+    }
+
+    /// One label per image, −1 for an image without one; `None` when the file has no labels.
+    pub fn labels(&self) -> Option<&[i64]> {
+        self.labels.as_deref()
+    }
+
+    /// The labels, for those who cannot do without.
+    ///
+    /// # Errors
+    /// [`DataError::NoLabels`], which names `needed_by`, when any image has none.
+    pub fn require_labels(&self, needed_by: &str) -> Result<&[i64], DataError> {
+        let missing = |what: String| DataError::NoLabels {
+            path: self.path.clone(),
+            what,
+            needed_by: needed_by.to_owned(),
+        };
+        let labels = self.labels().ok_or_else(|| missing("no labels".into()))?;
+        match labels.iter().position(|&label| label < 0) {
+            Some(index) => Err(missing(format!("no label for image {index}"))),
+            None => Ok(labels),
+        }
+    }
+
+    /// Names of the classes, where the file has them.
+    pub fn class_names(&self) -> Option<&[String]> {
+        self.class_names.as_deref()
+    }
+
+    /// Number of classes: of names, or the largest label plus one; 0 without labels.
+    pub fn classes(&self) -> usize {
+        let largest = self.labels().and_then(|labels| labels.iter().max()).map_or(0, |&label| label + 1);
+        usize::try_from(largest).unwrap_or(0).max(self.class_names().map_or(0, <[_]>::len))
+    }
+
+    /// Number of bytes of an encoded image.
+    ///
+    /// # Panics
+    /// When `index` is not below [`len`](Self::len).
+    pub fn encoded_len(&self, index: usize) -> u64 {
+        self.slots[index].len
+    }
+
+    /// The encoded bytes of one image.
+    ///
+    /// # Errors
+    /// When there is no such image or the file cannot be read.
+    pub fn read(&self, index: usize) -> Result<Vec<u8>, DataError> {
+        let mut bytes = Vec::new();
+        self.read_into(index, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// As [`read`](Self::read), into memory that is used again.
+    pub fn read_into(&self, index: usize, bytes: &mut Vec<u8>) -> Result<(), DataError> {
+        let slot = *self.slots.get(index).ok_or_else(|| DataError::OutOfRange {
+            path: self.path.clone(),
+            index: index as u64,
+            len: self.len(),
+        })?;
+        if slot.offset == NO_ADDRESS {
+            *bytes = self.read_through_library(index)?;
+            return Ok(());
+        }
+        bytes.resize(slot.len as usize, 0);
+        self.file.read_exact_at(bytes, slot.offset).map_err(DataError::io("read", &self.path))
+    }
+
+    fn read_through_library(&self, index: usize) -> Result<Vec<u8>, DataError> {
+        let Some(library) = &self.library else { return Ok(Vec::new()) };
+        let library = library.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.layout {
+            Layout::Reference => reference::read_image(&library, index),
+            Layout::Packed => packed::read_image(&library, index),
+        }
+        .map_err(DataError::hdf5(&self.path, format!("read image {index}")))
+    }
+
+    /// SHA-256, in hex, over the labels, the length of every image, and the bytes of a few hundred of them.
+    ///
+    /// It says whether two runs saw the same data: cheap (under a megabyte is read), the same for both layouts of the
+    /// same images, and different once an image is added, removed, moved or relabelled.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn fingerprint(&self) -> Result<String, DataError> {
+        const SAMPLES: usize = 256;
+        const BYTES_PER_SAMPLE: usize = 4096;
+        let mut hash = Sha256::new();
+        hash.update((self.len() as u64).to_le_bytes());
+        for slot in &self.slots {
+            hash.update(slot.len.to_le_bytes());
+        }
+        hash.update([u8::from(self.labels.is_some())]);
+        for label in self.labels().unwrap_or_default() {
+            hash.update(label.to_le_bytes());
+        }
+        let samples = SAMPLES.min(self.len());
+        let mut bytes = Vec::new();
+        for sample in 0..samples {
+            self.read_into(sample * self.len() / samples, &mut bytes)?;
+            hash.update(&bytes[..bytes.len().min(BYTES_PER_SAMPLE)]);
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+/// HDF5's signature lies at the start of the file or, behind a user block, at 512, 1024, 2048, …
+fn check_signature(path: &Path, file: &File) -> Result<(), DataError> {
+    const SIGNATURE: [u8; 8] = *b"\x89HDF\r\n\x1a\n";
+    let mut start = [0; 8];
+    let mut at = 0;
+    while file.read_exact_at(&mut start, at).is_ok() {
+        if start == SIGNATURE {
+            return Ok(());
+        }
+        at = if at == 0 { 512 } else { at * 2 };
+    }
+    Err(DataError::NotHdf5 { path: path.to_owned() })
+}
+
+fn open_error(path: &Path, error: &hdf5::Error) -> DataError {
+    let reason = error.stack().map_or_else(
+        || error.to_string(),
+        |stack| stack.iter().last().map_or_else(|| error.to_string(), |frame| frame.desc().to_owned()),
+    );
+    if error.contains_minor(hdf5::MinorErrorCode::Truncated) {
+        return DataError::Truncated { path: path.to_owned(), reason };
+    }
+    DataError::Hdf5 { path: path.to_owned(), action: "open it".into(), reason }
+}
+
+fn check_addresses(path: &Path, slots: &[Slot], file_len: u64) -> Result<(), DataError> {
+    for (index, slot) in slots.iter().enumerate().filter(|(_, slot)| slot.offset != NO_ADDRESS) {
+        if slot.offset.checked_add(slot.len).is_none_or(|end| end > file_len) {
+            let reason = format!(
+                "image {index} lies at {} with {} bytes, and the file ends at {file_len}",
+                slot.offset, slot.len
+            );
+            return Err(DataError::Truncated { path: path.to_owned(), reason });
+        }
+    }
+    Ok(())
+}

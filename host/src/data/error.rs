@@ -1,0 +1,209 @@
+//! What can be wrong with a data set, each as one sentence: what, where, why, and what to do about it.
+
+use std::path::{Path, PathBuf};
+
+/// Anything that goes wrong with images, labels, their file, or the pipeline. The command line exits with code 4.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file or directory cannot be opened, read or written.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, as in "cannot *read*".
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The file does not start like HDF5.
+    #[error(
+        "{} is not an HDF5 file; pack images into one with `jepa-host data pack SOURCE OUT.h5`",
+        path.display()
+    )]
+    NotHdf5 {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is shorter than its own contents.
+    #[error("{} is truncated: {reason}; copy or pack it again", path.display())]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Which part is missing.
+        reason: String,
+    },
+    /// The HDF5 library refuses the file or a part of it.
+    #[error("{}: HDF5 cannot {action}: {reason}", path.display())]
+    Hdf5 {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: String,
+        /// What the library says.
+        reason: String,
+    },
+    /// It is HDF5, but neither of the two layouts.
+    #[error(
+        "{} is not laid out as a data set: {reason}; expected a group `images` with data sets \"0\", \"1\", … of \
+         encoded files (and `labels` likewise), or a file written by `jepa-host data pack`",
+        path.display()
+    )]
+    Layout {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        reason: String,
+    },
+    /// There is no image in it.
+    #[error("{} holds no images; pack it again from a source that has some", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// As many labels as images are needed.
+    #[error("{} holds {images} images but {labels} labels; pack it again from its source", path.display())]
+    CountMismatch {
+        /// The file.
+        path: PathBuf,
+        /// Number of images.
+        images: usize,
+        /// Number of labels.
+        labels: usize,
+    },
+    /// Labels are needed, and there are none.
+    #[error(
+        "{} has {what}, and {needed_by} needs one for each image; add a group `labels` with one integer per image, pack it from \
+         class folders (`jepa-host data pack DIR OUT.h5`), or turn evaluation off with eval.every_epochs=0",
+        path.display()
+    )]
+    NoLabels {
+        /// The file.
+        path: PathBuf,
+        /// "no labels", or which image has none.
+        what: String,
+        /// Who asked.
+        needed_by: String,
+    },
+    /// An index beyond the last image.
+    #[error("{} has {len} images, so there is no image {index}", path.display())]
+    OutOfRange {
+        /// The file.
+        path: PathBuf,
+        /// The index.
+        index: u64,
+        /// Number of images.
+        len: usize,
+    },
+    /// One image does not decode, and the policy is to stop.
+    #[error(
+        "{}: image {index} is corrupt: {reason}; `jepa-host data verify` lists every bad image, and \
+         data.on_error=\"replace\" trains on another one instead",
+        path.display()
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// The image.
+        index: u64,
+        /// Why it does not decode.
+        reason: String,
+    },
+    /// Replacing corrupt images found only more corrupt images.
+    #[error(
+        "{}: image {index} is corrupt ({reason}), and so are the {tries} others drawn to replace it; run \
+         `jepa-host data verify` on the file",
+        path.display()
+    )]
+    TooManyCorrupt {
+        /// The file.
+        path: PathBuf,
+        /// The first image of the chain.
+        index: u64,
+        /// Why that one does not decode.
+        reason: String,
+        /// How many others were tried.
+        tries: u32,
+    },
+    /// A view that cannot be made.
+    #[error("view `{view}`: {reason}")]
+    View {
+        /// The view's name.
+        view: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Loader options that fit neither each other nor the data.
+    #[error("{0}")]
+    Options(String),
+    /// A worker thread panicked: a fault of this program.
+    #[error(
+        "the loader panicked on image {index} of {}: {message}; this is a fault of jepa-host, please report it",
+        path.display()
+    )]
+    Panic {
+        /// The file.
+        path: PathBuf,
+        /// The image.
+        index: u64,
+        /// The panic's message.
+        message: String,
+    },
+    /// Something to pack cannot be packed.
+    #[error("cannot pack {}: {reason}", path.display())]
+    Source {
+        /// The directory or file.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// Some images to pack do not decode.
+    #[error(
+        "cannot pack {}: {count} of its images are unreadable: {examples}; repair or remove them, or leave them out \
+         with --skip-bad",
+        path.display()
+    )]
+    BadSource {
+        /// The directory or file.
+        path: PathBuf,
+        /// How many.
+        count: usize,
+        /// The first few, with reasons.
+        examples: String,
+    },
+    /// A check of all images found corrupt ones, which have been listed.
+    #[error(
+        "{bad} of the {images} images in {} are corrupt; train with data.on_error=\"replace\", or pack the file again \
+         without them: `jepa-host data pack --skip-bad`",
+        path.display()
+    )]
+    BadImages {
+        /// The file.
+        path: PathBuf,
+        /// How many.
+        bad: usize,
+        /// Of how many.
+        images: usize,
+    },
+    /// The output is there already.
+    #[error("{} exists already; choose another name, or overwrite it with --force", path.display())]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl DataError {
+    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DataError {
+        let path = path.to_owned();
+        move |source| DataError::Io { action, path, source }
+    }
+
+    pub(super) fn hdf5(path: &Path, action: impl Into<String>) -> impl FnOnce(hdf5::Error) -> DataError {
+        let (path, action) = (path.to_owned(), action.into());
+        move |error| DataError::Hdf5 { path, action, reason: error.to_string() }
+    }
+
+    pub(super) fn layout(path: &Path, reason: impl Into<String>) -> DataError {
+        DataError::Layout { path: path.to_owned(), reason: reason.into() }
+    }
+}

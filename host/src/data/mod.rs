@@ -1,0 +1,30 @@
+//! Image data sets: read, decode, augment, and deliver as batches; and the tools that make and check their files.
+//!
+//! [`Dataset`] opens an HDF5 file of either layout. [`Loader`] turns it into batches of the views that a method
+//! declared. [`pack`], [`inspect`] and [`verify`] are what `jepa-host data …` runs. Nothing here knows about
+//! methods, training or the command line.
+
+pub mod augment;
+mod batch;
+mod dataset;
+pub mod decode;
+mod error;
+mod idx;
+mod index_file;
+mod inspect;
+mod loader;
+mod pack;
+mod packed;
+mod parallel;
+mod reference;
+pub mod resample;
+mod source;
+mod verify;
+
+pub use augment::check_views;
+pub use dataset::{Dataset, Layout, Provenance};
+pub use error::DataError;
+pub use inspect::{ClassCount, Sample, Summary, inspect};
+pub use loader::{Batch, Batches, Loader, LoaderOptions, OnError};
+pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Split, pack};
+pub use verify::{VerifyReport, verify};

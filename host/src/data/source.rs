@@ -1,0 +1,183 @@
+//! What can be packed: class folders of image files, an existing HDF5 file, or IDX files.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::dataset::Dataset;
+use super::error::DataError;
+use super::idx::{self, Idx};
+use super::pack::Split;
+
+/// Images to pack, in the order in which they will lie in the file.
+pub(super) struct Source {
+    kind: Kind,
+    /// The directory or file that was read.
+    pub path: PathBuf,
+    pub labels: Option<Vec<i64>>,
+    pub class_names: Option<Vec<String>>,
+    /// Files that are not JPEG or PNG by their names.
+    pub ignored: usize,
+}
+
+enum Kind {
+    Folder(Vec<PathBuf>),
+    Hdf5(Dataset),
+    Idx(Idx),
+}
+
+impl Source {
+    /// Finds out what `path` is.
+    pub fn open(path: &Path, split: Option<Split>) -> Result<Source, DataError> {
+        let refuse = |reason: &str| DataError::Source { path: path.to_owned(), reason: reason.to_owned() };
+        let metadata = fs::metadata(path).map_err(DataError::io("open", path))?;
+        if metadata.is_dir() {
+            return match idx::find_images(path, split)? {
+                Some(images) => Source::idx(&images),
+                None if split.is_some() => {
+                    Err(refuse("--split chooses between IDX files, and it holds none"))
+                }
+                None => Source::folder(path),
+            };
+        }
+        if split.is_some() {
+            return Err(refuse("--split chooses between the IDX files of a directory, and this is a file"));
+        }
+        if idx::is_idx(path) {
+            return Source::idx(path);
+        }
+        let mut start = [0; 8];
+        let is_hdf5 = File::open(path).is_ok_and(|mut file| file.read_exact(&mut start).is_ok())
+            && start == *b"\x89HDF\r\n\x1a\n";
+        if !is_hdf5 {
+            return Err(refuse("it is neither a directory of class folders nor an HDF5 or IDX file"));
+        }
+        let dataset = Dataset::open(path)?;
+        Ok(Source {
+            path: path.to_owned(),
+            labels: dataset.labels().map(<[_]>::to_vec),
+            class_names: dataset.class_names().map(<[_]>::to_vec),
+            ignored: 0,
+            kind: Kind::Hdf5(dataset),
+        })
+    }
+
+    fn idx(path: &Path) -> Result<Source, DataError> {
+        let mut idx = Idx::open(path)?;
+        let labels = idx.labels.take();
+        Ok(Source { kind: Kind::Idx(idx), path: path.to_owned(), labels, class_names: None, ignored: 0 })
+    }
+
+    /// Class folders, sorted by name; in each the files of all levels, sorted by path. A directory that holds images
+    /// and no folders is a set without labels.
+    fn folder(path: &Path) -> Result<Source, DataError> {
+        let (mut folders, loose) = list(path)?;
+        folders.retain(|folder| !is_hidden(folder));
+        let mut ignored = 0;
+        let mut files = Vec::new();
+        if folders.is_empty() {
+            keep_images(loose, &mut files, &mut ignored);
+            return Ok(Source {
+                kind: Kind::Folder(files),
+                path: path.to_owned(),
+                labels: None,
+                class_names: None,
+                ignored,
+            });
+        }
+        ignored += loose.len();
+        let mut labels = Vec::new();
+        let mut class_names = Vec::new();
+        for (label, folder) in folders.iter().enumerate() {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let before = files.len();
+            walk(folder, &mut files, &mut ignored)?;
+            if files.len() == before {
+                tracing::warn!(
+                    "class folder {} has no images; its label {label} stays unused",
+                    folder.display()
+                );
+            }
+            labels.resize(files.len(), label as i64);
+            class_names.push(name);
+        }
+        Ok(Source {
+            kind: Kind::Folder(files),
+            path: path.to_owned(),
+            labels: Some(labels),
+            class_names: Some(class_names),
+            ignored,
+        })
+    }
+
+    /// What the file's `source_kind` will say.
+    pub fn kind(&self) -> &'static str {
+        match self.kind {
+            Kind::Folder(_) => "image folder",
+            Kind::Hdf5(_) => "hdf5",
+            Kind::Idx(_) => "idx",
+        }
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        match &self.kind {
+            Kind::Folder(files) => files.len(),
+            Kind::Hdf5(dataset) => dataset.len(),
+            Kind::Idx(idx) => idx.len(),
+        }
+    }
+
+    /// What to call an image in a message.
+    pub fn name(&self, index: usize) -> String {
+        match &self.kind {
+            Kind::Folder(files) => {
+                files[index].strip_prefix(&self.path).unwrap_or(&files[index]).display().to_string()
+            }
+            Kind::Hdf5(_) | Kind::Idx(_) => format!("image {index}"),
+        }
+    }
+
+    /// The encoded bytes of an image; the same at every call.
+    pub fn read(&self, index: usize) -> Result<Vec<u8>, DataError> {
+        match &self.kind {
+            Kind::Folder(files) => fs::read(&files[index]).map_err(DataError::io("read", &files[index])),
+            Kind::Hdf5(dataset) => dataset.read(index),
+            Kind::Idx(idx) => Ok(idx.encode(index)),
+        }
+    }
+}
+
+/// The folders and the files of a directory, each sorted by name. Links are followed.
+fn list(directory: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), DataError> {
+    let mut paths = fs::read_dir(directory)
+        .and_then(|entries| {
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<Vec<_>, _>>()
+        })
+        .map_err(DataError::io("list", directory))?;
+    paths.sort();
+    Ok(paths.into_iter().partition(|path| path.is_dir()))
+}
+
+/// Adds the images of a folder: its own first, then those of its folders.
+fn walk(folder: &Path, files: &mut Vec<PathBuf>, ignored: &mut usize) -> Result<(), DataError> {
+    let (folders, own) = list(folder)?;
+    keep_images(own, files, ignored);
+    folders.iter().filter(|folder| !is_hidden(folder)).try_for_each(|folder| walk(folder, files, ignored))
+}
+
+fn keep_images(candidates: Vec<PathBuf>, files: &mut Vec<PathBuf>, ignored: &mut usize) {
+    for path in candidates {
+        let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default().to_ascii_lowercase();
+        if matches!(extension.as_str(), "jpg" | "jpeg" | "png") && !is_hidden(&path) {
+            files.push(path);
+        } else {
+            *ignored += 1;
+        }
+    }
+}
+
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+}

@@ -1,0 +1,73 @@
+//! The device of a run, libtorch, and what of it tch does not bind.
+
+mod autocast;
+mod cuda;
+mod libtorch;
+mod native;
+
+use std::path::PathBuf;
+
+use jepa_plugin_api::tch;
+use thiserror::Error;
+
+pub use autocast::autocast_bf16;
+pub use libtorch::{Libtorch, check_native, libtorch};
+pub use native::{AdamW, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, total_norm, zero_gradients};
+
+use crate::config;
+
+/// The device of a run cannot be had.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// A library of ours or of libtorch is not where it should be.
+    #[error("cannot open {}: {reason}; {advice}", path.display())]
+    Library {
+        /// The file.
+        path: PathBuf,
+        /// The dynamic linker's words.
+        reason: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// CUDA was asked for by name and is not there.
+    #[error("trainer.device = \"{asked}\": {reason}; use trainer.device = \"cpu\", or \"auto\" to take what is there")]
+    NoCuda {
+        /// As configured.
+        asked: String,
+        /// What is missing.
+        reason: String,
+    },
+    /// libtorch reports an error.
+    #[error("libtorch: {0}")]
+    Torch(String),
+}
+
+/// Finds the device that `asked` means: `auto` takes the first CUDA device, or the CPU where there is none.
+///
+/// # Errors
+/// When CUDA is asked for by name and is missing; the sentence says what is.
+pub fn choose(asked: config::Device) -> Result<tch::Device, DeviceError> {
+    let index = match asked {
+        config::Device::Cpu => return Ok(tch::Device::Cpu),
+        config::Device::Auto => 0,
+        config::Device::Cuda(index) => index.unwrap_or(0),
+    };
+    let missing = match cuda::open() {
+        Ok(()) if (index as i64) < tch::Cuda::device_count() => return Ok(tch::Device::Cuda(index)),
+        Ok(()) => format!("libtorch sees {} CUDA devices", tch::Cuda::device_count()),
+        Err(reason) => reason,
+    };
+    if asked == config::Device::Auto {
+        tracing::debug!("training on the CPU: {missing}");
+        return Ok(tch::Device::Cpu);
+    }
+    Err(DeviceError::NoCuda { asked: asked.into(), reason: missing })
+}
+
+/// The text that a plugin reads as a device: `cpu` or `cuda:<n>`.
+pub fn device_text(device: tch::Device) -> String {
+    match device {
+        tch::Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    }
+}

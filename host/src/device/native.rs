@@ -1,0 +1,271 @@
+//! Bindings to libjepa_native.so, our thin C++ over libtorch for what tch does not bind (`host/native/native.h`).
+//!
+//! The library is opened at run time from the folder of the torch bridge, so that a build needs no libtorch.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use jepa_plugin_api::tch::Tensor;
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+
+use super::DeviceError;
+use super::libtorch::mapped;
+
+const API: i32 = 1;
+
+type Handle = *mut c_void;
+type ErrorOut = *mut *mut c_char;
+
+/// The functions, with the signatures of native.h.
+pub(super) struct Native {
+    free_string: unsafe extern "C" fn(*mut c_char),
+    cpu_capability: unsafe extern "C" fn() -> *const c_char,
+    cuda_loaded: unsafe extern "C" fn() -> bool,
+    has_cuda: unsafe extern "C" fn() -> bool,
+    autocast_set: unsafe extern "C" fn(i32, bool, i32, *mut bool, *mut i32, ErrorOut) -> bool,
+    autocast_cache_clear: unsafe extern "C" fn(ErrorOut) -> bool,
+    #[allow(clippy::type_complexity)]
+    fused_adamw: unsafe extern "C" fn(
+        usize,
+        *const Handle,
+        *const Handle,
+        *const Handle,
+        *const Handle,
+        *const Handle,
+        f64,
+        f64,
+        f64,
+        f64,
+        f64,
+        ErrorOut,
+    ) -> bool,
+    ema: unsafe extern "C" fn(usize, *const Handle, *const Handle, f64, ErrorOut) -> bool,
+    total_norm: unsafe extern "C" fn(usize, *const Handle, *mut Handle, ErrorOut) -> bool,
+    clip: unsafe extern "C" fn(usize, *const Handle, Handle, f64, ErrorOut) -> bool,
+    grads: unsafe extern "C" fn(usize, *const Handle, *mut Handle, ErrorOut) -> bool,
+    zero_grads: unsafe extern "C" fn(usize, *const Handle, ErrorOut) -> bool,
+}
+
+static NATIVE: OnceLock<Native> = OnceLock::new();
+
+/// The library, opened on first use.
+pub(super) fn library() -> Result<&'static Native, DeviceError> {
+    if let Some(native) = NATIVE.get() {
+        return Ok(native);
+    }
+    let bridge = mapped(&format!("lib{}.so", jepa_plugin_api::abi::BRIDGE));
+    let folder = bridge.and_then(|path| path.parent().map(PathBuf::from)).unwrap_or_default();
+    let path = folder.join("libjepa_native.so");
+    let native = open(&path).map_err(|reason| DeviceError::Library {
+        path,
+        reason,
+        advice: "run `make setup`, which builds it beside the torch bridge",
+    })?;
+    Ok(NATIVE.get_or_init(|| native))
+}
+
+fn open(path: &std::path::Path) -> Result<Native, String> {
+    let words = |error: libloading::Error| match std::error::Error::source(&error) {
+        Some(source) => source.to_string(),
+        None => error.to_string(),
+    };
+    // SAFETY: the library is ours; its initialisers do nothing.
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(words)?;
+    // SAFETY: native.h declares each function with the type of the field that takes it, and the version of that
+    // interface is compared before any other function is called.
+    let native = unsafe {
+        let api = library.get::<unsafe extern "C" fn() -> i32>(b"jepa_native_api").map_err(words)?();
+        if api != API {
+            return Err(format!("it has interface {api}, this host needs {API}"));
+        }
+        Native {
+            free_string: *library.get(b"jepa_native_free_string").map_err(words)?,
+            cpu_capability: *library.get(b"jepa_native_cpu_capability").map_err(words)?,
+            cuda_loaded: *library.get(b"jepa_native_cuda_loaded").map_err(words)?,
+            has_cuda: *library.get(b"jepa_native_has_cuda").map_err(words)?,
+            autocast_set: *library.get(b"jepa_autocast_set").map_err(words)?,
+            autocast_cache_clear: *library.get(b"jepa_autocast_cache_clear").map_err(words)?,
+            fused_adamw: *library.get(b"jepa_fused_adamw").map_err(words)?,
+            ema: *library.get(b"jepa_ema").map_err(words)?,
+            total_norm: *library.get(b"jepa_total_norm").map_err(words)?,
+            clip: *library.get(b"jepa_clip").map_err(words)?,
+            grads: *library.get(b"jepa_grads").map_err(words)?,
+            zero_grads: *library.get(b"jepa_zero_grads").map_err(words)?,
+        }
+    };
+    std::mem::forget(library);
+    Ok(native)
+}
+
+impl Native {
+    /// Runs `call` with a place for its error, and turns false into that error.
+    fn checked(&self, call: impl FnOnce(&Self, ErrorOut) -> bool) -> Result<(), DeviceError> {
+        let mut error: *mut c_char = std::ptr::null_mut();
+        if call(self, &mut error) {
+            return Ok(());
+        }
+        if error.is_null() {
+            return Err(DeviceError::Torch("no message".to_owned()));
+        }
+        // SAFETY: a message of the library is a string of its own until it is freed, which happens right here.
+        let message = unsafe {
+            let text = CStr::from_ptr(error).to_string_lossy().into_owned();
+            (self.free_string)(error);
+            text
+        };
+        Err(DeviceError::Torch(message.lines().next().unwrap_or_default().to_owned()))
+    }
+}
+
+/// Handles for a call; they stay the tensors'.
+fn handles<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Vec<Handle> {
+    tensors.into_iter().map(|tensor| tensor.as_ptr().cast_mut().cast()).collect()
+}
+
+/// The vector instructions that libtorch's kernels use.
+pub fn cpu_capability() -> Result<String, DeviceError> {
+    let native = library()?;
+    // SAFETY: a static string.
+    Ok(unsafe { CStr::from_ptr((native.cpu_capability)()) }.to_string_lossy().into_owned())
+}
+
+pub(super) fn cuda_loaded() -> bool {
+    // SAFETY: no arguments; safe at any time.
+    library().is_ok_and(|native| unsafe { (native.cuda_loaded)() })
+}
+
+pub(super) fn has_cuda() -> bool {
+    // SAFETY: as above.
+    library().is_ok_and(|native| unsafe { (native.has_cuda)() })
+}
+
+/// Sets autocast of the calling thread and returns the state before, for a later call that restores it.
+pub(super) fn set_autocast(cuda: bool, (enabled, dtype): (bool, i32)) -> Result<(bool, i32), DeviceError> {
+    let mut before = (false, 0);
+    // SAFETY: both out parameters live through the call.
+    library()?.checked(|native, error| unsafe {
+        (native.autocast_set)(i32::from(cuda), enabled, dtype, &mut before.0, &mut before.1, error)
+    })?;
+    Ok(before)
+}
+
+/// Drops the casts of parameters that autocast kept.
+pub(super) fn clear_autocast_cache() -> Result<(), DeviceError> {
+    // SAFETY: no tensors involved.
+    library()?.checked(|native, error| unsafe { (native.autocast_cache_clear)(error) })
+}
+
+/// The gradient of each parameter, `None` where there is none.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn gradients(params: &[Tensor]) -> Result<Vec<Option<Tensor>>, DeviceError> {
+    let inputs = handles(params);
+    let mut out: Vec<Handle> = vec![std::ptr::null_mut(); inputs.len()];
+    // SAFETY: both lists have `count` places.
+    library()?.checked(|native, error| unsafe {
+        (native.grads)(inputs.len(), inputs.as_ptr(), out.as_mut_ptr(), error)
+    })?;
+    // SAFETY: a handle that goes out is ours.
+    let own = |handle: Handle| (!handle.is_null()).then(|| unsafe { Tensor::from_ptr(handle.cast()) });
+    Ok(out.into_iter().map(own).collect())
+}
+
+/// Drops the gradients of `params`.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn zero_gradients(params: &[Tensor]) -> Result<(), DeviceError> {
+    let inputs = handles(params);
+    // SAFETY: the list has `count` valid handles.
+    library()?.checked(|native, error| unsafe { (native.zero_grads)(inputs.len(), inputs.as_ptr(), error) })
+}
+
+/// The L2 norm of all tensors together, a scalar on their device.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn total_norm(tensors: &[Tensor]) -> Result<Tensor, DeviceError> {
+    let (inputs, mut norm) = (handles(tensors), std::ptr::null_mut());
+    // SAFETY: the list has `count` valid handles; the norm that goes out is ours.
+    unsafe {
+        library()?
+            .checked(|native, error| (native.total_norm)(inputs.len(), inputs.as_ptr(), &mut norm, error))?;
+        Ok(Tensor::from_ptr(norm.cast()))
+    }
+}
+
+/// Scales `gradients` in place so that their [`total_norm`], which is `norm`, does not exceed `max_norm`.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn clip_gradients(gradients: &[Tensor], norm: &Tensor, max_norm: f64) -> Result<(), DeviceError> {
+    let inputs = handles(gradients);
+    let norm = norm.as_ptr().cast_mut().cast();
+    // SAFETY: all handles are valid.
+    library()?.checked(|native, error| unsafe {
+        (native.clip)(inputs.len(), inputs.as_ptr(), norm, max_norm, error)
+    })
+}
+
+/// target ← momentum · target + (1 − momentum) · online, pair by pair, in place.
+///
+/// # Errors
+/// Whatever libtorch reports, for lists of unequal shapes for one.
+pub fn ema_update(targets: &[Tensor], onlines: &[Tensor], momentum: f64) -> Result<(), DeviceError> {
+    assert_eq!(targets.len(), onlines.len(), "EMA pairs");
+    let (targets, onlines) = (handles(targets), handles(onlines));
+    // SAFETY: both lists have `count` valid handles.
+    library()?.checked(|native, error| unsafe {
+        (native.ema)(targets.len(), targets.as_ptr(), onlines.as_ptr(), momentum, error)
+    })
+}
+
+/// What one AdamW step works on: lists of equal length, tensors of equal shape at equal places.
+pub struct AdamW<'a> {
+    /// Parameters, changed in place.
+    pub params: &'a [Tensor],
+    /// Their gradients.
+    pub grads: &'a [Tensor],
+    /// First moments, changed in place.
+    pub exp_avgs: &'a [Tensor],
+    /// Second moments, changed in place.
+    pub exp_avg_sqs: &'a [Tensor],
+    /// Steps taken, f32 scalars, counted up in place.
+    pub steps: &'a [Tensor],
+}
+
+/// One step of AdamW, equal to `torch.optim.AdamW(fused=True)`.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn adamw_step(
+    lists: &AdamW<'_>,
+    lr: f64,
+    betas: [f64; 2],
+    weight_decay: f64,
+    eps: f64,
+) -> Result<(), DeviceError> {
+    let all = [lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.steps].map(handles);
+    let count = all[0].len();
+    assert!(all.iter().all(|list| list.len() == count), "AdamW lists");
+    let [params, grads, exp_avgs, exp_avg_sqs, steps] = all.each_ref().map(|list| list.as_ptr());
+    // SAFETY: all lists have `count` valid handles.
+    library()?.checked(|native, error| unsafe {
+        (native.fused_adamw)(
+            count,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            lr,
+            betas[0],
+            betas[1],
+            weight_decay,
+            eps,
+            error,
+        )
+    })
+}

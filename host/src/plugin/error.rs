@@ -1,0 +1,135 @@
+//! Why a plugin is refused: one sentence each, with the file, what it has, and what is needed.
+
+use std::path::PathBuf;
+
+use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE};
+use thiserror::Error;
+
+/// A plugin, method or backbone that cannot be used. Exit code 3.
+#[derive(Debug, Error)]
+pub enum PluginError {
+    /// No file of that name in any place.
+    #[error("no plugin `{name}`: looked for {tried}; give its path, or name its folder with --plugin-dir")]
+    NotFound {
+        /// As the user wrote it.
+        name: String,
+        /// The paths that were tried.
+        tried: String,
+    },
+    /// The file cannot be read.
+    #[error("{}: cannot be read: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not an ELF shared library of this machine.
+    #[error("{}: is not a shared library for this machine ({reason})", path.display())]
+    NotALibrary {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A library without a manifest.
+    #[error(
+        "{}: is a library but not a jepa-host plugin: it exports no manifest; build it with jepa-plugin-api and \
+         `export_plugin!`",
+        path.display()
+    )]
+    NoManifest {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A manifest that does not make sense.
+    #[error("{}: {reason}; build it again", path.display())]
+    BadManifest {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Built for another major version of the boundary.
+    #[error(
+        "{}: was built for plugin API {major}.{minor}, this host has {API_MAJOR}.{API_MINOR}; build it with \
+         jepa-plugin-api {API_MAJOR}.x",
+        path.display()
+    )]
+    ApiMajor {
+        /// The file.
+        path: PathBuf,
+        /// The plugin's major version.
+        major: u16,
+        /// The plugin's minor version.
+        minor: u16,
+    },
+    /// Calls a torch bridge that this host does not ship.
+    #[error("{}: needs the torch bridge `{bridge}`, this host has `{BRIDGE}`", path.display())]
+    Bridge {
+        /// The file.
+        path: PathBuf,
+        /// The bridge that it names.
+        bridge: String,
+    },
+    /// Brings C++ of its own over another libtorch.
+    #[error("{}: brings C++ for libtorch {needs}, this host runs on {has}", path.display())]
+    Libtorch {
+        /// The file.
+        path: PathBuf,
+        /// The version that it names.
+        needs: String,
+        /// The version in use.
+        has: String,
+    },
+    /// The dynamic linker refuses the file: a missing symbol or a missing library.
+    #[error("{}: cannot be opened: {reason}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The linker's words.
+        reason: String,
+    },
+    /// Its types do not fit, or its self-test fails.
+    #[error("{}: does not fit this host: {reason}", path.display())]
+    Unfit {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// Two files, one name.
+    #[error("two plugins are named `{name}`: {} and {}; load one of them", first.display(), second.display())]
+    SameName {
+        /// The common name.
+        name: String,
+        /// The file that was loaded first.
+        first: PathBuf,
+        /// The other one.
+        second: PathBuf,
+    },
+    /// Two plugins offer one method or backbone.
+    #[error("{what} `{name}` is offered by two plugins: {} and {}; load one of them", first.display(), second.display())]
+    SameOffer {
+        /// `method` or `backbone`.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// The file that was loaded first.
+        first: PathBuf,
+        /// The other one.
+        second: PathBuf,
+    },
+    /// No loaded plugin has it.
+    #[error("no plugin offers the {what} `{name}`{nearest}; {known}")]
+    Unknown {
+        /// `method` or `backbone`.
+        what: &'static str,
+        /// As the user wrote it.
+        name: String,
+        /// `, did you mean …?` or nothing.
+        nearest: String,
+        /// What there is.
+        known: String,
+    },
+}

@@ -1,0 +1,71 @@
+//! Where plugins are looked for.
+
+use std::env;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::PluginError;
+
+/// The environment variable with further folders, separated by colons.
+pub const PATH_VARIABLE: &str = "JEPA_PLUGIN_PATH";
+
+/// The folders in which a plugin's name is looked up, in order.
+#[derive(Clone, Debug)]
+pub struct SearchPath(Vec<PathBuf>);
+
+impl SearchPath {
+    /// `--plugin-dir` first, then `$JEPA_PLUGIN_PATH`, `./plugins`, and the folder of the executable.
+    pub fn new(plugin_dirs: &[PathBuf]) -> Self {
+        let mut folders = plugin_dirs.to_vec();
+        if let Some(paths) = env::var_os(PATH_VARIABLE) {
+            folders.extend(env::split_paths(&paths).filter(|p| !p.as_os_str().is_empty()));
+        }
+        folders.push("plugins".into());
+        if let Ok(executable) = env::current_exe() {
+            folders.extend(executable.parent().map(Path::to_owned));
+        }
+        SearchPath(folders)
+    }
+
+    /// The folders themselves.
+    pub fn folders(&self) -> &[PathBuf] {
+        &self.0
+    }
+
+    /// The file that `name` means: a path when it has a slash, else a file name (`libcnn_jepa.so`) or a bare name
+    /// (`cnn_jepa`, `cnn-jepa`) in one of the folders. The current folder is not among them.
+    ///
+    /// # Errors
+    /// When there is no such file, naming every path that was tried.
+    pub fn find(&self, name: &Path) -> Result<PathBuf, PluginError> {
+        let tried: Vec<PathBuf> = match name.to_str() {
+            Some(text) if !text.contains('/') => {
+                let bare = format!("lib{}.so", text.replace('-', "_"));
+                let files = if text.ends_with(".so") { vec![text.to_owned()] } else { vec![bare] };
+                self.0.iter().flat_map(|folder| files.iter().map(|file| folder.join(file))).collect()
+            }
+            _ => vec![name.to_owned()],
+        };
+        if let Some(found) = tried.iter().find(|path| path.is_file()) {
+            return Ok(found.canonicalize().unwrap_or_else(|_| found.clone()));
+        }
+        let tried = tried.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+        Err(PluginError::NotFound { name: name.display().to_string(), tried })
+    }
+}
+
+/// The shared libraries in `folders`, sorted by name within each.
+pub fn plugin_files(folders: &[PathBuf]) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    for folder in folders {
+        let Ok(entries) = folder.read_dir() else { continue };
+        let mut found: Vec<PathBuf> = entries
+            .filter_map(|entry| entry.ok()?.path().canonicalize().ok())
+            .filter(|path| path.extension() == Some(OsStr::new("so")) && path.is_file())
+            .collect();
+        found.sort();
+        found.retain(|path| !files.contains(path));
+        files.append(&mut found);
+    }
+    files
+}

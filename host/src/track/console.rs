@@ -1,0 +1,161 @@
+//! What a person at a terminal sees: one progress bar, and log lines that do not tear it. Without a terminal, a plain
+//! line for each record.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal as _, Write};
+use std::sync::OnceLock;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// One step, for the bar.
+#[derive(Clone, Copy, Debug)]
+pub struct StepReport {
+    /// Steps done.
+    pub step: u64,
+    /// Epochs done.
+    pub epoch: u64,
+    /// Epochs in all.
+    pub epochs: u64,
+    /// Mean loss since the last log line.
+    pub loss: f64,
+    /// Training images per second.
+    pub images_per_s: f64,
+    /// Share of time spent waiting for data, 0 to 1.
+    pub data_wait: f64,
+}
+
+/// The bars of this process; log lines go around them.
+fn bars() -> &'static MultiProgress {
+    static BARS: OnceLock<MultiProgress> = OnceLock::new();
+    BARS.get_or_init(MultiProgress::new)
+}
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verbosity {
+    /// Warnings and errors.
+    Quiet,
+    /// And what happens.
+    Normal,
+    /// And why.
+    Verbose,
+}
+
+/// Sends `tracing` events to the standard error, around progress bars. `RUST_LOG` wins over `verbosity`.
+pub fn init_logging(verbosity: Verbosity) {
+    let default = match verbosity {
+        Verbosity::Quiet => "warn",
+        Verbosity::Normal => "info",
+        Verbosity::Verbose => "debug",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    // A second call, as in a test, leaves the first in place.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(verbosity == Verbosity::Verbose)
+        .without_time()
+        .with_ansi(color)
+        .with_writer(AroundBars)
+        .try_init();
+}
+
+struct AroundBars;
+
+impl<'a> MakeWriter<'a> for AroundBars {
+    type Writer = AroundBars;
+    fn make_writer(&'a self) -> AroundBars {
+        AroundBars
+    }
+}
+
+impl Write for AroundBars {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        bars().suspend(|| io::stderr().write_all(bytes))?;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+pub(super) struct Console {
+    terminal: bool,
+    bar: Option<ProgressBar>,
+}
+
+impl Console {
+    pub fn new() -> Self {
+        Console { terminal: io::stderr().is_terminal(), bar: None }
+    }
+
+    pub fn start(&mut self, from: u64, to: u64) {
+        if !self.terminal {
+            return;
+        }
+        let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}  {eta} left").expect("a valid template");
+        let bar = bars().add(ProgressBar::new(to).with_style(style));
+        bar.set_position(from);
+        bar.reset_eta();
+        self.bar = Some(bar);
+    }
+
+    pub fn step(&mut self, report: &StepReport) {
+        let Some(bar) = &self.bar else { return };
+        bar.set_position(report.step);
+        bar.set_message(format!(
+            "epoch {}/{}  loss {:.4}  {:.0} images/s  data wait {:.0}%",
+            report.epoch + 1,
+            report.epochs,
+            report.loss,
+            report.images_per_s,
+            100.0 * report.data_wait
+        ));
+    }
+
+    pub fn note(&mut self, what: &str) {
+        match &self.bar {
+            Some(bar) => bar.set_message(what.to_owned()),
+            None => tracing::debug!("{what}"),
+        }
+    }
+
+    /// Training figures are on the bar already; others, and all of them without a terminal, get a line.
+    pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
+        let training = figures.keys().all(|name| name.starts_with("train/"));
+        if training && self.bar.is_some() {
+            return;
+        }
+        let shown = |name: &&String| !name.starts_with("train/") || MAIN.contains(&name.as_str());
+        let text: Vec<String> = figures
+            .iter()
+            .filter(|(name, _)| shown(name))
+            .map(|(name, value)| format!("{} {}", short(name), number(*value)))
+            .collect();
+        tracing::info!("step {step}  epoch {epoch:.2}  {}", text.join("  "));
+    }
+
+    pub fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// The training figures that fit on a line.
+const MAIN: [&str; 4] = ["train/loss", "train/lr", "train/images_per_s", "train/data_wait"];
+
+fn short(name: &str) -> &str {
+    name.strip_prefix("train/").or_else(|| name.strip_prefix("eval/")).unwrap_or(name)
+}
+
+fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        small if small < 1e-3 => format!("{value:.2e}"),
+        large if large >= 1000.0 => format!("{value:.0}"),
+        _ => format!("{value:.4}"),
+    }
+}

@@ -1,0 +1,71 @@
+//! How a run can end before its last step.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::device::DeviceError;
+
+/// Why training stopped.
+#[derive(Debug, Error)]
+pub enum TrainError {
+    /// NaN or infinity. Exit code 5.
+    #[error(
+        "diverged at step {step}: {metric} is {value}; the last good checkpoint is {}. Try a lower optimizer.lr, \
+         a longer optimizer.warmup_epochs, trainer.clip = 1.0, or trainer.precision = \"fp32\"",
+        checkpoint.as_ref().map_or("none yet".to_owned(), |path| path.display().to_string())
+    )]
+    Diverged {
+        /// Optimizer steps taken before.
+        step: u64,
+        /// What is not a number.
+        metric: String,
+        /// NaN or ±inf.
+        value: f64,
+        /// What can be resumed from.
+        checkpoint: Option<PathBuf>,
+    },
+    /// A signal asked for the end. Exit code 128 + signal.
+    #[error("interrupted by {}; continue with --resume {}", signal_name(*signal), run.display())]
+    Interrupted {
+        /// SIGINT or SIGTERM.
+        signal: i32,
+        /// The run directory.
+        run: PathBuf,
+    },
+    /// A plugin declares what cannot be.
+    #[error("plugin `{plugin}` declares {what}")]
+    Declaration {
+        /// The method's plugin.
+        plugin: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// The data set is smaller than a batch.
+    #[error(
+        "the training set has {images} images, which is less than one step of optimizer.batch_size {batch_size} × \
+         trainer.accumulate {accumulate}; lower optimizer.batch_size"
+    )]
+    NoStep {
+        /// Images in the set.
+        images: usize,
+        /// Configured.
+        batch_size: usize,
+        /// Configured.
+        accumulate: usize,
+    },
+    /// libtorch or the device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// libtorch reports an error in the host's own arithmetic.
+    #[error("libtorch: {0}")]
+    Torch(#[from] jepa_plugin_api::tch::TchError),
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGINT => "SIGINT",
+        libc::SIGTERM => "SIGTERM",
+        _ => "a signal",
+    }
+}

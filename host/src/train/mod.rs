@@ -1,0 +1,19 @@
+//! Pretraining: [`run`](run::run) is the loop, and the rest of this room is what the loop calls.
+//!
+//! The room knows methods, batches and tensors; it does not know HDF5, plugin files or trackers' formats.
+
+mod ema;
+mod error;
+mod meter;
+mod model;
+mod optimizer;
+mod run;
+mod schedule;
+mod signal;
+
+pub use error::TrainError;
+pub use model::Model;
+pub use optimizer::Optimizer;
+pub use run::{Outcome, Resources, run};
+pub use schedule::{Progress, ema_momentum, learning_rate};
+pub use signal::Signals;

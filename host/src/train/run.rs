@@ -1,0 +1,431 @@
+//! The training loop, to be read from top to bottom: [`run`], then an epoch, then a step, then what happens between.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use jepa_plugin_api::abi::Failure;
+use jepa_plugin_api::tch::{self, Device, Kind, no_grad};
+use jepa_plugin_api::{Batch, Rng};
+
+use super::meter::Meters;
+use super::schedule::{Progress, learning_rate};
+use super::{Model, Optimizer, Signals, TrainError};
+use crate::checkpoint::{Best, RunDir, State};
+use crate::config::{Config, Precision};
+use crate::data::{self, Loader};
+use crate::device::autocast_bf16;
+use crate::eval::Evaluation;
+use crate::track::{StepReport, Trackers};
+
+/// Key of the numbers that libtorch's own generator starts from in each step: dropout, stochastic depth.
+const TORCH_RANDOMNESS: u64 = 0x746f_7263_6800_0000;
+
+/// The epoch whose random numbers validation uses, every time: no training epoch has it.
+const VALIDATION_EPOCH: u64 = u64::MAX;
+
+/// What a run works on and with.
+pub struct Resources {
+    /// The resolved configuration.
+    pub config: Config,
+    /// The device that everything is on.
+    pub device: Device,
+    /// The method and its tensors.
+    pub model: Model,
+    /// The optimizer over the model's trained parameters.
+    pub optimizer: Optimizer,
+    /// Training batches.
+    pub train: Loader,
+    /// Batches for the validation loss.
+    pub validation: Option<Loader>,
+    /// The probes.
+    pub evaluation: Option<Evaluation>,
+    /// Where checkpoints go.
+    pub directory: RunDir,
+    /// Where figures go.
+    pub trackers: Trackers,
+    /// Who may ask for the end.
+    pub signals: Signals,
+    /// Where to begin: at zero, or where a checkpoint stopped.
+    pub state: State,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Optimizer steps taken in all.
+    pub steps: u64,
+    /// The first evaluation: at random initialisation, when `eval.at_start` is on.
+    pub first: Option<BTreeMap<String, f64>>,
+    /// The last evaluation.
+    pub last: Option<BTreeMap<String, f64>>,
+    /// The last checkpoint.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// Trains to the last epoch, or to `trainer.max_steps`.
+///
+/// # Errors
+/// Whatever ends the run early. An interruption or a failing plugin leaves a checkpoint of where the run stands; NaN
+/// leaves the last good one.
+pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
+    let mut run = Run::new(resources)?;
+    match run.to_the_end() {
+        Ok(()) => Ok(Outcome {
+            steps: run.state.step,
+            first: run.state.first_eval.take(),
+            last: run.state.last_eval.take(),
+            checkpoint: run.saved.take(),
+        }),
+        Err(error) => {
+            run.trackers.finish();
+            let worth_saving = error.chain().any(|cause| {
+                matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. })) || cause.is::<Failure>()
+            });
+            if worth_saving {
+                run.save()?;
+            }
+            Err(error)
+        }
+    }
+}
+
+struct Run {
+    config: Config,
+    device: Device,
+    model: Model,
+    optimizer: Optimizer,
+    train: Loader,
+    validation: Option<Loader>,
+    evaluation: Option<Evaluation>,
+    directory: RunDir,
+    trackers: Trackers,
+    signals: Signals,
+    state: State,
+
+    steps_per_epoch: u64,
+    progress: Progress,
+    meters: Meters,
+    saved: Option<PathBuf>,
+    save_failed: Option<anyhow::Error>,
+    clock: Clock,
+    gradients_checked: bool,
+}
+
+impl Run {
+    fn new(r: Resources) -> anyhow::Result<Self> {
+        let settings = &r.config.optimizer;
+        let accumulate = r.config.trainer.accumulate;
+        let steps_per_epoch = (r.train.batches_per_epoch() / accumulate) as u64;
+        if steps_per_epoch == 0 {
+            let (images, batch_size) = (r.train.dataset().len(), settings.batch_size);
+            return Err(TrainError::NoStep { images, batch_size, accumulate }.into());
+        }
+        let progress = Progress {
+            total_steps: r.config.trainer.epochs * steps_per_epoch,
+            warmup_steps: (settings.warmup_epochs * steps_per_epoch as f64).round() as u64,
+        };
+        Ok(Run {
+            meters: r.state.meters.clone(),
+            config: r.config,
+            device: r.device,
+            model: r.model,
+            optimizer: r.optimizer,
+            train: r.train,
+            validation: r.validation,
+            evaluation: r.evaluation,
+            directory: r.directory,
+            trackers: r.trackers,
+            signals: r.signals,
+            state: r.state,
+            steps_per_epoch,
+            progress,
+            saved: None,
+            save_failed: None,
+            clock: Clock::default(),
+            gradients_checked: false,
+        })
+    }
+
+    fn to_the_end(&mut self) -> anyhow::Result<()> {
+        self.trackers.start(self.state.step, self.last_step());
+        if self.state.first_eval.is_none() && self.config.eval.at_start {
+            self.evaluate()?;
+        }
+        while self.state.epoch < self.config.trainer.epochs && self.state.step < self.last_step() {
+            self.train_epoch()?;
+            self.finish_epoch()?;
+        }
+        self.trackers.finish();
+        self.save()?;
+        match self.save_failed.take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// The number of steps after which the run ends.
+    fn last_step(&self) -> u64 {
+        let total = self.progress.total_steps;
+        self.config.trainer.max_steps.map_or(total, |most| most.min(total))
+    }
+
+    fn train_epoch(&mut self) -> anyhow::Result<()> {
+        let accumulate = self.config.trainer.accumulate as u64;
+        let mut batches = self.train.batches(self.state.epoch, self.state.batch_in_epoch as usize);
+        self.clock.restart();
+        while self.state.batch_in_epoch < self.steps_per_epoch * accumulate {
+            self.check_signals()?;
+            let mut waited = 0.0;
+            let mut micro_batches = Vec::with_capacity(accumulate as usize);
+            for _ in 0..accumulate {
+                let asked = Instant::now();
+                let Some(batch) = batches.next() else {
+                    anyhow::bail!("the pipeline ended {} batches into the epoch", self.state.batch_in_epoch);
+                };
+                waited += asked.elapsed().as_secs_f64();
+                micro_batches.push(batch?);
+            }
+            self.step(micro_batches, waited)?;
+            if self.state.step >= self.last_step() {
+                break;
+            }
+            let epoch_is_over = self.state.batch_in_epoch == self.steps_per_epoch * accumulate;
+            let due = self.config.checkpoint.every_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
+            if due && !epoch_is_over {
+                self.save_or_warn();
+            }
+        }
+        Ok(())
+    }
+
+    /// One optimizer step: EMA, forward, backward, AdamW.
+    fn step(&mut self, micro_batches: Vec<data::Batch>, waited: f64) -> anyhow::Result<()> {
+        let (epoch, step) = (self.state.epoch, self.state.step);
+        let count = micro_batches.len();
+        let images: usize = micro_batches.iter().map(|batch| batch.indices.len()).sum();
+
+        let momentum = self.model.update_ema(epoch, self.config.trainer.epochs)?;
+
+        let mut loss_sum = 0.0;
+        for (i, batch) in micro_batches.into_iter().enumerate() {
+            self.meters.add("train/replaced", batch.replaced as f64);
+            let batch = self.to_device(batch, true);
+            tch::manual_seed(Rng::keyed(self.state.seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
+            let bf16 = self.config.trainer.precision == Precision::Bf16;
+            let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
+            let loss = output.loss.f_double_value(&[])?;
+            self.require_finite("train/loss", loss)?;
+            (output.loss.f_to_kind(Kind::Float)? / count as f64).f_backward()?;
+            loss_sum += loss;
+            for (name, value) in output.metrics {
+                let name = format!("train/{}/{name}", self.state.method);
+                let value = value.f_double_value(&[])?;
+                self.require_finite(&name, value)?;
+                self.meters.add(&name, value);
+            }
+        }
+
+        let gradients = self.optimizer.gradients()?;
+        let norm = gradients.norm()?;
+        self.require_finite("the gradient norm", norm)?;
+        if !std::mem::replace(&mut self.gradients_checked, true) {
+            let idle: Vec<&str> = self.optimizer.without_gradient(&gradients).collect();
+            if !idle.is_empty() {
+                tracing::warn!("no gradient reaches {}: they will not be trained", idle.join(", "));
+            }
+        }
+        let settings = &self.config.optimizer;
+        let lr = learning_rate(self.progress, step, settings.lr, settings.final_lr_ratio);
+        self.optimizer.step(&gradients, lr, self.config.trainer.clip)?;
+
+        self.state.step += 1;
+        self.state.batch_in_epoch += count as u64;
+        self.meters.add("train/loss", loss_sum / count as f64);
+        self.meters.add("train/grad_norm", norm);
+        if let Some(momentum) = momentum {
+            self.meters.add("train/ema_momentum", momentum);
+        }
+        self.clock.step(images, waited);
+        self.report_step(lr)
+    }
+
+    /// Moves the progress bar, and every so many steps logs the means since the last time.
+    fn report_step(&mut self, lr: f64) -> anyhow::Result<()> {
+        self.trackers.step(&StepReport {
+            step: self.state.step,
+            epoch: self.state.epoch,
+            epochs: self.config.trainer.epochs,
+            loss: self.meters.mean("train/loss").unwrap_or(f64::NAN),
+            images_per_s: self.clock.images_per_s(),
+            data_wait: self.clock.data_wait(),
+        });
+        if !self.state.step.is_multiple_of(self.config.trainer.log_every_steps) {
+            return Ok(());
+        }
+        let mut figures = self.meters.take();
+        figures.insert("train/lr".to_owned(), lr);
+        figures.insert("train/images_per_s".to_owned(), self.clock.images_per_s());
+        figures.insert("train/data_wait".to_owned(), self.clock.data_wait());
+        self.clock.restart();
+        self.log(&figures)
+    }
+
+    /// Validation, evaluation and checkpoint at the end of an epoch or of the run.
+    fn finish_epoch(&mut self) -> anyhow::Result<()> {
+        let ended = self.state.step >= self.last_step();
+        let complete = self.state.batch_in_epoch == self.steps_per_epoch * self.config.trainer.accumulate as u64;
+        let epochs_done = self.state.epoch + u64::from(complete);
+        let last = ended || epochs_done >= self.config.trainer.epochs;
+        let due = |every: u64| every > 0 && (last || epochs_done.is_multiple_of(every));
+
+        self.validate()?;
+        if due(self.config.eval.every_epochs) {
+            self.evaluate()?;
+        }
+        if complete {
+            self.state.epoch += 1;
+            self.state.batch_in_epoch = 0;
+        }
+        if due(self.config.checkpoint.every_epochs) && !last {
+            self.save_or_warn();
+        }
+        Ok(())
+    }
+
+    /// The method's loss on the validation set, with running statistics and the same random numbers each time.
+    fn validate(&mut self) -> anyhow::Result<()> {
+        let Some(loader) = self.validation.clone() else { return Ok(()) };
+        let (mut sum, mut images) = (0.0, 0usize);
+        for batch in loader.batches(VALIDATION_EPOCH, 0) {
+            self.check_signals()?;
+            let batch = self.to_device(batch?, false);
+            let size = batch.len();
+            let bf16 = self.config.trainer.precision == Precision::Bf16;
+            let step = no_grad(|| autocast_bf16(bf16, self.device, || self.model.method.step(batch)))??;
+            sum += step.loss.f_double_value(&[])? * size as f64;
+            images += size;
+        }
+        if images == 0 {
+            return Ok(());
+        }
+        let loss = sum / images as f64;
+        self.require_finite("val/loss", loss)?;
+        self.log(&BTreeMap::from([("val/loss".to_owned(), loss)]))
+    }
+
+    /// The probes on frozen features.
+    fn evaluate(&mut self) -> anyhow::Result<()> {
+        let Some(evaluation) = &self.evaluation else { return Ok(()) };
+        self.trackers.note("evaluating");
+        let (device, signals) = (self.device, &self.signals);
+        let method = &mut self.model.method;
+        let mut encode = |images: &tch::Tensor| -> anyhow::Result<tch::Tensor> {
+            if let Some(signal) = signals.pending() {
+                let run = self.directory.path().to_owned();
+                return Err(TrainError::Interrupted { signal, run }.into());
+            }
+            Ok(no_grad(|| method.encode(&images.to_device(device)))?)
+        };
+        let figures = evaluation.run(&mut encode)?;
+        self.note_best(&figures);
+        self.state.first_eval.get_or_insert_with(|| figures.clone());
+        self.state.last_eval = Some(figures.clone());
+        self.log(&figures)
+    }
+
+    fn note_best(&mut self, figures: &BTreeMap<String, f64>) {
+        let Some(metric) = self.config.checkpoint.best.clone() else { return };
+        // The first evaluation is of random weights: nothing to keep.
+        let (Some(&value), true) = (figures.get(&metric), self.state.step > 0) else { return };
+        if self.state.best.as_ref().is_none_or(|best| best.metric != metric || best.is_beaten_by(value)) {
+            self.state.best = Some(Best { metric, value, step: self.state.step });
+        }
+    }
+
+    fn log(&mut self, figures: &BTreeMap<String, f64>) -> anyhow::Result<()> {
+        let per_epoch = self.steps_per_epoch * self.config.trainer.accumulate as u64;
+        let epoch = self.state.epoch as f64 + self.state.batch_in_epoch as f64 / per_epoch as f64;
+        self.trackers.log(self.state.step, epoch, figures)
+    }
+
+    fn save(&mut self) -> anyhow::Result<()> {
+        self.state.meters = self.meters.clone();
+        self.state.metrics_lines = self.trackers.sync()?;
+        let (model, optimizer) = (self.model.tensors(), self.optimizer.tensors());
+        let folder = self.directory.save(&self.state, &model, &optimizer, self.config.checkpoint.keep)?;
+        tracing::debug!("checkpoint {}", folder.display());
+        self.saved = Some(folder);
+        self.save_failed = None;
+        Ok(())
+    }
+
+    /// A save in mid-run: when it fails, on a full disk for one, the run goes on and tries again at the next.
+    fn save_or_warn(&mut self) {
+        if let Err(error) = self.save() {
+            tracing::error!("no checkpoint at step {}: {error:#}; training goes on", self.state.step);
+            self.save_failed = Some(error);
+        }
+    }
+
+    fn check_signals(&self) -> Result<(), TrainError> {
+        match self.signals.pending() {
+            Some(signal) => Err(TrainError::Interrupted { signal, run: self.directory.path().to_owned() }),
+            None => Ok(()),
+        }
+    }
+
+    fn require_finite(&self, metric: &str, value: f64) -> Result<(), TrainError> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        let (step, metric) = (self.state.step, metric.to_owned());
+        let newest = crate::checkpoint::latest(self.directory.path()).ok().flatten();
+        Err(TrainError::Diverged { step, metric, value, checkpoint: newest })
+    }
+
+    fn to_device(&self, batch: data::Batch, train: bool) -> Batch {
+        Batch {
+            views: batch.views.into_iter().map(|view| view.to_device(self.device)).collect(),
+            labels: batch.labels.to_device(self.device),
+            samples: batch.indices,
+            seed: self.state.seed,
+            epoch: self.state.epoch,
+            step: if train { self.state.step } else { VALIDATION_EPOCH },
+            train,
+        }
+    }
+}
+
+/// Images and seconds since the last log line.
+struct Clock {
+    since: Instant,
+    images: usize,
+    waited: f64,
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Clock { since: Instant::now(), images: 0, waited: 0.0 }
+    }
+}
+
+impl Clock {
+    fn restart(&mut self) {
+        *self = Clock::default();
+    }
+
+    fn step(&mut self, images: usize, waited: f64) {
+        self.images += images;
+        self.waited += waited;
+    }
+
+    fn images_per_s(&self) -> f64 {
+        self.images as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
+    }
+
+    /// Share of the time that went into waiting for data, 0 to 1.
+    fn data_wait(&self) -> f64 {
+        self.waited / self.since.elapsed().as_secs_f64().max(1e-9)
+    }
+}

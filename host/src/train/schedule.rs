@@ -1,0 +1,37 @@
+//! Learning rate and EMA momentum as functions of how far the run is.
+
+use std::f64::consts::PI;
+
+use jepa_plugin_api::EmaSchedule;
+
+/// How long a run is, and its warm-up, in optimizer steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+}
+
+/// The learning rate of step `step` (from 0): linear from `base / warmup` to `base`, then a half cosine that reaches
+/// `base × final_ratio` in the last step.
+pub fn learning_rate(progress: Progress, step: u64, base: f64, final_ratio: f64) -> f64 {
+    let Progress { total_steps, warmup_steps } = progress;
+    if step < warmup_steps {
+        return base * (step + 1) as f64 / warmup_steps as f64;
+    }
+    base * half_cosine(step - warmup_steps, total_steps.saturating_sub(warmup_steps), 1.0, final_ratio)
+}
+
+/// The momentum of an EMA pair in epoch `epoch` (from 0) of `epochs`: `from` in the first, `to` in the last.
+pub fn ema_momentum(schedule: EmaSchedule, epoch: u64, epochs: u64) -> f64 {
+    half_cosine(epoch, epochs, schedule.from, schedule.to)
+}
+
+/// A half cosine from `start` at step 0 to `end` at the last of `steps`.
+fn half_cosine(step: u64, steps: u64, start: f64, end: f64) -> f64 {
+    if step + 1 >= steps {
+        return end;
+    }
+    end - (end - start) * ((PI * step as f64 / (steps - 1) as f64).cos() + 1.0) / 2.0
+}

@@ -1,0 +1,72 @@
+//! Convolution.
+
+use tch::Tensor;
+
+use super::Init;
+use crate::Params;
+
+/// What [`Conv2d::new`] takes beside the sizes. The default is stride 1, no padding, one group, with bias.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvOptions {
+    /// Step between outputs, both ways.
+    pub stride: i64,
+    /// Zeros added on each side.
+    pub padding: i64,
+    /// Groups of channels that see each other only; as many as there are channels for a depthwise convolution.
+    pub groups: i64,
+    /// Whether a bias is added.
+    pub bias: bool,
+    /// How the weight begins.
+    pub init: Init,
+}
+
+impl Default for ConvOptions {
+    fn default() -> Self {
+        ConvOptions { stride: 1, padding: 0, groups: 1, bias: true, init: Init::Uniform }
+    }
+}
+
+/// A convolution with a square kernel.
+#[derive(Debug)]
+pub struct Conv2d {
+    /// `(out, in / groups, k, k)`.
+    pub weight: Tensor,
+    /// `(out)`.
+    pub bias: Option<Tensor>,
+    /// Step between outputs, both ways.
+    pub stride: i64,
+    /// Zeros added on each side.
+    pub padding: i64,
+    /// Groups of channels.
+    pub groups: i64,
+}
+
+impl Conv2d {
+    /// Registers `weight` and, unless switched off, `bias`.
+    pub fn new(
+        params: &Params,
+        channels_in: i64,
+        channels_out: i64,
+        kernel: i64,
+        options: ConvOptions,
+    ) -> Self {
+        let ConvOptions { stride, padding, groups, bias, init } = options;
+        let per_group = channels_in / groups;
+        let weight = init.weight(&[channels_out, per_group, kernel, kernel], params.device());
+        let weight = params.parameter("weight", weight);
+        let initial_bias = || Init::bias(channels_out, per_group * kernel * kernel, params.device());
+        let bias = bias.then(|| params.parameter("bias", initial_bias()));
+        Conv2d { weight, bias, stride, padding, groups }
+    }
+
+    /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
+        x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
+    }
+
+    /// Side of the kernel.
+    pub fn kernel(&self) -> i64 {
+        self.weight.size()[3]
+    }
+}

@@ -1,0 +1,48 @@
+//! Initial values of weights, drawn from torch's global generator.
+
+use tch::{Device, Kind, Tensor};
+
+/// How the weight of a layer begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Init {
+    /// PyTorch's default for convolutions and linear layers: uniform in ±1/√fan_in.
+    #[default]
+    Uniform,
+    /// Normal with variance 2 / fan_out, for convolutions followed by ReLU: timm's ResNet.
+    KaimingFanOut,
+}
+
+impl Init {
+    /// A weight `(out, in / groups, …)` f32.
+    pub(super) fn weight(self, shape: &[i64], device: Device) -> Tensor {
+        let receptive: i64 = shape[2..].iter().product();
+        let mut weight = Tensor::empty(shape, (Kind::Float, device));
+        match self {
+            Init::Uniform => {
+                let bound = uniform_bound(shape[1] * receptive);
+                weight.uniform_(-bound, bound)
+            }
+            Init::KaimingFanOut => weight.normal_(0.0, (2.0 / (shape[0] * receptive) as f64).sqrt()),
+        }
+    }
+
+    /// The bias `(out)` f32 that PyTorch gives to a layer whose units have `fan_in` inputs.
+    pub(super) fn bias(out: i64, fan_in: i64, device: Device) -> Tensor {
+        let bound = uniform_bound(fan_in);
+        Tensor::empty([out], (Kind::Float, device)).uniform_(-bound, bound)
+    }
+}
+
+fn uniform_bound(fan_in: i64) -> f64 {
+    1.0 / (fan_in.max(1) as f64).sqrt()
+}
+
+/// Normal numbers f32 of mean 0 and standard deviation `std`, conditioned on lying within ±`cut`.
+pub fn truncated_normal(shape: &[i64], std: f64, cut: f64, device: Device) -> Tensor {
+    // The inverse distribution function, applied to uniform numbers between its values at both ends: Φ is
+    // (1 + erf(x / √2)) / 2, so erf itself is what is uniform.
+    let scale = std * std::f64::consts::SQRT_2;
+    let end = f64::try_from(Tensor::from(cut / scale).erf()).expect("a number has an error function");
+    let erf = Tensor::empty(shape, (Kind::Float, device)).uniform_(-end, end);
+    (erf.erfinv() * scale).clamp(-cut, cut)
+}

@@ -1,0 +1,31 @@
+//! Fully connected layer.
+
+use tch::Tensor;
+
+use super::Init;
+use crate::Params;
+
+/// y = x Wᵀ + b.
+#[derive(Debug)]
+pub struct Linear {
+    /// `(out, in)`.
+    pub weight: Tensor,
+    /// `(out)`.
+    pub bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Registers `weight` and, if asked, `bias`.
+    pub fn new(params: &Params, features_in: i64, features_out: i64, bias: bool) -> Self {
+        let weight = Init::Uniform.weight(&[features_out, features_in], params.device());
+        let weight = params.parameter("weight", weight);
+        let initial_bias = || Init::bias(features_out, features_in, params.device());
+        let bias = bias.then(|| params.parameter("bias", initial_bias()));
+        Linear { weight, bias }
+    }
+
+    /// `(…, in)` to `(…, out)`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}

@@ -1,0 +1,27 @@
+//! Building blocks in tch: layers that register their tensors in [`Params`](crate::Params), and losses.
+//!
+//! Parameter names and initial values are PyTorch's and timm's. Initial values come from torch's global generator,
+//! which the host seeds. Layers take and give maps `(B, C, H, W)` unless they say otherwise.
+//!
+//! ```no_run
+//! use jepa_plugin_api::nn::{Conv2d, ConvOptions, Norm};
+//! use jepa_plugin_api::{NormKind, Params, tch::Tensor};
+//!
+//! fn layer(params: &Params, x: &Tensor, train: bool) -> Tensor {
+//!     let conv = Conv2d::new(&params.sub("conv"), 3, 64, 3, ConvOptions { padding: 1, ..Default::default() });
+//!     let norm = Norm::new(NormKind::Batch, &params.sub("norm"), 64);
+//!     norm.forward(&conv.forward(x), train).relu()
+//! }
+//! ```
+
+mod conv;
+mod init;
+mod linear;
+mod loss;
+mod norm;
+
+pub use conv::{Conv2d, ConvOptions};
+pub use init::{Init, truncated_normal};
+pub use linear::Linear;
+pub use loss::{l2_normalize, masked_mean, smooth_l1};
+pub use norm::{BatchNorm, LayerNorm2d, Norm};

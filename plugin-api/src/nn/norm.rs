@@ -1,0 +1,139 @@
+//! Normalisation.
+
+use tch::{Kind, Tensor};
+
+use crate::{NormKind, Params};
+
+/// Batch norm of maps `(B, C, H, W)` or of vectors `(B, C)`, with PyTorch's ε = 10⁻⁵ and momentum 0.1.
+///
+/// The biased variance of the batch normalises it, the unbiased one goes into the running variance.
+#[derive(Debug)]
+pub struct BatchNorm {
+    /// Scale γ `(C)`.
+    pub weight: Tensor,
+    /// Shift β `(C)`.
+    pub bias: Tensor,
+    /// Buffer `(C)`.
+    pub running_mean: Tensor,
+    /// Buffer `(C)`.
+    pub running_var: Tensor,
+    /// Buffer, i64 scalar: batches seen. Nothing here reads it; PyTorch wants it in a file.
+    pub num_batches_tracked: Tensor,
+}
+
+impl BatchNorm {
+    /// Added to the variance before its root is taken.
+    pub const EPS: f64 = 1e-5;
+    /// Share of a batch's statistics in the running ones.
+    pub const MOMENTUM: f64 = 0.1;
+
+    /// Registers weight 1, bias 0, and the running statistics 0 and 1.
+    pub fn new(params: &Params, channels: i64) -> Self {
+        Self::with_weight(params, channels, 1.0)
+    }
+
+    /// The same with another initial scale: 0 makes a residual branch begin as nothing.
+    pub fn with_weight(params: &Params, channels: i64, weight: f64) -> Self {
+        let of = |value: f64| Tensor::full([channels], value, (Kind::Float, params.device()));
+        BatchNorm {
+            weight: params.parameter("weight", of(weight)),
+            bias: params.parameter("bias", of(0.0)),
+            running_mean: params.buffer("running_mean", of(0.0)),
+            running_var: params.buffer("running_var", of(1.0)),
+            num_batches_tracked: params
+                .buffer("num_batches_tracked", Tensor::zeros([], (Kind::Int64, params.device()))),
+        }
+    }
+
+    /// Same shape as `x`. With `train`, takes the batch's statistics and updates the running ones.
+    pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        if train {
+            self.count_batch();
+        }
+        x.batch_norm(
+            Some(&self.weight),
+            Some(&self.bias),
+            Some(&self.running_mean),
+            Some(&self.running_var),
+            train,
+            Self::MOMENTUM,
+            Self::EPS,
+            true,
+        )
+    }
+
+    /// Takes the statistics of a batch, `mean` and biased `var` `(C)` over `count` > 1 values, into the running ones:
+    /// for whoever computes them elsewhere.
+    pub fn update_running(&self, mean: &Tensor, var: &Tensor, count: i64) {
+        let unbiased = count as f64 / (count - 1) as f64;
+        let step = |running: &Tensor, batch: Tensor| {
+            let _ = running.shallow_clone().lerp_(&batch, Self::MOMENTUM);
+        };
+        tch::no_grad(|| {
+            step(&self.running_mean, mean.detach());
+            step(&self.running_var, var.detach() * unbiased);
+        });
+        self.count_batch();
+    }
+
+    fn count_batch(&self) {
+        let _ = self.num_batches_tracked.shallow_clone().g_add_scalar_(1);
+    }
+}
+
+/// Layer norm over the channels of each position, with ε = 10⁻⁶ as in ConvNeXt.
+#[derive(Debug)]
+pub struct LayerNorm2d {
+    /// Scale `(C)`.
+    pub weight: Tensor,
+    /// Shift `(C)`.
+    pub bias: Tensor,
+}
+
+impl LayerNorm2d {
+    /// Added to the variance before its root is taken.
+    pub const EPS: f64 = 1e-6;
+
+    /// Registers weight 1 and bias 0.
+    pub fn new(params: &Params, channels: i64) -> Self {
+        let of = |value: f64| Tensor::full([channels], value, (Kind::Float, params.device()));
+        LayerNorm2d { weight: params.parameter("weight", of(1.0)), bias: params.parameter("bias", of(0.0)) }
+    }
+
+    /// `(B, C, H, W)` to the same.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        self.last_dimension(&x.permute([0, 2, 3, 1])).permute([0, 3, 1, 2])
+    }
+
+    /// `(…, C)` to the same: the norm of maps whose channels come last.
+    pub fn last_dimension(&self, x: &Tensor) -> Tensor {
+        x.layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), Self::EPS, true)
+    }
+}
+
+/// The normalisation that goes with a family of backbones.
+#[derive(Debug)]
+pub enum Norm {
+    /// Batch norm.
+    Batch(BatchNorm),
+    /// Layer norm over channels.
+    Layer(LayerNorm2d),
+}
+
+impl Norm {
+    /// Registers the tensors of a norm of this kind.
+    pub fn new(kind: NormKind, params: &Params, channels: i64) -> Self {
+        match kind {
+            NormKind::Batch => Norm::Batch(BatchNorm::new(params, channels)),
+            NormKind::Layer => Norm::Layer(LayerNorm2d::new(params, channels)),
+        }
+    }
+
+    /// `(B, C, H, W)` to the same; `train` matters to batch norm only.
+    pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        match self {
+            Norm::Batch(norm) => norm.forward(x, train),
+            Norm::Layer(norm) => norm.forward(x),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Runs a method in a unit test, in the test's own process: no plugin file, no host, no data set.
+//!
+//! ```no_run
+//! use jepa_plugin_api::testing::{self, LinkedMethod};
+//! use jepa_plugin_api::{Backbone, Method, Result};
+//! use serde_json::json;
+//!
+//! fn loss_is_finite<M: Method, B: Backbone>() -> Result<()> {
+//!     let backbone = |params: &_| B::new("resnet18", serde_json::from_value(json!({}))?, params);
+//!     let mut built: LinkedMethod<M> = testing::method(json!({ "depth": 1 }), testing::facts(), backbone)?;
+//!     let images = jepa_plugin_api::tch::Tensor::randn([4, 3, 32, 32], tch_options());
+//!     let step = built.method.step(&testing::batch(vec![images]))?;
+//!     assert!(f64::try_from(step.loss)?.is_finite());
+//!     assert!(!built.tensor("mask_token")?.grad().defined());
+//!     Ok(())
+//! }
+//! # fn tch_options() -> (jepa_plugin_api::tch::Kind, jepa_plugin_api::tch::Device) {
+//! #     (jepa_plugin_api::tch::Kind::Float, jepa_plugin_api::tch::Device::Cpu)
+//! # }
+//! ```
+
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::params::Entry;
+use crate::{
+    Backbone, BackboneHandle, Batch, Context, EmaPair, Host, Method, Params, Result, RunFacts, parse_device,
+};
+
+/// A method built in this process, with all that it registered and declared.
+pub struct LinkedMethod<M> {
+    /// The method itself.
+    pub method: M,
+    /// Its tensors, backbones' included.
+    pub entries: Vec<Entry>,
+    /// The EMA pairs it declared. Nobody applies them here.
+    pub ema: Vec<EmaPair>,
+}
+
+impl<M> LinkedMethod<M> {
+    /// The tensor called `name`: sharing storage and gradient with the method's own.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn tensor(&self, name: &str) -> Result<&Tensor> {
+        tensor(&self.entries, name)
+    }
+}
+
+/// The tensor called `name` among `entries`.
+///
+/// # Errors
+/// When there is none.
+pub fn tensor<'a>(entries: &'a [Entry], name: &str) -> Result<&'a Tensor> {
+    let entry = entries.iter().find(|entry| entry.name == name);
+    Ok(&entry.with_context(|| format!("no tensor is named `{name}`"))?.tensor)
+}
+
+/// Copies `value` into the tensor called `name`.
+///
+/// # Errors
+/// When there is none, or its shape differs.
+pub fn set_tensor(entries: &[Entry], name: &str, value: &Tensor) -> Result<()> {
+    let tensor = tensor(entries, name)?;
+    let (theirs, ours) = (value.size(), tensor.size());
+    anyhow::ensure!(theirs == ours, "`{name}` has shape {ours:?}, but the value has {theirs:?}");
+    tch::no_grad(|| tensor.shallow_clone().copy_(value));
+    Ok(())
+}
+
+/// Builds method `M` with `options`, as they stand under `method.`; `backbone` builds each backbone it asks for.
+///
+/// # Errors
+/// When the options do not fit, and whatever the method and its backbones say.
+pub fn method<M: Method, B: Backbone>(
+    options: Value,
+    facts: RunFacts,
+    mut backbone: impl FnMut(&Params) -> Result<B>,
+) -> Result<LinkedMethod<M>> {
+    let device = parse_device(&facts.device)?;
+    let mut build = || {
+        let params = Params::new(device);
+        BackboneHandle::linked(backbone(&params)?, &params)
+    };
+    let mut host = Host::new(facts, &mut build)?;
+    let method = M::new(serde_json::from_value(options)?, &mut host)?;
+    let (params, ema) = host.into_parts();
+    Ok(LinkedMethod { method, entries: params.entries(), ema })
+}
+
+/// Facts of a small run on the CPU: 32 px, batches of 4, ten epochs of 100 steps, ten classes, seed 0.
+pub fn facts() -> RunFacts {
+    RunFacts {
+        device: "cpu".to_owned(),
+        image_size: 32,
+        batch_size: 4,
+        epochs: 10,
+        steps_per_epoch: 100,
+        classes: 10,
+        seed: 0,
+    }
+}
+
+/// The first training batch of such a run, of `views` f32 `(B, 3, S, S)`: samples 0, 1, …, of unknown classes.
+pub fn batch(views: Vec<Tensor>) -> Batch {
+    let images = views.first().map_or(0, |view| view.size()[0]);
+    Batch {
+        views,
+        labels: Tensor::full([images], -1, (Kind::Int64, Device::Cpu)),
+        samples: (0..images as u64).collect(),
+        seed: 0,
+        epoch: 0,
+        step: 0,
+        train: true,
+    }
+}
