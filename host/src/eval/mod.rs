@@ -1,6 +1,6 @@
 //! Judges representations: probes over the cached features of a frozen encoder.
 //!
-//! Everything here is a function of features and labels. Which images are encoded, by what and when, is the training
+//! The probes are functions of features and labels; [`Evaluation`] feeds them during training. When that happens is the
 //! loop's business.
 
 pub mod descriptors;
@@ -8,7 +8,9 @@ mod error;
 mod features;
 pub mod knn;
 pub mod linear;
+mod online;
 mod topk;
 
 pub use error::EvalError;
 pub use features::{Features, extract};
+pub use online::Evaluation;
