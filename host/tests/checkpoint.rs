@@ -303,6 +303,10 @@ fn a_save_that_fails_leaves_earlier_checkpoints_and_no_rubbish() {
     let unknown = [("q".to_owned(), Tensor::zeros([2], (Kind::ComplexFloat, Device::Cpu)))];
     let message = run.save(&state(20), &unknown, &[], 2).unwrap_err().to_string();
     assert_eq!(message, "tensor q: ComplexFloat cannot be saved");
+    let nan =
+        State { best: Some(Best { metric: "val/loss".to_owned(), value: f64::NAN, step: 20 }), ..state(20) };
+    let message = run.save(&nan, &model(), &[], 2).unwrap_err().to_string();
+    assert!(message.ends_with("its state holds a number that is not finite"), "{message}");
     assert_eq!(names(&run.file("checkpoints")), ["step_00000010"]);
     checkpoint::load(&path).unwrap();
 }

@@ -31,6 +31,12 @@ pub enum CheckpointError {
         /// Why it failed.
         source: io::Error,
     },
+    /// A state that would not come back from its file as it is.
+    #[error("cannot save the checkpoint {}: its state holds a number that is not finite", path.display())]
+    State {
+        /// Where it was to be.
+        path: PathBuf,
+    },
     /// A run directory that another process is writing to.
     #[error("another process is writing to {}: stop it first, or start a new run without --resume", path.display())]
     Busy {

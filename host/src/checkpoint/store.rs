@@ -52,6 +52,10 @@ pub(super) fn save(
     let (path, temporary) = (folder.join(&name), folder.join(format!("{TEMPORARY}{name}")));
     let (model, optimizer) = (Layout::new(model)?, Layout::new(optimizer)?);
     let state_bytes = json_bytes(state);
+    // JSON has no NaN: find out now, not when it is to be loaded.
+    if serde_json::from_slice::<State>(&state_bytes).ok().as_ref() != Some(state) {
+        return Err(CheckpointError::State { path });
+    }
     let needed = model.size() + optimizer.size() + state_bytes.len() as u64;
 
     let write = || -> io::Result<()> {
