@@ -149,7 +149,11 @@ impl VerifyArgs {
         drop(bar);
         print(self.format, &report, print_verify)?;
         let VerifyReport { path, images, bad } = report;
-        if bad.is_empty() { Ok(()) } else { Err(DataError::BadImages { path, bad: bad.len(), images }.into()) }
+        if bad.is_empty() {
+            Ok(())
+        } else {
+            Err(DataError::BadImages { path, bad: bad.len(), images }.into())
+        }
     }
 }
 
@@ -159,7 +163,9 @@ struct Bar(ProgressBar);
 impl Bar {
     fn new() -> Bar {
         let bar = ProgressBar::new(0);
-        if let Ok(style) = ProgressStyle::with_template("{msg:6} {bar:30} {human_pos}/{human_len} {per_sec} {eta}") {
+        if let Ok(style) =
+            ProgressStyle::with_template("{msg:6} {bar:30} {human_pos}/{human_len} {per_sec} {eta}")
+        {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -219,7 +225,8 @@ fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
 }
 
 fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
-    let range = |(low, high): (u32, u32)| if low == high { low.to_string() } else { format!("{low}–{high}") };
+    let range =
+        |(low, high): (u32, u32)| if low == high { low.to_string() } else { format!("{low}–{high}") };
     let sample = &summary.sample;
     let layout = match summary.layout {
         Layout::Reference => "images/<i>, labels/<i>",
@@ -251,7 +258,12 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
             }
             classes.iter().try_for_each(|class| {
                 let name = class.name.as_deref().unwrap_or_default();
-                writeln!(out, "{:>12}  {:>9}  {name}", class.label, HumanCount(class.images as u64).to_string())
+                writeln!(
+                    out,
+                    "{:>12}  {:>9}  {name}",
+                    class.label,
+                    HumanCount(class.images as u64).to_string()
+                )
             })
         }
     }

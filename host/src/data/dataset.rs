@@ -2,8 +2,8 @@
 //!
 //! The HDF5 library opens the file, and tells the layout, the labels and the byte address of every image, once.
 //! From then on images are read with `pread` by any number of threads, without a lock and without the library. Only
-//! what has no plain address (chunked, compressed, or stored in the object header) is read through the library, one
-//! thread at a time. What the two layouts look like is in [`reference`](super::reference) and
+//! what has no plain address (chunked, compressed, or stored in the object header) needs the library at every read,
+//! one thread at a time. What the two layouts look like is in [`reference`](super::reference) and
 //! [`packed`](super::packed).
 
 use std::fs::File;
@@ -13,6 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 
+use super::chunked::Chunks;
 use super::error::DataError;
 use super::{index_file, packed, reference};
 
@@ -94,7 +95,11 @@ impl Dataset {
             });
         }
         check_signature(path, &file)?;
-        let library = hdf5::File::open(path).map_err(|error| open_error(path, &error))?;
+        // Nothing is written, so no lock is needed; on cluster file systems asking for one can fail.
+        let library = hdf5::File::with_options()
+            .with_fapl(|access| access.file_locking(false))
+            .open(path)
+            .map_err(|error| open_error(path, &error))?;
 
         let contents = if packed::is_packed(&library) {
             packed::read_contents(path, &library)?
@@ -118,8 +123,8 @@ impl Dataset {
         let unaddressed = slots.iter().filter(|slot| slot.offset == NO_ADDRESS).count();
         if unaddressed > 0 {
             tracing::warn!(
-                "{}: {unaddressed} of {} images are chunked, compressed or otherwise not contiguous, so they are read \
-                 through the HDF5 library, one at a time; `jepa-host data pack` makes a file that is read in parallel",
+                "{}: {unaddressed} of {} images are chunked, compressed or otherwise not contiguous, which reads \
+                 slowly; `jepa-host data pack` makes a file of them that reads fast",
                 path.display(),
                 slots.len()
             );
@@ -217,12 +222,20 @@ impl Dataset {
 
     fn read_through_library(&self, index: usize) -> Result<Vec<u8>, DataError> {
         let Some(library) = &self.library else { return Ok(Vec::new()) };
+        let refuse = DataError::hdf5(&self.path, format!("read image {index}"));
         let library = library.lock().unwrap_or_else(PoisonError::into_inner);
         match self.layout {
-            Layout::Reference => reference::read_image(&library, index),
-            Layout::Packed => packed::read_image(&library, index),
+            Layout::Packed => packed::read_image(&library, index).map_err(refuse),
+            Layout::Reference => {
+                let image = match reference::image(&library, index) {
+                    Ok(image) => image,
+                    Err(error) => return Err(refuse(error)),
+                };
+                let Some(chunks) = Chunks::locate(&image) else { return image.read_raw().map_err(refuse) };
+                drop((image, library));
+                chunks.read(&self.file).map_err(DataError::io("read", &self.path))
+            }
         }
-        .map_err(DataError::hdf5(&self.path, format!("read image {index}")))
     }
 
     /// SHA-256, in hex, over the labels, the length of every image, and the bytes of a few hundred of them.

@@ -172,7 +172,7 @@ pub enum DataError {
     },
     /// A check of all images found corrupt ones, which have been listed.
     #[error(
-        "{bad} of the {images} images in {} are corrupt; train with data.on_error=\"replace\", or pack the file again \
+        "{}: {bad} of {images} images do not decode; train with data.on_error=\"replace\", or pack the file again \
          without them: `jepa-host data pack --skip-bad`",
         path.display()
     )]

@@ -212,7 +212,11 @@ fn write(
         Some(*end)
     }));
     let total = offsets[images.len()] as usize;
-    let file = hdf5::File::create(path).map_err(DataError::hdf5(path, "create it"))?;
+    // Nobody else knows this file's name yet.
+    let file = hdf5::File::with_options()
+        .with_fapl(|access| access.file_locking(false))
+        .create(path)
+        .map_err(DataError::hdf5(path, "create it"))?;
     let bytes = write_tables(&file, source, total, &offsets, labels, class_names)
         .map_err(DataError::hdf5(path, "write its tables"))?;
 

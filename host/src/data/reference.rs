@@ -38,9 +38,9 @@ pub(super) fn read_contents(path: &Path, file: &hdf5::File) -> Result<Contents, 
     Ok(Contents { layout: Layout::Reference, slots, labels, class_names: None, provenance: None })
 }
 
-/// Reads the bytes of one image through the library.
-pub(super) fn read_image(file: &hdf5::File, index: usize) -> hdf5::Result<Vec<u8>> {
-    file.dataset(&format!("{IMAGES}/{index}"))?.read_raw()
+/// Opens the data set of one image.
+pub(super) fn image(file: &hdf5::File, index: usize) -> hdf5::Result<hdf5::Dataset> {
+    file.dataset(&format!("{IMAGES}/{index}"))
 }
 
 fn slot(path: &Path, images: &hdf5::Group, index: usize) -> Result<Slot, DataError> {

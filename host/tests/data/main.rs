@@ -1,0 +1,7 @@
+//! The data room against other people's code: Pillow, torchvision, h5py, and the HDF5 library.
+
+mod files;
+mod fixtures;
+mod loading;
+mod packing;
+mod pixels;

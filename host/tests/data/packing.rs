@@ -1,0 +1,299 @@
+//! What is packed is what was there, in a file that the HDF5 library and h5py read.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use jepa_host::data::{self, DataError, Dataset, Layout, PackOptions, PackReport, Split, decode};
+
+use crate::fixtures::{jpeg, path, picture, png, small_set};
+
+fn pack(source: &Path, out: &Path, options: &PackOptions) -> Result<PackReport, DataError> {
+    data::pack(source, out, options, &|_| {})
+}
+
+/// `cats` with three images, one of them a level deeper, `dogs` with two, and files that are no images.
+fn class_folders(directory: &Path) -> PathBuf {
+    let root = directory.join("photos");
+    let files: [(&str, Vec<u8>); 7] = [
+        ("dogs/b.JPG", jpeg(&picture(30, 20, 3))),
+        ("dogs/a.png", png(&picture(12, 14, 4))),
+        ("cats/2.jpeg", jpeg(&picture(31, 20, 1))),
+        ("cats/1.jpg", jpeg(&picture(32, 20, 0))),
+        ("cats/more/0.png", png(&picture(10, 10, 2))),
+        ("cats/notes.txt", b"tabby".to_vec()),
+        ("README", b"photos".to_vec()),
+    ];
+    for (name, content) in files {
+        let file = root.join(name);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, content).unwrap();
+    }
+    root
+}
+
+fn write_idx(directory: &Path, split: &str, images: &[[u8; 6]], labels: &[u8], gzip: bool) {
+    let mut bytes = vec![0, 0, 8, 3];
+    for size in [images.len() as u32, 2, 3] {
+        bytes.extend(size.to_be_bytes());
+    }
+    bytes.extend(images.as_flattened());
+    let mut label_bytes = vec![0, 0, 8, 1];
+    label_bytes.extend((labels.len() as u32).to_be_bytes());
+    label_bytes.extend(labels);
+    for (name, bytes) in [("images-idx3-ubyte", bytes), ("labels-idx1-ubyte", label_bytes)] {
+        if gzip {
+            let file = fs::File::create(directory.join(format!("{split}-{name}.gz"))).unwrap();
+            let mut encoder = GzEncoder::new(file, Compression::default());
+            encoder.write_all(&bytes).unwrap();
+            encoder.finish().unwrap();
+        } else {
+            fs::write(directory.join(format!("{split}-{name}")), bytes).unwrap();
+        }
+    }
+}
+
+#[test]
+fn class_folders_are_packed_sorted_with_the_files_bytes_as_they_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let out = directory.path().join("new/photos.h5");
+    let report = pack(&root, &out, &PackOptions::default()).unwrap();
+    assert_eq!((report.images, report.classes, report.ignored_files), (5, 2, 2));
+
+    let dataset = Dataset::open(&out).unwrap();
+    assert_eq!(dataset.layout(), Layout::Packed);
+    assert_eq!(dataset.class_names().unwrap(), ["cats", "dogs"]);
+    assert_eq!(dataset.labels().unwrap(), [0, 0, 0, 1, 1]);
+    for (index, name) in
+        ["cats/1.jpg", "cats/2.jpeg", "cats/more/0.png", "dogs/a.png", "dogs/b.JPG"].iter().enumerate()
+    {
+        assert_eq!(dataset.read(index).unwrap(), fs::read(root.join(name)).unwrap(), "{name}");
+    }
+    let provenance = dataset.provenance().unwrap();
+    assert_eq!((provenance.source.as_str(), provenance.source_kind.as_str()), ("photos", "image folder"));
+    assert!(provenance.tool.starts_with("jepa-host "));
+    assert_eq!(fs::read_dir(out.parent().unwrap()).unwrap().count(), 1, "nothing else is left behind");
+}
+
+#[test]
+fn a_packed_file_is_plain_hdf5() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let out = directory.path().join("photos.h5");
+    pack(&root, &out, &PackOptions::default()).unwrap();
+
+    let file = hdf5::File::open(&out).unwrap();
+    let bytes = file.dataset("bytes").unwrap();
+    assert!(bytes.offset().is_some(), "contiguous");
+    let offsets: Vec<u64> = file.dataset("offsets").unwrap().read_raw().unwrap();
+    let all: Vec<u8> = bytes.read_raw().unwrap();
+    assert_eq!(offsets.len(), 6);
+    assert_eq!(offsets[5] as usize, all.len());
+    let third = &all[offsets[3] as usize..offsets[4] as usize];
+    assert_eq!(third, fs::read(root.join("dogs/a.png")).unwrap());
+    let labels: Vec<i64> = file.dataset("labels").unwrap().read_raw().unwrap();
+    assert_eq!(labels, [0, 0, 0, 1, 1]);
+}
+
+#[test]
+fn h5py_reads_a_packed_file() {
+    let Some(python) = python_with_h5py() else {
+        println!("skipped: there is no python3 with h5py (set PYTHON to one)");
+        return;
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let out = directory.path().join("photos.h5");
+    pack(&root, &out, &PackOptions::default()).unwrap();
+    let script = "
+import sys, h5py
+with h5py.File(sys.argv[1]) as file:
+    o = file['offsets'][()]
+    assert file['bytes'].chunks is None and file['bytes'].dtype == 'u1'
+    assert file['bytes'][o[3]:o[4]].tobytes() == open(sys.argv[2], 'rb').read()
+    assert file['labels'][()].tolist() == [0, 0, 0, 1, 1]
+    assert file['class_names'].asstr()[()].tolist() == ['cats', 'dogs']
+    assert file.attrs['format'] == 'jepa-host packed images' and file.attrs['format_version'] == 1
+    assert file.attrs['source'] == 'photos'
+";
+    let status =
+        Command::new(python).args(["-c", script]).arg(&out).arg(root.join("dogs/a.png")).status().unwrap();
+    assert!(status.success());
+}
+
+fn python_with_h5py() -> Option<String> {
+    let named = std::env::var("PYTHON").ok();
+    named.into_iter().chain(["python3".to_owned()]).find(|python| {
+        Command::new(python).args(["-c", "import h5py"]).output().is_ok_and(|output| output.status.success())
+    })
+}
+
+#[test]
+fn a_reference_layout_file_and_its_packed_copy_are_the_same_data() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("packed.h5");
+    let report = pack(&path("reference_layout.h5"), &out, &PackOptions::default()).unwrap();
+    assert_eq!((report.images, report.classes, report.source_kind), (6, 3, "hdf5"));
+    let (reference, packed) =
+        (Dataset::open(path("reference_layout.h5")).unwrap(), Dataset::open(&out).unwrap());
+    assert_eq!(reference.labels(), packed.labels());
+    assert_eq!(reference.fingerprint().unwrap(), packed.fingerprint().unwrap());
+    for index in 0..6 {
+        assert_eq!(reference.read(index).unwrap(), packed.read(index).unwrap());
+    }
+}
+
+#[test]
+fn the_fingerprint_notices_another_label() {
+    let directory = tempfile::tempdir().unwrap();
+    let images: Vec<_> = (0..3).map(|seed| png(&picture(8, 8, seed))).collect();
+    let fingerprint = |labels: &[i64]| {
+        let path = directory.path().join("a.h5");
+        crate::fixtures::write_reference(&path, &images, Some(labels));
+        Dataset::open(path).unwrap().fingerprint().unwrap()
+    };
+    assert_eq!(fingerprint(&[0, 1, 2]), fingerprint(&[0, 1, 2]));
+    assert_ne!(fingerprint(&[0, 1, 2]), fingerprint(&[0, 2, 1]));
+}
+
+#[test]
+fn packing_twice_gives_the_same_bytes() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let packed = |name: &str| {
+        let out = directory.path().join(name);
+        pack(&root, &out, &PackOptions::default()).unwrap();
+        fs::read(out).unwrap()
+    };
+    assert!(packed("a.h5") == packed("b.h5"));
+}
+
+#[test]
+fn idx_files_become_png_with_the_same_pixels() {
+    for gzip in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let images = [[0, 50, 100, 150, 200, 250], [9, 8, 7, 6, 5, 4], [1; 6]];
+        write_idx(directory.path(), "train", &images, &[2, 0, 1], gzip);
+        write_idx(directory.path(), "t10k", &images[..1], &[2], gzip);
+        let out = directory.path().join("train.h5");
+        let names = Some(vec!["shirt".to_owned(), "T-shirt/top".to_owned(), "été".to_owned()]);
+        let options =
+            PackOptions { split: Some(Split::Train), class_names: names.clone(), ..PackOptions::default() };
+        pack(directory.path(), &out, &options).unwrap();
+        let dataset = Dataset::open(&out).unwrap();
+        assert_eq!(dataset.labels().unwrap(), [2, 0, 1]);
+        assert_eq!(dataset.class_names().map(<[_]>::to_vec), names);
+        for (index, pixels) in images.iter().enumerate() {
+            let image = decode::decode(&dataset.read(index).unwrap()).unwrap();
+            assert_eq!((image.width, image.height), (3, 2));
+            assert!(image.pixels.iter().step_by(3).eq(pixels));
+        }
+        let test = directory.path().join("test.h5");
+        pack(directory.path(), &test, &PackOptions { split: Some(Split::Test), ..PackOptions::default() })
+            .unwrap();
+        assert_eq!(Dataset::open(&test).unwrap().len(), 1);
+
+        let error =
+            pack(directory.path(), &out, &PackOptions { force: true, ..PackOptions::default() }).unwrap_err();
+        assert!(error.to_string().contains("choose with --split train or --split test"), "{error}");
+    }
+}
+
+#[test]
+fn damaged_idx_files_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    write_idx(directory.path(), "train", &[[0; 6], [1; 6]], &[0], false);
+    let out = directory.path().join("out.h5");
+    let error = pack(directory.path(), &out, &PackOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("there are 2 images, and 1 labels"), "{error}");
+    write_idx(directory.path(), "train", &[[0; 6], [1; 6]], &[0, 1], false);
+    let images = directory.path().join("train-images-idx3-ubyte");
+    let whole = fs::read(&images).unwrap();
+    fs::write(&images, &whole[..whole.len() - 1]).unwrap();
+    let error = pack(&images, &out, &PackOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("promises [2, 2, 3]") && error.contains("it is damaged"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn unreadable_images_are_refused_by_name_or_left_out_on_demand() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    fs::write(root.join("cats/broken.jpg"), b"\xff\xd8\xff\xe0 not much of a photo").unwrap();
+    let out = directory.path().join("photos.h5");
+    let error = pack(&root, &out, &PackOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("1 of its images are unreadable: cats/broken.jpg ("), "{error}");
+    assert!(error.contains("--skip-bad"), "{error}");
+    assert!(!out.exists());
+
+    let report = pack(&root, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap();
+    assert_eq!(report.skipped.iter().map(|bad| bad.name.as_str()).collect::<Vec<_>>(), ["cats/broken.jpg"]);
+    assert_eq!(Dataset::open(&out).unwrap().labels().unwrap(), [0, 0, 0, 1, 1]);
+}
+
+#[test]
+fn an_existing_file_is_only_overwritten_by_force() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let out = directory.path().join("photos.h5");
+    fs::write(&out, "precious").unwrap();
+    let error = pack(&root, &out, &PackOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("exists already") && error.contains("--force"), "{error}");
+    assert_eq!(fs::read(&out).unwrap(), b"precious");
+    pack(&root, &out, &PackOptions { force: true, ..PackOptions::default() }).unwrap();
+    assert_eq!(Dataset::open(&out).unwrap().len(), 5);
+}
+
+#[test]
+fn a_limit_takes_an_even_share_of_every_class() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = small_set(directory.path(), 40, &[]);
+    let out = directory.path().join("part.h5");
+    pack(&source, &out, &PackOptions { limit: Some(10), ..PackOptions::default() }).unwrap();
+    let mut counts = [0; 4];
+    for &label in Dataset::open(&out).unwrap().labels().unwrap() {
+        counts[label as usize] += 1;
+    }
+    assert_eq!(counts, [3, 3, 2, 2]);
+}
+
+#[test]
+fn what_cannot_be_packed_says_why() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out.h5");
+    let refusal = |source: &Path| pack(source, &out, &PackOptions::default()).unwrap_err().to_string();
+    let empty = directory.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    assert!(refusal(&empty).contains("it has no JPEG or PNG files"));
+    let text = directory.path().join("notes.txt");
+    fs::write(&text, "notes").unwrap();
+    assert!(refusal(&text).contains("neither a directory of class folders nor an HDF5 or IDX file"));
+    assert!(refusal(Path::new("/no/such")).contains("No such file"));
+    assert!(!out.exists());
+}
+
+#[test]
+fn inspect_and_verify_tell_what_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let packed = directory.path().join("photos.h5");
+    pack(&class_folders(directory.path()), &packed, &PackOptions::default()).unwrap();
+    let summary = data::inspect(&Dataset::open(&packed).unwrap()).unwrap();
+    let classes: Vec<_> =
+        summary.classes.unwrap().into_iter().map(|class| (class.name.unwrap(), class.images)).collect();
+    assert_eq!(classes, [("cats".to_owned(), 3), ("dogs".to_owned(), 2)]);
+    assert_eq!((summary.sample.width, summary.sample.height), ((10, 32), (10, 20)));
+    assert_eq!(summary.sample.formats.into_iter().collect::<Vec<_>>(), [("jpeg", 3), ("png", 2)]);
+
+    let report = data::verify(&Dataset::open(&packed).unwrap(), 2, &|_, _| {});
+    assert!(report.bad.is_empty());
+    let broken = small_set(directory.path(), 50, &[0, 33]);
+    let report = data::verify(&Dataset::open(broken).unwrap(), 2, &|_, _| {});
+    assert_eq!(report.images, 50);
+    assert_eq!(report.bad.iter().map(|bad| bad.index).collect::<Vec<_>>(), [0, 33]);
+    let report = data::verify(&Dataset::open(path("bad_jpeg.h5")).unwrap(), 1, &|_, _| {});
+    assert_eq!(report.bad.iter().map(|bad| bad.index).collect::<Vec<_>>(), [3]);
+}

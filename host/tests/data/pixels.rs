@@ -1,0 +1,169 @@
+//! Decoding equals Pillow's, and crops, flips and normalisation equal torchvision's.
+
+use jepa_host::data::augment::{Augmenter, Scratch, random_crop};
+use jepa_host::data::decode::{Rgb, decode};
+use jepa_host::data::resample::{CropBox, Resampler};
+use jepa_plugin_api::{Interpolation, Rng, ViewSpec};
+use serde_json::Value;
+
+use crate::fixtures::{Tensors, path};
+
+const MODES: [(&str, Interpolation); 2] =
+    [("bilinear", Interpolation::Bilinear), ("bicubic", Interpolation::Bicubic)];
+
+/// Mean and greatest difference in levels of 255.
+fn difference(ours: &[u8], theirs: &[u8]) -> (f64, u8) {
+    assert_eq!(ours.len(), theirs.len());
+    let differences = || ours.iter().zip(theirs).map(|(a, b)| a.abs_diff(*b));
+    let mean = differences().map(f64::from).sum::<f64>() / ours.len() as f64;
+    (mean, differences().max().unwrap_or(0))
+}
+
+fn box_from(values: &[i64]) -> CropBox {
+    let [top, left, height, width] = std::array::from_fn(|i| values[i] as u32);
+    CropBox { top, left, height, width }
+}
+
+fn view_of(image: &Rgb, view: ViewSpec, size: u32) -> Vec<f32> {
+    let augmenter = Augmenter::new(&view, size).unwrap();
+    let mut out = vec![f32::NAN; augmenter.len()];
+    augmenter.apply(image, &mut Rng::keyed(0, 0, 0, 0), &mut Scratch::default(), &mut out);
+    out
+}
+
+/// `(3, S, S)` in [0, 1] back to `(S, S, 3)` bytes.
+fn to_bytes(view: &[f32]) -> Vec<u8> {
+    let plane = view.len() / 3;
+    (0..plane).flat_map(|i| (0..3).map(move |c| (view[c * plane + i] * 255.0).round() as u8)).collect()
+}
+
+#[test]
+fn decoding_equals_pillow() {
+    let tensors = Tensors::read("transforms.safetensors");
+    let whole = tensors
+        .names("input.", ".rgb")
+        .into_iter()
+        .map(|name| (format!("input.{name}.encoded"), format!("input.{name}.rgb")));
+    let decode_only = tensors
+        .names("output.decode.", ".rgb")
+        .into_iter()
+        .map(|name| (format!("input.decode.{name}.encoded"), format!("output.decode.{name}.rgb")));
+    for (encoded, rgb) in whole.chain(decode_only) {
+        let ours = decode(tensors.bytes(&encoded).1).unwrap();
+        let theirs = tensors.rgb(&rgb);
+        assert_eq!((ours.width, ours.height), (theirs.width, theirs.height), "{rgb}");
+        let (mean, max) = difference(&ours.pixels, &theirs.pixels);
+        println!("{encoded}: mean {mean:.3}, max {max}");
+        let bound = if encoded.contains("jpeg") { 1.0 } else { 0.0 };
+        assert!(mean <= bound, "{encoded} differs from Pillow by {mean} levels in the mean, {max} at most");
+    }
+}
+
+#[test]
+fn crops_equal_torchvision() {
+    let tensors = Tensors::read("transforms.safetensors");
+    let mut resampler = Resampler::default();
+    let mut crop = Rgb::default();
+    for image_name in tensors.names("input.", ".boxes") {
+        let image = tensors.rgb(&format!("input.{image_name}.rgb"));
+        let boxes = tensors.i64(&format!("input.{image_name}.boxes"));
+        for (mode, interpolation) in MODES {
+            for size in [16_u32, 32] {
+                let name = format!("output.{image_name}.crop.{mode}.{size}");
+                let theirs = tensors.bytes(&name).1.chunks_exact((size * size * 3) as usize);
+                for (values, theirs) in boxes.chunks_exact(4).zip(theirs) {
+                    resampler.resize(&image, box_from(values), (size, size), interpolation, &mut crop);
+                    let (mean, max) = difference(&crop.pixels, theirs);
+                    assert!(mean <= 0.5 && max <= 2, "{name} of {values:?}: mean {mean}, max {max}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn center_crops_equal_torchvision() {
+    let tensors = Tensors::read("transforms.safetensors");
+    for image_name in tensors.names("output.", ".center.bicubic") {
+        let image = tensors.rgb(&format!("input.{image_name}.rgb"));
+        for (mode, interpolation) in MODES {
+            let name = format!("output.{image_name}.center.{mode}");
+            // The shorter side becomes 37.
+            let view = ViewSpec::new("center").resize_center_crop(32.0 / 37.5, interpolation);
+            let (mean, max) = difference(&to_bytes(&view_of(&image, view, 32)), tensors.bytes(&name).1);
+            assert!(mean <= 0.5 && max <= 2, "{name}: mean {mean}, max {max}");
+        }
+    }
+}
+
+#[test]
+fn flip_and_normalise_equal_torchvision() {
+    let tensors = Tensors::read("transforms.safetensors");
+    let name = "output.rgb_jpeg.crop.bicubic.32";
+    let crops = tensors.bytes(name).1.chunks_exact(32 * 32 * 3);
+    let flipped = format!("{name}.flipped");
+    let normalised = tensors.f32(&format!("{name}.normalised"));
+    let expected =
+        tensors.bytes(&flipped).1.chunks_exact(32 * 32 * 3).zip(normalised.chunks_exact(32 * 32 * 3));
+    for (crop, (flipped, normalised)) in crops.zip(expected) {
+        let crop = Rgb { width: 32, height: 32, pixels: crop.to_vec() };
+        // At the size that the image has, this crop is the image.
+        let whole = || ViewSpec::new("whole").resize_center_crop(1.0, Interpolation::Bicubic);
+        assert_eq!(to_bytes(&view_of(&crop, whole().horizontal_flip(1.0), 32)), flipped);
+        for (ours, theirs) in view_of(&crop, whole().normalize_imagenet(), 32).iter().zip(normalised) {
+            assert!((ours - theirs).abs() <= 1e-6, "{ours} and {theirs}");
+        }
+    }
+}
+
+#[test]
+fn random_crops_are_distributed_as_torchvisions() {
+    let expected: Value =
+        serde_json::from_slice(&std::fs::read(path("crop_distribution.json")).unwrap()).unwrap();
+    let number = |value: &Value| value.as_f64().unwrap();
+    let (width, height) = (number(&expected["width"]) as u32, number(&expected["height"]) as u32);
+    for case in expected["cases"].as_array().unwrap() {
+        let range = |name: &str| (number(&case[name][0]), number(&case[name][1]));
+        let boxes: Vec<CropBox> = (0..20_000)
+            .map(|draw| {
+                random_crop(width, height, range("scale"), range("ratio"), &mut Rng::keyed(7, 0, draw, 0))
+            })
+            .collect();
+        let share = |of: fn(&CropBox) -> u32, all: u32| {
+            boxes.iter().filter(|crop| of(crop) == all).count() as f64 / boxes.len() as f64
+        };
+        assert!((share(|crop| crop.height, height) - number(&case["full_height"])).abs() < 0.004);
+        assert!((share(|crop| crop.width, width) - number(&case["full_width"])).abs() < 0.004);
+
+        let area = |crop: &CropBox| {
+            Some(f64::from(crop.width) * f64::from(crop.height) / (f64::from(width) * f64::from(height)))
+        };
+        let log_aspect = |crop: &CropBox| Some((f64::from(crop.width) / f64::from(crop.height)).ln());
+        let relative =
+            |at: u32, side: u32, all: u32| (side < all).then(|| f64::from(at) / f64::from(all - side));
+        let top = |crop: &CropBox| relative(crop.top, crop.height, height);
+        let left = |crop: &CropBox| relative(crop.left, crop.width, width);
+        let statistics: [(&str, &dyn Fn(&CropBox) -> Option<f64>); 4] = [
+            ("area_fraction", &area),
+            ("log_aspect", &log_aspect),
+            ("relative_top", &top),
+            ("relative_left", &left),
+        ];
+        for (name, statistic) in statistics {
+            let mut values: Vec<f64> = boxes.iter().filter_map(statistic).collect();
+            values.sort_by(f64::total_cmp);
+            let mean = values.iter().sum::<f64>() / values.len() as f64;
+            let std =
+                (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
+            let theirs = &case[name];
+            // Four standard errors of a difference of two means over 20,000 draws each.
+            let bound = 4.0 * std * (2.0 / 20_000_f64).sqrt();
+            assert!((mean - number(&theirs["mean"])).abs() < bound, "{name}: mean {mean}");
+            assert!((std - number(&theirs["std"])).abs() < bound, "{name}: std {std}");
+            for (decile, theirs) in theirs["deciles"].as_array().unwrap().iter().enumerate() {
+                let ours = values[values.len() * (decile + 1) / 10];
+                assert!((ours - number(theirs)).abs() < 0.06 * std, "{name}: decile {decile} is {ours}");
+            }
+        }
+    }
+}
