@@ -126,7 +126,7 @@ fn what_is_hidden_is_not_seen() {
     let mask = fixture.mask("input.mask");
     let pixels = mask.to_kind(Kind::Float).upsample_nearest2d([32, 32], None, None).to_kind(Kind::Bool);
     let images = fixture.tensor("input.x");
-    let disturbed = images.where_self(&pixels, &(Tensor::randn_like(&images) * 100));
+    let disturbed = images.where_self(&pixels, &Tensor::full_like(&images, f64::NAN));
     let run = |images: &Tensor| build_like(&fixture).0.forward(images, Some(&mask), true).expect("a map");
     assert!(run(&images).equal(&run(&disturbed)));
 }

@@ -62,20 +62,6 @@ impl BatchNorm {
         )
     }
 
-    /// Takes the statistics of a batch, `mean` and biased `var` `(C)` over `count` > 1 values, into the running ones:
-    /// for whoever computes them elsewhere.
-    pub fn update_running(&self, mean: &Tensor, var: &Tensor, count: i64) {
-        let unbiased = count as f64 / (count - 1) as f64;
-        let step = |running: &Tensor, batch: Tensor| {
-            let _ = running.shallow_clone().lerp_(&batch, Self::MOMENTUM);
-        };
-        tch::no_grad(|| {
-            step(&self.running_mean, mean.detach());
-            step(&self.running_var, var.detach() * unbiased);
-        });
-        self.count_batch();
-    }
-
     fn count_batch(&self) {
         let _ = self.num_batches_tracked.shallow_clone().g_add_scalar_(1);
     }

@@ -26,6 +26,6 @@ impl Projection {
     /// When the mask does not fit.
     pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
         let x = FeatureMap::new(x, mask)?;
-        Ok(x.conv(&self.conv).norm(&self.norm, train)?.relu().into_dense())
+        Ok(x.conv(&self.conv).norm(&self.norm, train)?.relu().into_map())
     }
 }

@@ -1,73 +1,92 @@
 //! The operations of a network, dense or over visible positions.
 //!
-//! Sparse mode is computed by masked dense emulation here: values are a dense map, hidden positions hold whatever is
-//! cheapest and are zeroed before an operation that would let them be seen.
+//! Between convolutions a sparse map is its visible positions alone, `(N, C)`: norms, ReLU, sums and 1×1 convolutions
+//! cost what is visible. Wider convolutions and pooling go through a dense map with zeros at hidden positions.
 
 use std::rc::Rc;
 
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, LayerNorm2d, Norm};
 use jepa_plugin_api::{Result, ensure};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::Visible;
+use crate::visible::Size;
 
 /// The features `(B, C, H, W)` of a batch, all of them or those at visible cells.
 #[derive(Debug)]
 pub struct FeatureMap {
-    values: Tensor,
-    sparse: Option<Sparse>,
+    values: Values,
+    /// None for a dense map, which has no rows.
+    visible: Option<Rc<Visible>>,
 }
 
 #[derive(Debug)]
-struct Sparse {
-    visible: Rc<Visible>,
-    /// Whether `values` is zero at hidden positions.
-    hidden_is_zero: bool,
+enum Values {
+    /// `(B, C, H, W)`, zero at hidden positions.
+    Map(Tensor),
+    /// `(N, C)` at visible positions of a map of this size.
+    Rows(Tensor, Size),
 }
 
 impl FeatureMap {
-    /// All of `values` `(B, C, H, W)`.
-    pub fn dense(values: &Tensor) -> Self {
-        FeatureMap { values: values.shallow_clone(), sparse: None }
-    }
-
-    /// What is visible of `values` `(B, C, H, W)`: the rest counts as zero, whatever is there.
-    ///
-    /// # Errors
-    /// When H × W does not divide into the mask's cells, or the batches differ.
-    pub fn sparse(values: &Tensor, visible: &Rc<Visible>) -> Result<Self> {
-        visible.check_size(&values.size())?;
-        let sparse = Some(Sparse { visible: Rc::clone(visible), hidden_is_zero: false });
-        Ok(FeatureMap { values: values.shallow_clone(), sparse })
-    }
-
-    /// Dense without a mask, sparse with one, bool `(B, 1, f, f)` and true where visible.
+    /// The features `map` `(B, C, H, W)`: all of them without a mask; with one, bool `(B, 1, f, f)` and true where
+    /// visible, what is visible of them. The rest then counts as zero, whatever is there.
     ///
     /// # Errors
     /// When the mask does not fit, or shows nothing.
-    pub fn new(values: &Tensor, mask: Option<&Tensor>) -> Result<Self> {
+    pub fn new(map: &Tensor, mask: Option<&Tensor>) -> Result<Self> {
         match mask {
-            None => Ok(Self::dense(values)),
-            Some(mask) => Self::sparse(values, &Rc::new(Visible::new(mask)?)),
+            None => Ok(Self::dense(map)),
+            Some(mask) => Self::sparse(map, &Rc::new(Visible::new(mask)?)),
         }
     }
 
-    /// The dense map `(B, C, H, W)`, exactly zero at hidden positions.
-    pub fn into_dense(self) -> Tensor {
-        self.with_zeros()
+    /// All of `map` `(B, C, H, W)`.
+    pub fn dense(map: &Tensor) -> Self {
+        FeatureMap { values: Values::Map(channels_last(map)), visible: None }
+    }
+
+    /// What is visible of `map` `(B, C, H, W)`.
+    ///
+    /// # Errors
+    /// When H × W does not divide into the mask's cells, or the batches differ.
+    pub fn sparse(map: &Tensor, visible: &Rc<Visible>) -> Result<Self> {
+        visible.check_shape(&map.size())?;
+        let level = visible.at(size_of(map));
+        // Not a product: what is hidden may be infinite or no number.
+        let nothing = Tensor::zeros([1], (map.kind(), map.device()));
+        let map = channels_last(map).where_self(&level.mask, &nothing);
+        Ok(FeatureMap { values: Values::Map(map), visible: Some(Rc::clone(visible)) })
+    }
+
+    /// The map `(B, C, H, W)`, exactly zero at hidden positions.
+    pub fn into_map(self) -> Tensor {
+        self.map()
     }
 
     /// Convolution. In sparse mode a kernel sees zeros at hidden positions, and its output is kept at visible ones.
     ///
-    /// H and W after it must still divide into the mask's cells.
+    /// # Panics
+    /// When the new H and W do not divide into the mask's cells.
     pub fn conv(&self, conv: &Conv2d) -> Self {
-        self.after(conv.forward(&self.with_zeros()), false)
+        let pointwise = conv.kernel() == 1 && conv.padding == 0 && conv.groups == 1;
+        let Some(visible) = self.visible.as_ref().filter(|_| pointwise) else {
+            return self.gathered(&conv.forward(&self.map()));
+        };
+        let (mut rows, mut size) = self.rows(visible);
+        if conv.stride > 1 {
+            rows = rows.index_select(0, &visible.every(conv.stride, size));
+            size = ((size.0 - 1) / conv.stride + 1, (size.1 - 1) / conv.stride + 1);
+        }
+        self.with(Values::Rows(rows.linear(&conv.weight.flatten(1, -1), conv.bias.as_ref()), size))
     }
 
     /// Max-pool. In sparse mode a window sees zeros at hidden positions, and its output is kept at visible ones.
+    ///
+    /// # Panics
+    /// When the new H and W do not divide into the mask's cells.
     pub fn max_pool(&self, kernel: i64, stride: i64, padding: i64) -> Self {
-        let pooled = self.with_zeros().max_pool2d([kernel; 2], [stride; 2], [padding; 2], [1, 1], false);
-        self.after(pooled, false)
+        self.gathered(&self.map().max_pool2d([kernel; 2], [stride; 2], [padding; 2], [1, 1], false))
     }
 
     /// Batch norm or layer norm, see [`batch_norm`](Self::batch_norm) and [`layer_norm`](Self::layer_norm).
@@ -85,63 +104,77 @@ impl FeatureMap {
     /// statistics and the running ones.
     ///
     /// # Errors
-    /// When there is a single visible position to take the variance of.
+    /// When there is a single position to take the variance of.
     pub fn batch_norm(&self, norm: &BatchNorm, train: bool) -> Result<Self> {
-        let Some(sparse) = self.sparse.as_ref().filter(|_| train) else {
-            return Ok(self.after(norm.forward(&self.values, train), false));
+        let Some(visible) = &self.visible else {
+            return Ok(self.with(Values::Map(norm.forward(&self.map(), train))));
         };
-        let level = sparse.visible.at(self.values.size()[2], self.values.size()[3]);
-        let count = level.count;
+        let (rows, size) = self.rows(visible);
         ensure!(
-            count > 1,
-            "batch norm cannot train on a single visible position: show more cells or use a larger batch"
+            !train || rows.size()[0] > 1,
+            "batch norm cannot train on a single visible position: use a larger batch or show more cells"
         );
-
-        // In two passes, so that a large mean does not drown the variance.
-        let x = self.values.to_kind(Kind::Float);
-        let over = [0i64, 2, 3].as_slice();
-        let mean = (&x * &level.mask).sum_dim_intlist(over, true, Kind::Float) / count;
-        let centred = x - &mean;
-        let var = (centred.square() * &level.mask).sum_dim_intlist(over, true, Kind::Float) / count;
-        norm.update_running(&mean.flatten(0, -1), &var.flatten(0, -1), count);
-
-        let channels = [1, -1, 1, 1];
-        let scale = norm.weight.view(channels) * (var + BatchNorm::EPS).rsqrt();
-        let y = centred * scale + norm.bias.view(channels);
-        Ok(self.after(y.to_kind(self.values.kind()), false))
+        Ok(self.with(Values::Rows(norm.forward(&rows, train), size)))
     }
 
     /// Layer norm over the channels of each position.
     pub fn layer_norm(&self, norm: &LayerNorm2d) -> Self {
-        self.after(norm.forward(&self.values), false)
+        let Some(visible) = &self.visible else {
+            return self.with(Values::Map(norm.forward(&self.map())));
+        };
+        let (rows, size) = self.rows(visible);
+        self.with(Values::Rows(norm.last_dimension(&rows), size))
     }
 
     /// max(x, 0).
     pub fn relu(&self) -> Self {
-        self.after(self.values.relu(), self.hidden_is_zero())
+        self.with(match &self.values {
+            Values::Map(map) => Values::Map(map.relu()),
+            Values::Rows(rows, size) => Values::Rows(rows.relu(), *size),
+        })
     }
 
     /// The sum of two maps of the same shape and the same visible cells.
     pub fn add(&self, other: &Self) -> Self {
-        self.after(&self.values + &other.values, self.hidden_is_zero() && other.hidden_is_zero())
+        self.with(match (&self.values, &other.values) {
+            (Values::Rows(a, size), Values::Rows(b, _)) => Values::Rows(a + b, *size),
+            _ => Values::Map(self.map() + other.map()),
+        })
     }
 
-    fn hidden_is_zero(&self) -> bool {
-        self.sparse.as_ref().is_some_and(|sparse| sparse.hidden_is_zero)
-    }
-
-    fn with_zeros(&self) -> Tensor {
-        match &self.sparse {
-            Some(Sparse { visible, hidden_is_zero: false }) => {
-                let level = visible.at(self.values.size()[2], self.values.size()[3]);
-                &self.values * level.mask.to_kind(self.values.kind())
-            }
-            _ => self.values.shallow_clone(),
+    fn map(&self) -> Tensor {
+        match (&self.values, &self.visible) {
+            (Values::Rows(rows, size), Some(visible)) => visible.at(*size).scatter(rows),
+            (Values::Map(values) | Values::Rows(values, _), _) => values.shallow_clone(),
         }
     }
 
-    fn after(&self, values: Tensor, hidden_is_zero: bool) -> Self {
-        let sparse = |sparse: &Sparse| Sparse { visible: Rc::clone(&sparse.visible), hidden_is_zero };
-        FeatureMap { values, sparse: self.sparse.as_ref().map(sparse) }
+    fn rows(&self, visible: &Visible) -> (Tensor, Size) {
+        match &self.values {
+            Values::Rows(rows, size) => (rows.shallow_clone(), *size),
+            Values::Map(map) => (visible.at(size_of(map)).gather(map), size_of(map)),
+        }
     }
+
+    /// The result `map` of an operation, as far as it is visible.
+    fn gathered(&self, map: &Tensor) -> Self {
+        self.with(match &self.visible {
+            None => Values::Map(map.shallow_clone()),
+            Some(visible) => Values::Rows(visible.at(size_of(map)).gather(map), size_of(map)),
+        })
+    }
+
+    fn with(&self, values: Values) -> Self {
+        FeatureMap { values, visible: self.visible.clone() }
+    }
+}
+
+fn size_of(map: &Tensor) -> Size {
+    let shape = map.size();
+    (shape[2], shape[3])
+}
+
+/// The same numbers, ordered in memory as (B, H, W, C): convolutions and norms are faster so, and positions are rows.
+fn channels_last(map: &Tensor) -> Tensor {
+    map.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }

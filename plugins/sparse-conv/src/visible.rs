@@ -13,16 +13,24 @@ use tch::{Kind, Tensor};
 pub struct Visible {
     cells: Tensor,
     count: i64,
-    levels: RefCell<BTreeMap<(i64, i64), Rc<Level>>>,
+    levels: RefCell<BTreeMap<Size, Rc<Level>>>,
+    strides: RefCell<BTreeMap<(Size, i64), Rc<Tensor>>>,
 }
+
+/// Height and width of a map.
+pub(crate) type Size = (i64, i64);
 
 /// The visible positions at one resolution.
 #[derive(Debug)]
 pub(crate) struct Level {
-    /// f32 `(B, 1, H, W)`: 1 where visible, 0 where hidden.
+    /// Bool `(B, 1, H, W)`: true where visible.
     pub mask: Tensor,
-    /// Visible positions N in the batch.
-    pub count: i64,
+    /// i64 `(N)`: the visible positions, rising, in the order (B, H, W).
+    pub positions: Tensor,
+    /// B.
+    pub batch: i64,
+    /// H and W.
+    pub size: Size,
 }
 
 impl Visible {
@@ -43,7 +51,8 @@ impl Visible {
             "the mask shows no cell of any of the {} images: lower the share of hidden cells",
             shape[0]
         );
-        Ok(Visible { cells: cells.shallow_clone(), count, levels: RefCell::default() })
+        let (levels, strides) = Default::default();
+        Ok(Visible { cells: cells.shallow_clone(), count, levels, strides })
     }
 
     /// Visible cells in the whole batch, at least 1.
@@ -51,21 +60,64 @@ impl Visible {
         self.count
     }
 
-    /// Checks that a map of this size divides into the mask's cells.
-    pub(crate) fn check_size(&self, map: &[i64]) -> Result<()> {
+    /// Checks that a map of this shape divides into the mask's cells.
+    pub(crate) fn check_shape(&self, map: &[i64]) -> Result<()> {
         let cells = self.cells.size();
         let fits = map.len() == 4 && map[0] == cells[0] && map[2] % cells[2] == 0 && map[3] % cells[3] == 0;
         ensure!(fits, "a mask of {cells:?} cells does not fit images or features of shape {map:?}");
         Ok(())
     }
 
-    /// The visible positions of a map of `height` × `width`.
-    pub(crate) fn at(&self, height: i64, width: i64) -> Rc<Level> {
+    /// The visible positions of a map of this size.
+    ///
+    /// # Panics
+    /// When it does not divide into the mask's cells.
+    pub(crate) fn at(&self, size: Size) -> Rc<Level> {
         let build = || {
-            let (rows, columns) = (height / self.cells.size()[2], width / self.cells.size()[3]);
-            let mask = self.cells.to_kind(Kind::Float).upsample_nearest2d([height, width], None, None);
-            Rc::new(Level { mask, count: self.count * rows * columns })
+            let cells = self.cells.size();
+            let (height, width) = size;
+            assert!(
+                height % cells[2] == 0 && width % cells[3] == 0,
+                "a layer makes maps of {height} × {width}, which do not divide into {} × {} cells",
+                cells[2],
+                cells[3]
+            );
+            let mask = self.cells.to_kind(Kind::Uint8).upsample_nearest2d([height, width], None, None);
+            let positions = mask.flatten(0, -1).nonzero().flatten(0, -1);
+            Rc::new(Level { mask: mask.to_kind(Kind::Bool), positions, batch: cells[0], size })
         };
-        Rc::clone(self.levels.borrow_mut().entry((height, width)).or_insert_with(build))
+        Rc::clone(self.levels.borrow_mut().entry(size).or_insert_with(build))
+    }
+
+    /// i64 `(N')`: for each visible position of the map that has every `stride`-th row and column of one of `size`,
+    /// its number among the visible positions of the latter.
+    pub(crate) fn every(&self, stride: i64, size: Size) -> Rc<Tensor> {
+        let build = || {
+            let fine = self.at(size);
+            let (height, width) = size;
+            let number = fine.mask.flatten(0, -1).cumsum(0, Kind::Int64) - 1;
+            let map = number.view([fine.batch, height, width]);
+            let map = map.slice(1, None, None, stride).slice(2, None, None, stride);
+            let coarse = self.at((map.size()[1], map.size()[2]));
+            Rc::new(map.flatten(0, -1).index_select(0, &coarse.positions))
+        };
+        Rc::clone(self.strides.borrow_mut().entry((size, stride)).or_insert_with(build))
+    }
+}
+
+impl Level {
+    /// The values `(N, C)` at visible positions of a map `(B, C, H, W)`.
+    pub fn gather(&self, map: &Tensor) -> Tensor {
+        let channels = map.size()[1];
+        map.permute([0, 2, 3, 1]).reshape([-1, channels]).index_select(0, &self.positions)
+    }
+
+    /// The map `(B, C, H, W)`, channels last in memory, with `rows` `(N, C)` at visible positions and zero elsewhere.
+    pub fn scatter(&self, rows: &Tensor) -> Tensor {
+        let (height, width) = self.size;
+        let channels = rows.size()[1];
+        let zeros = Tensor::zeros([self.batch * height * width, channels], (rows.kind(), rows.device()));
+        let map = zeros.index_copy(0, &self.positions, rows);
+        map.view([self.batch, height, width, channels]).permute([0, 3, 1, 2])
     }
 }

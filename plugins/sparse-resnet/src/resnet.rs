@@ -260,6 +260,6 @@ impl Backbone for ResNet {
         for block in self.stages.iter().flatten() {
             x = block.forward(&x, train)?;
         }
-        Ok(x.into_dense())
+        Ok(x.into_map())
     }
 }
