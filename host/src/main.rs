@@ -1,2 +1,7 @@
 //! The jepa-host executable.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    jepa_host::cli::main()
+}

@@ -252,7 +252,7 @@ pub struct Eval {
     /// Side of the centre crop as a share of the resized image: 0.875 is resize 256, crop 224. Default 0.875.
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
     pub crop_ratio: f64,
-    /// How many training images the probes learn from, evenly spread over the file. Default: all.
+    /// How many training images the probes learn from, drawn at random by the seed. Default: all.
     #[schemars(range(min = 1))]
     pub train_limit: Option<usize>,
     /// The linear probe.

@@ -51,6 +51,15 @@ pub enum OnError {
     Replace,
 }
 
+impl From<crate::config::OnError> for OnError {
+    fn from(configured: crate::config::OnError) -> Self {
+        match configured {
+            crate::config::OnError::Fail => OnError::Fail,
+            crate::config::OnError::Replace => OnError::Replace,
+        }
+    }
+}
+
 /// What a [`Loader`] makes, and how.
 #[derive(Clone, Debug)]
 pub struct LoaderOptions {

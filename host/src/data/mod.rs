@@ -29,3 +29,9 @@ pub use inspect::{ClassCount, Sample, Summary, inspect};
 pub use loader::{Batch, Batches, Loader, LoaderOptions, OnError};
 pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Split, pack};
 pub use verify::{VerifyReport, verify};
+
+/// The version of the HDF5 library that is linked in.
+pub fn hdf5_version() -> String {
+    let (major, minor, patch) = hdf5::library_version();
+    format!("{major}.{minor}.{patch}")
+}

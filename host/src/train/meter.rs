@@ -3,11 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-
 /// Sums and counts by metric name.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Meters(BTreeMap<String, (f64, u64)>);
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Meters(pub BTreeMap<String, (f64, u64)>);
 
 impl Meters {
     /// Adds one value of metric `name`.

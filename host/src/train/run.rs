@@ -126,7 +126,7 @@ impl Run {
             warmup_steps: (settings.warmup_epochs * steps_per_epoch as f64).round() as u64,
         };
         Ok(Run {
-            meters: r.state.meters.clone(),
+            meters: Meters(r.state.meters.clone()),
             config: r.config,
             device: r.device,
             model: r.model,
@@ -350,7 +350,7 @@ impl Run {
     }
 
     fn save(&mut self) -> anyhow::Result<()> {
-        self.state.meters = self.meters.clone();
+        self.state.meters = self.meters.0.clone();
         self.state.metrics_lines = self.trackers.sync()?;
         let (model, optimizer) = (self.model.tensors(), self.optimizer.tensors());
         let folder = self.directory.save(&self.state, &model, &optimizer, self.config.checkpoint.keep)?;

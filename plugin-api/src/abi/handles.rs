@@ -19,7 +19,8 @@ use crate::host::RunFacts;
 use crate::params::Entry;
 use crate::{BackboneInfo, Batch, EmaPair, Params, Result, Step, ViewSpec};
 
-/// A plugin whose functions can be called.
+/// A plugin whose functions can be called. A clone is another handle on the same plugin.
+#[derive(Clone)]
 pub struct Plugin {
     name: String,
     module: PluginModuleRef,

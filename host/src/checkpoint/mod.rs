@@ -1,0 +1,19 @@
+//! The run directory and the states saved in it.
+//!
+//! A run lives in `<run.dir>/<run.name>/version_<n>/`. A checkpoint is a folder of it, `checkpoints/step_<8 digits>/`,
+//! with `model.safetensors`, `optimizer.safetensors` and `state.json`. It appears whole or not at all: it is written
+//! under another name, synced to the disk, and renamed. What a run saves and when is the training loop's business.
+
+mod error;
+mod resume;
+mod run_dir;
+mod state;
+mod store;
+mod tensors;
+
+pub use error::CheckpointError;
+pub use resume::{Resume, resolve_resume};
+pub use run_dir::RunDir;
+pub use state::{Best, FORMAT, Plugin, State};
+pub use store::{Checkpoint, best, latest, list, load, load_model, load_state};
+pub use tensors::{NamedTensors, read_tensors, restore, write_tensors};

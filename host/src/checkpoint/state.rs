@@ -1,0 +1,111 @@
+//! What is needed beside the tensors to go on exactly where a run stopped.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The version of the layout that this program writes and reads.
+pub const FORMAT: u32 = 1;
+
+/// The content of `state.json`. It holds no times and no host names: equal runs write equal bytes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// The layout: [`FORMAT`].
+    pub format: u32,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// The epoch that the next batch belongs to, from 0.
+    pub epoch: u64,
+    /// Batches of that epoch that are done.
+    pub batch_in_epoch: u64,
+    /// The run's seed.
+    pub seed: u64,
+    /// Name of the method.
+    pub method: String,
+    /// Name of the backbone.
+    pub backbone: String,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    /// The first evaluation: of random weights, when `eval.at_start` is on.
+    pub first_eval: Option<BTreeMap<String, f64>>,
+    /// The last evaluation so far.
+    pub last_eval: Option<BTreeMap<String, f64>>,
+    /// Sum and count of each figure since the last log line.
+    pub meters: BTreeMap<String, (f64, u64)>,
+    /// Lines of `metrics.jsonl` at this point: what follows is to be done again.
+    pub metrics_lines: u64,
+    /// The resolved configuration.
+    pub config: Value,
+    /// Identifies the training images and their order.
+    pub data_fingerprint: String,
+    /// The plugins in use.
+    pub plugins: Vec<Plugin>,
+    /// Version of libtorch.
+    pub libtorch: String,
+    /// Threads that libtorch computes with.
+    pub threads: usize,
+}
+
+/// The best evaluation of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Name of the metric, such as `eval/linear_top1_final`.
+    pub metric: String,
+    /// Its value.
+    pub value: f64,
+    /// Optimizer steps done when it was measured.
+    pub step: u64,
+}
+
+impl Best {
+    /// Whether `value` of the same metric is better: lower where the name ends in `loss`, else higher.
+    pub fn is_beaten_by(&self, value: f64) -> bool {
+        if self.metric.ends_with("loss") { value < self.value } else { value > self.value }
+    }
+}
+
+/// A plugin as it was loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plugin {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// SHA-256 of the file, in hexadecimal.
+    pub sha256: String,
+}
+
+impl State {
+    /// What is not as it was when this state was saved, a sentence each: a run that goes on nevertheless may differ
+    /// from one that was never stopped.
+    pub fn drift(&self, now: &State) -> Vec<String> {
+        let mut drift = Vec::new();
+        let mut compare = |what: &str, saved: String, now: String| {
+            if saved != now {
+                drift.push(format!("{what} was {saved} when the checkpoint was saved and is {now} now"));
+            }
+        };
+        compare("the seed", self.seed.to_string(), now.seed.to_string());
+        compare("the method", self.method.clone(), now.method.clone());
+        compare("the backbone", self.backbone.clone(), now.backbone.clone());
+        compare(
+            "the training data's fingerprint",
+            self.data_fingerprint.clone(),
+            now.data_fingerprint.clone(),
+        );
+        compare("libtorch", self.libtorch.clone(), now.libtorch.clone());
+        compare("the number of compute threads", self.threads.to_string(), now.threads.to_string());
+        let short = |plugin: Option<&Plugin>| match plugin {
+            Some(plugin) => {
+                format!("{} ({})", plugin.version, plugin.sha256.get(..12).unwrap_or(&plugin.sha256))
+            }
+            None => "not loaded".to_owned(),
+        };
+        for saved in &self.plugins {
+            let present = now.plugins.iter().find(|plugin| plugin.name == saved.name);
+            compare(&format!("plugin {}", saved.name), short(Some(saved)), short(present));
+        }
+        drift
+    }
+}

@@ -1,0 +1,99 @@
+//! `jepa-host doctor`: what is there, and what is missing.
+
+use clap::Args;
+use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE};
+use jepa_plugin_api::tch;
+use serde_json::{Value, json};
+
+use super::{Format, plugin};
+use crate::config::Device;
+use crate::device::{self, check_native, cpu_capability, libtorch};
+use crate::plugin::SearchPath;
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl DoctorArgs {
+    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+        let torch = libtorch();
+        let path = |p: &Option<std::path::PathBuf>| p.as_ref().map(|p| p.display().to_string());
+        let native = check_native().err().map(|error| error.to_string());
+        let cuda = match device::choose(Device::Cuda(None)) {
+            Ok(_) => format!("{} devices", tch::Cuda::device_count()),
+            Err(error) => format!("no: {error}"),
+        };
+        let mut plugins = Vec::new();
+        for found in plugin::found(search) {
+            plugins.push(match found {
+                Ok(p) => json!({ "name": p.manifest.name, "version": p.manifest.version, "file": p.path }),
+                Err(error) => json!({ "refused": error.to_string() }),
+            });
+        }
+        let report = json!({
+            "jepa-host": env!("CARGO_PKG_VERSION"),
+            "plugin API": format!("{API_MAJOR}.{API_MINOR}"),
+            "libtorch": torch.version,
+            "libtorch folder": path(&torch.folder),
+            "torch bridge": path(&torch.bridge).map(|file| format!("{BRIDGE} at {file}")),
+            "native library": native.unwrap_or_else(|| "loaded".to_owned()),
+            "CPU kernels": cpu_capability().unwrap_or_else(|error| error.to_string()),
+            "threads": tch::get_num_threads(),
+            "CUDA": cuda,
+            "HDF5": crate::data::hdf5_version(),
+            "wandb-core": find_wandb_core(),
+            "plugins": plugins,
+        });
+        match self.format {
+            Format::Json => println!("{report:#}"),
+            Format::Text => print(&report),
+        }
+        Ok(())
+    }
+}
+
+fn print(report: &Value) {
+    for (name, value) in report.as_object().into_iter().flatten() {
+        match value {
+            Value::String(text) => println!("{name:<16}{text}"),
+            Value::Array(plugins) => {
+                println!("{name:<16}{}", if plugins.is_empty() { "none found" } else { "" });
+                for plugin in plugins {
+                    match plugin["refused"].as_str() {
+                        Some(reason) => println!("  refused: {reason}"),
+                        None => println!(
+                            "  {} {}  {}",
+                            plugin["name"].as_str().unwrap_or_default(),
+                            plugin["version"].as_str().unwrap_or_default(),
+                            plugin["file"].as_str().unwrap_or_default()
+                        ),
+                    }
+                }
+            }
+            Value::Null => println!("{name:<16}missing"),
+            other => println!("{name:<16}{other}"),
+        }
+    }
+}
+
+/// W&B's engine: in `$JEPA_WANDB_CORE`, or inside an installed `wandb` package on the path of Python.
+fn find_wandb_core() -> String {
+    if let Some(file) = std::env::var_os("JEPA_WANDB_CORE") {
+        let file = std::path::PathBuf::from(file);
+        let there = if file.is_file() { "" } else { " (JEPA_WANDB_CORE names it, but it does not exist)" };
+        return format!("{}{there}", file.display());
+    }
+    let code = "import importlib.util as u; s = u.find_spec('wandb'); print(s.submodule_search_locations[0] if s else '')";
+    let found = std::process::Command::new("python3").args(["-c", code]).output().ok().and_then(|output| {
+        let folder = String::from_utf8(output.stdout).ok()?;
+        let file = std::path::Path::new(folder.trim()).join("bin/wandb-core");
+        file.is_file().then_some(file)
+    });
+    match found {
+        Some(file) => file.display().to_string(),
+        None => "not found (in no installed wandb package; JEPA_WANDB_CORE is not set)".to_owned(),
+    }
+}

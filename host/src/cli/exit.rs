@@ -1,0 +1,53 @@
+//! From errors to exit codes, and to the words on the terminal.
+
+use jepa_plugin_api::abi::{Failure, FailureKind};
+
+use crate::checkpoint::CheckpointError;
+use crate::config::ConfigError;
+use crate::data::DataError;
+use crate::device::DeviceError;
+use crate::plugin::PluginError;
+use crate::train::TrainError;
+
+/// A command line that makes no sense, beyond what the parser sees.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Usage(pub String);
+
+/// Prints `error` on the standard error, causes behind it.
+pub(super) fn report(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+}
+
+/// The exit code of `error`: that of the first cause that has one.
+pub(super) fn code(error: &anyhow::Error) -> u8 {
+    error.chain().find_map(code_of).unwrap_or(1)
+}
+
+fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if cause.is::<ConfigError>() || cause.is::<Usage>() {
+        return Some(2);
+    }
+    if let Some(DeviceError::NoCuda { .. }) = cause.downcast_ref() {
+        return Some(2);
+    }
+    if cause.is::<PluginError>() {
+        return Some(3);
+    }
+    if cause.is::<DataError>() {
+        return Some(4);
+    }
+    if cause.is::<CheckpointError>() {
+        return Some(1);
+    }
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(if failure.kind == FailureKind::Options { 2 } else { 6 });
+    }
+    match cause.downcast_ref::<TrainError>()? {
+        TrainError::Diverged { .. } => Some(5),
+        TrainError::Interrupted { signal, .. } => Some(128 + *signal as u8),
+        TrainError::Declaration { .. } => Some(6),
+        TrainError::NoStep { .. } => Some(2),
+        TrainError::Device(_) | TrainError::Torch(_) => None,
+    }
+}

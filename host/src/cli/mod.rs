@@ -1,0 +1,115 @@
+//! The command line: one file per subcommand, each of them thin.
+
+mod data;
+mod doctor;
+mod exit;
+mod plugin;
+mod train;
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+
+use crate::plugin::SearchPath;
+use crate::track::console::{Verbosity, init_logging};
+
+const ABOUT: &str = "Pretrain convolutional networks without labels, with methods and backbones as plugins";
+
+const EXAMPLES: &str = "\
+Examples:
+  jepa-host --plugin libcnn_jepa.so --config configs/demo.toml
+  jepa-host --plugin cnn_jepa --config configs/demo.toml optimizer.lr=0.02 trainer.epochs=20
+  jepa-host --plugin cnn_jepa --config configs/demo.toml --resume auto
+  jepa-host plugin info cnn_jepa
+  jepa-host data pack photos/ photos.h5
+
+Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.
+
+Exit codes: 0 done · 2 usage or config · 3 plugin refused · 4 data · 5 diverged · 6 plugin failed while running ·
+130/143 interrupted, after a checkpoint · 1 anything else";
+
+/// The parsed command line.
+#[derive(Debug, Parser)]
+#[command(name = "jepa-host", version, about = ABOUT, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: train::TrainArgs,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Options of every subcommand.
+#[derive(Clone, Debug, clap::Args)]
+struct Common {
+    /// Look for plugins in this folder first; may be repeated
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Plugins")]
+    plugin_dir: Vec<PathBuf>,
+    /// Say why, not only what: debug messages and their sources
+    #[arg(short, long, global = true, conflicts_with = "quiet")]
+    verbose: bool,
+    /// Say nothing but warnings and errors
+    #[arg(short, long, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Pretrain (the default: `train` may be left out)
+    Train(train::TrainArgs),
+    /// List plugins, and what they offer
+    #[command(subcommand)]
+    Plugin(plugin::PluginCommand),
+    /// Pack, inspect and verify image data sets
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// Show what is installed and what is missing
+    Doctor(doctor::DoctorArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How a table is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people
+    #[default]
+    Text,
+    /// For programs
+    Json,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    init_logging(match (cli.common.quiet, cli.common.verbose) {
+        (true, _) => Verbosity::Quiet,
+        (_, true) => Verbosity::Verbose,
+        _ => Verbosity::Normal,
+    });
+    let search = SearchPath::new(&cli.common.plugin_dir);
+    let result = match cli.command {
+        None => cli.train.run(&search),
+        Some(Command::Train(args)) => args.run(&search),
+        Some(Command::Plugin(command)) => command.run(&search),
+        Some(Command::Data(command)) => command.run(),
+        Some(Command::Doctor(args)) => args.run(&search),
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "jepa-host", &mut io::stdout());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            exit::report(&error);
+            ExitCode::from(exit::code(&error))
+        }
+    }
+}

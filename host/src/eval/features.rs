@@ -1,0 +1,120 @@
+//! Features of a whole set of images, computed once and then used by every probe.
+
+use anyhow::Context as _;
+use tch::{Device, Kind, Tensor};
+
+use super::error::EvalError;
+
+/// The pooled features of a set of images and their labels, in the same order, on one device.
+#[derive(Debug)]
+pub struct Features {
+    /// (N, D), f32.
+    pub x: Tensor,
+    /// (N), i64: class numbers from 0.
+    pub y: Tensor,
+}
+
+impl Features {
+    /// Takes features in any floating-point type and labels in any integer type; both end on the features' device.
+    ///
+    /// # Errors
+    /// No images, other shapes, NaN or infinity.
+    pub fn new(x: &Tensor, y: &Tensor) -> Result<Self, EvalError> {
+        let describe = |tensor: &Tensor| format!("{:?} of {:?}", tensor.size(), tensor.kind());
+        let (rows, columns) = match (x.size().as_slice(), y.size().as_slice()) {
+            ([rows, columns], [labels]) if rows == labels => (*rows, *columns),
+            _ => return Err(EvalError::Shape { features: describe(x), labels: describe(y) }),
+        };
+        if rows == 0 || columns == 0 {
+            return Err(EvalError::Empty);
+        }
+        let integers = matches!(y.kind(), Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64);
+        if !x.is_floating_point() || !integers {
+            return Err(EvalError::Shape { features: describe(x), labels: describe(y) });
+        }
+        let x = x.detach().f_to_kind(Kind::Float)?.f_contiguous()?;
+        let y = y.f_to_device(x.device())?.f_to_kind(Kind::Int64)?.f_contiguous()?;
+        if let Some(image) = first(&x.f_isfinite()?.f_logical_not()?.f_any_dim(1, false)?)? {
+            return Err(EvalError::NotFinite { image });
+        }
+        Ok(Features { x, y })
+    }
+
+    /// The number of images, N.
+    pub fn images(&self) -> i64 {
+        self.x.size()[0]
+    }
+
+    /// The number of dimensions, D.
+    pub fn dimensions(&self) -> i64 {
+        self.x.size()[1]
+    }
+
+    /// The first `count` images, or all where there are fewer.
+    pub fn first(self, count: i64) -> Self {
+        let count = count.clamp(0, self.images());
+        Features { x: self.x.narrow(0, 0, count), y: self.y.narrow(0, 0, count) }
+    }
+
+    /// Refuses labels that are no class.
+    fn check_labels(&self, classes: i64) -> Result<(), EvalError> {
+        let low = self.y.f_lt(0)?;
+        let wrong = low.f_logical_or(&self.y.f_ge(classes)?)?;
+        match first(&wrong)? {
+            Some(image) => {
+                let label = self.y.f_int64_value(&[image])?;
+                Err(EvalError::Label { image, label, classes })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a pair of sets that no probe can learn from and be judged on.
+    pub(super) fn check_pair(train: &Features, val: &Features, classes: i64) -> Result<(), EvalError> {
+        if train.dimensions() != val.dimensions() {
+            return Err(EvalError::Dimensions { train: train.dimensions(), val: val.dimensions() });
+        }
+        if train.images() == 0 || val.images() == 0 {
+            return Err(EvalError::Empty);
+        }
+        train.check_labels(classes)?;
+        val.check_labels(classes)
+    }
+}
+
+/// The place of the first true value of a bool (N).
+fn first(marks: &Tensor) -> Result<Option<i64>, EvalError> {
+    let places = marks.f_nonzero()?;
+    Ok(if places.size()[0] == 0 { None } else { Some(places.f_int64_value(&[0, 0])?) })
+}
+
+/// Runs `encode`, images (B, 3, H, W) to features (B, D), over all batches of (images, labels), without gradients. The
+/// result lies on the CPU, so that a large set needs no room on the device.
+///
+/// # Errors
+/// Those of the batches and of `encode`; no images; NaN or infinity, at the first batch that has one.
+pub fn extract(
+    batches: impl IntoIterator<Item = anyhow::Result<(Tensor, Tensor)>>,
+    encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
+) -> Result<Features, EvalError> {
+    let _no_grad = tch::no_grad_guard();
+    let (mut xs, mut ys, mut done) = (Vec::new(), Vec::new(), 0);
+    for batch in batches {
+        let (images, labels) = batch.map_err(EvalError::Encode)?;
+        let x = encode(&images)
+            .with_context(|| format!("images {done} to {}", done + images.size().first().unwrap_or(&0) - 1))
+            .map_err(EvalError::Encode)?;
+        let features = Features::new(&x.f_to_device(Device::Cpu)?, &labels.f_to_device(Device::Cpu)?)
+            .map_err(|error| match error {
+                EvalError::NotFinite { image } => EvalError::NotFinite { image: done + image },
+                error => error,
+            })?;
+        done += features.images();
+        xs.push(features.x);
+        ys.push(features.y);
+    }
+    if xs.is_empty() {
+        return Err(EvalError::Empty);
+    }
+    Ok(Features { x: Tensor::f_cat(&xs, 0)?, y: Tensor::f_cat(&ys, 0)? })
+}

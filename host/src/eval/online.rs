@@ -1,0 +1,115 @@
+//! Evaluation during training: features of both data sets from the frozen encoder, then every probe that is enabled.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jepa_plugin_api::ViewSpec;
+use jepa_plugin_api::tch::Tensor;
+
+use super::{Features, descriptors, extract, knn, linear};
+use crate::config::{self, Config};
+use crate::data::{DataError, Dataset, Loader, LoaderOptions};
+
+/// What is needed to evaluate an encoder, ready before training starts.
+pub struct Evaluation {
+    bank: Loader,
+    bank_limit: Option<usize>,
+    queries: Loader,
+    classes: i64,
+    seed: u64,
+    settings: config::Eval,
+}
+
+impl Evaluation {
+    /// Probes trained on `train_set` and measured on `val_set`, both seen through `view`.
+    ///
+    /// # Errors
+    /// When a data set has no labels, or labels that do not fit the other's.
+    pub fn new(
+        config: &Config,
+        view: ViewSpec,
+        train_set: &Arc<Dataset>,
+        val_set: &Arc<Dataset>,
+    ) -> Result<Self, DataError> {
+        train_set.require_labels("evaluation")?;
+        val_set.require_labels("evaluation")?;
+        let loader = |set: &Arc<Dataset>, shuffle: bool| {
+            let options = LoaderOptions {
+                batch_size: config.eval.batch_size,
+                seed: config.seed,
+                threads: config.data.threads,
+                on_error: config.data.on_error.into(),
+                shuffle,
+                drop_last: false,
+                ..LoaderOptions::new(vec![view.clone()], config.data.size as u32)
+            };
+            Loader::new(Arc::clone(set), options)
+        };
+        Ok(Evaluation {
+            // A part of the training set is a random part: files are often sorted by class.
+            bank: loader(train_set, config.eval.train_limit.is_some())?,
+            bank_limit: config.eval.train_limit,
+            queries: loader(val_set, false)?,
+            classes: train_set.classes().max(val_set.classes()) as i64,
+            seed: config.seed,
+            settings: config.eval.clone(),
+        })
+    }
+
+    /// The figures `eval/…` of the encoder `encode`, which takes f32 `(B, 3, S, S)` and gives `(B, D)`.
+    ///
+    /// # Errors
+    /// Whatever the pipeline, the encoder or a probe reports: none is swallowed.
+    pub fn run(
+        &self,
+        encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
+    ) -> anyhow::Result<BTreeMap<String, f64>> {
+        let bank = self.features(&self.bank, self.bank_limit, encode)?;
+        let queries = self.features(&self.queries, None, encode)?;
+        let mut figures = BTreeMap::new();
+        let mut note = |name: &str, value: f64| figures.insert(format!("eval/{name}"), value);
+
+        let settings = &self.settings.linear;
+        if settings.enabled {
+            let options = linear::Options {
+                epochs: settings.epochs,
+                lr: settings.lr,
+                batch_size: settings.batch_size,
+                seed: self.seed,
+            };
+            let probe = linear::probe(&bank, &queries, self.classes, &options)?;
+            note("linear_top1", probe.top1);
+            note("linear_top5", probe.top5);
+            note("linear_top1_final", probe.top1_final);
+            note("linear_top5_final", probe.top5_final);
+        }
+        if self.settings.knn.enabled {
+            let result =
+                knn::evaluate(&bank, &queries, self.classes, self.settings.knn.k, self.settings.knn.temperature)?;
+            note("knn_top1", result.top1);
+            note("knn_top5", result.top5);
+        }
+        let described = descriptors::describe(&queries.x)?;
+        note("rankme", described.rankme);
+        note("std", described.std);
+        Ok(figures)
+    }
+
+    fn features(
+        &self,
+        loader: &Loader,
+        limit: Option<usize>,
+        encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
+    ) -> anyhow::Result<Features> {
+        let batches = limit.map_or(usize::MAX, |limit| limit.div_ceil(self.settings.batch_size));
+        let batches = loader.batches(0, 0).take(batches).map(|batch| {
+            let batch = batch?;
+            Ok((batch.views.into_iter().next().expect("one view was asked for"), batch.labels))
+        });
+        let features = extract(batches, encode)?;
+        Ok(match limit {
+            Some(limit) => features.first(limit as i64),
+            None => features,
+        })
+    }
+}

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# `make demo`: CNN-JEPA on bundled Fashion-MNIST images, method and backbone as two plugin files. Further arguments
+# are settings: scripts/demo.sh seed=1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+release="${CARGO_TARGET_DIR:-target}/release"
+
+echo "Pretraining CNN-JEPA without labels on $(basename examples/demo-data)/fashion_mnist_train.h5, then asking a"
+echo "linear probe and kNN what the features know of the classes, on images that were not trained on."
+exec "$release/jepa-host" --plugin libcnn_jepa.so --config configs/demo.toml "$@"
