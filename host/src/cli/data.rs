@@ -194,14 +194,17 @@ fn print<T: serde::Serialize>(
     text: impl Fn(&T, &mut dyn Write) -> io::Result<()>,
 ) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    match format {
-        Format::Text => text(result, &mut out)?,
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut out, result)?;
-            writeln!(out)?;
-        }
+    let printed = match format {
+        Format::Text => text(result, &mut out),
+        Format::Json => serde_json::to_writer_pretty(&mut out, result)
+            .map_err(io::Error::from)
+            .and_then(|()| writeln!(out)),
+    };
+    match printed.and_then(|()| out.flush()) {
+        // Whoever read the output, such as `head`, has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => Ok(printed?),
     }
-    Ok(out.flush()?)
 }
 
 fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
