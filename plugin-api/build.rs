@@ -22,6 +22,8 @@ fn main() {
     println!("cargo::rerun-if-env-changed=JEPA_DEPS_LIB");
     println!("cargo::rerun-if-env-changed=CC");
 
+    println!("cargo::rustc-env=JEPA_RUSTC_VERSION={}", rustc_version());
+
     if let Err(reason) = build() {
         println!("cargo::error={reason}");
     }
@@ -43,6 +45,14 @@ fn build() -> Result<(), String> {
         println!("cargo::metadata=deps_lib={}", deps.display());
     }
     Ok(())
+}
+
+/// The compiler, for the manifest of every plugin: `rustc 1.95.0 (hash date)`.
+fn rustc_version() -> String {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output = Command::new(rustc).arg("--version").output().ok();
+    let text = output.and_then(|output| String::from_utf8(output.stdout).ok());
+    text.map_or_else(|| "unknown".to_owned(), |text| text.trim().to_owned())
 }
 
 /// Writes `lib{STUB}.so`: every symbol, one address, no code.

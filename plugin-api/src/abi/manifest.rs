@@ -38,10 +38,7 @@ impl Manifest {
             api_minor: API_MINOR,
             name: padded(name),
             version: padded(version),
-            rustc: padded(match option_env!("JEPA_RUSTC_VERSION") {
-                Some(version) => version,
-                None => "unknown",
-            }),
+            rustc: padded(env!("JEPA_RUSTC_VERSION")),
             bridge: padded(BRIDGE),
             libtorch: [0; 32],
             features: 0,

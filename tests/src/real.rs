@@ -1,0 +1,242 @@
+//! Runs the real binary with real plugin files, each time in a folder of its own.
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// How long a process may take before a test gives up on it.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A setting of the smallest network that the tests train: two stages of width 4.
+pub const TINY_BACKBONE: [&str; 4] =
+    ["backbone.name=resnet18", "backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]"];
+
+/// The folder that cargo builds programs and plugins of this profile into.
+fn built() -> PathBuf {
+    let test = env::current_exe().expect("a test knows its own file");
+    test.ancestors().nth(2).expect("tests lie in <target>/<profile>/deps").to_owned()
+}
+
+/// A file that cargo has built.
+fn require(file: PathBuf) -> PathBuf {
+    assert!(
+        file.is_file(),
+        "{} is missing: build the workspace first, with `cargo build --workspace` and the profile of this test",
+        file.display()
+    );
+    file
+}
+
+/// The binary `jepa-host`.
+pub fn binary() -> PathBuf {
+    require(built().join("jepa-host"))
+}
+
+/// The plugin file `lib{name}.so`.
+pub fn plugin(name: &str) -> PathBuf {
+    require(built().join(format!("lib{name}.so")))
+}
+
+/// A file of `tests/fixtures/`.
+pub fn fixture(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
+    assert!(path.is_file(), "{} is missing", path.display());
+    path
+}
+
+/// The bundled training images: 8,000 pictures of clothes.
+pub fn demo_images() -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo-data/fashion_mnist_train.h5");
+    path.canonicalize().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The argument `key=path`.
+pub fn setting(key: &str, path: &Path) -> String {
+    format!("{key}={}", path.display())
+}
+
+/// An empty folder in which processes are started; gone at the end of the test.
+pub struct Room(TempDir);
+
+impl Room {
+    /// A new one.
+    #[expect(clippy::new_without_default, reason = "it makes a folder on the disk")]
+    pub fn new() -> Self {
+        Room(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// The path of `name` in it.
+    pub fn file(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path().join(name)
+    }
+
+    /// Runs `jepa-host` with these arguments to its end.
+    pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Ended {
+        self.start(arguments).wait()
+    }
+
+    /// Starts `jepa-host` with these arguments. Nothing in the caller's environment configures it.
+    pub fn start<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Running {
+        let number = (0..).find(|n| !self.file(format!("out.{n}")).exists()).expect("numbers do not end");
+        let (out, err) = (self.file(format!("out.{number}")), self.file(format!("err.{number}")));
+        let mut command = Command::new(binary());
+        command.args(arguments).current_dir(self.path());
+        for (name, _) in env::vars_os() {
+            if name.to_str().is_some_and(|name| name.starts_with("JEPA_") || name.starts_with("RUST_")) {
+                command.env_remove(name);
+            }
+        }
+        let create = |path| File::create(path).expect("the room can be written to");
+        let child = command.stdout(create(&out)).stderr(create(&err)).spawn().expect("jepa-host starts");
+        Running { child, out, err }
+    }
+
+    /// Compiles `source`, C, into the shared library `name` in this room.
+    pub fn compile(&self, name: &str, source: &str) -> PathBuf {
+        let (c, library) = (self.file(format!("{name}.c")), self.file(name));
+        fs::write(&c, source).expect("the room can be written to");
+        let compiler = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&c).output();
+        let output = compiler.expect("`cc` is there: rustc links with it");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        library
+    }
+}
+
+/// A process that may still be running. Killed when dropped.
+pub struct Running {
+    child: Child,
+    out: PathBuf,
+    err: PathBuf,
+}
+
+impl Running {
+    /// Waits until `condition` holds.
+    ///
+    /// # Panics
+    /// When the process ends first, or takes too long.
+    pub fn until(&mut self, what: &str, condition: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !condition() {
+            if let Some(status) = self.child.try_wait().expect("a child can be asked") {
+                panic!("{status} before {what}:\n{}", read(&self.err));
+            }
+            assert!(started.elapsed() < PATIENCE, "no {what} within {PATIENCE:?}:\n{}", read(&self.err));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// What it has written to the standard error so far.
+    pub fn stderr(&self) -> String {
+        read(&self.err)
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it has ended already.
+    pub fn signal(&mut self, signal: i32) {
+        let ended = self.child.try_wait().expect("a child can be asked");
+        assert_eq!(ended, None, "it ended before signal {signal} could be sent:\n{}", read(&self.err));
+        // SAFETY: the number is that of our own child, which has not been waited for, so it is nobody else's.
+        let sent = unsafe { libc::kill(self.child.id() as libc::pid_t, signal) };
+        assert_eq!(sent, 0, "a child can be sent signals");
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it takes too long.
+    pub fn wait(mut self) -> Ended {
+        let started = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("a child can be asked") {
+                break status;
+            }
+            assert!(started.elapsed() < PATIENCE, "it does not end:\n{}", read(&self.err));
+            thread::sleep(Duration::from_millis(2));
+        };
+        Ended { status, stdout: read(&self.out), stderr: read(&self.err) }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It has ended already, unless the test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A process that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// How.
+    pub status: ExitStatus,
+    /// All of its standard output.
+    pub stdout: String,
+    /// All of its standard error.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// The same, once it is known that it ended with `code`.
+    ///
+    /// # Panics
+    /// When it did not.
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Self {
+        assert_eq!(self.status.code(), Some(code), "{}\n{}", self.status, self.stderr);
+        self
+    }
+
+    /// The error, without the word: the last line of the standard error, and the only one of its kind.
+    ///
+    /// # Panics
+    /// When there is none, or more than one, or something comes after it.
+    #[track_caller]
+    pub fn error(&self) -> &str {
+        assert_eq!(self.stderr.matches("error: ").count(), 1, "one error is told:\n{}", self.stderr);
+        let last = self.stderr.trim_end().lines().last().unwrap_or_default();
+        last.strip_prefix("error: ").unwrap_or_else(|| panic!("the error is the last line:\n{}", self.stderr))
+    }
+
+    /// Makes sure that the error says all of `parts`, in this order.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn error_says(&self, parts: &[&str]) {
+        let mut rest = self.error();
+        for part in parts {
+            let Some(at) = rest.find(part) else { panic!("not, or not here, in the error: {part}\n{}", self.stderr) };
+            rest = &rest[at + part.len()..];
+        }
+    }
+}
+
+fn read(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// The checkpoints below `folder` that are whole, by name, oldest first: `step_00000005`, …
+pub fn checkpoints(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = folder.read_dir() else { return Vec::new() };
+    let is_checkpoint = |path: &PathBuf| {
+        path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("step_"))
+    };
+    let mut found: Vec<PathBuf> =
+        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(is_checkpoint).collect();
+    found.sort();
+    found
+}
