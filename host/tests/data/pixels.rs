@@ -116,6 +116,9 @@ fn flip_and_normalise_equal_torchvision() {
     }
 }
 
+/// A number about a box, where it has one.
+type Statistic<'a> = &'a dyn Fn(&CropBox) -> Option<f64>;
+
 #[test]
 fn random_crops_are_distributed_as_torchvisions() {
     let expected: Value =
@@ -143,7 +146,7 @@ fn random_crops_are_distributed_as_torchvisions() {
             |at: u32, side: u32, all: u32| (side < all).then(|| f64::from(at) / f64::from(all - side));
         let top = |crop: &CropBox| relative(crop.top, crop.height, height);
         let left = |crop: &CropBox| relative(crop.left, crop.width, width);
-        let statistics: [(&str, &dyn Fn(&CropBox) -> Option<f64>); 4] = [
+        let statistics: [(&str, Statistic); 4] = [
             ("area_fraction", &area),
             ("log_aspect", &log_aspect),
             ("relative_top", &top),
