@@ -24,7 +24,9 @@ pub fn write(directory: &Path, settings: &ResolvedConfig, state: &State) -> anyh
     };
     let path = directory.join("provenance.json");
     let mut sessions: Vec<Value> = match fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?,
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?
+        }
         Err(_) => Vec::new(),
     };
     sessions.push(session(state));
@@ -56,6 +58,7 @@ fn session(state: &State) -> Value {
 
 /// The first line that a program prints; null when it is not there or fails, as git does outside a repository.
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).output().ok().filter(|output| output.status.success())?;
+    let output =
+        Command::new(program).args(arguments).output().ok().filter(|output| output.status.success())?;
     String::from_utf8(output.stdout).ok().map(|text| text.trim().to_owned())
 }

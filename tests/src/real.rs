@@ -219,7 +219,9 @@ impl Ended {
     pub fn error_says(&self, parts: &[&str]) {
         let mut rest = self.error();
         for part in parts {
-            let Some(at) = rest.find(part) else { panic!("not, or not here, in the error: {part}\n{}", self.stderr) };
+            let Some(at) = rest.find(part) else {
+                panic!("not, or not here, in the error: {part}\n{}", self.stderr)
+            };
             rest = &rest[at + part.len()..];
         }
     }

@@ -97,7 +97,8 @@ fn the_cnn_jepa_update_equals_torch() {
 
         let pairs = [("context.", "target."), ("projection.", "target_projection.")];
         for (name, online) in &params {
-            let follower = pairs.iter().find_map(|(from, to)| Some(format!("{to}{}", name.strip_prefix(from)?)));
+            let follower =
+                pairs.iter().find_map(|(from, to)| Some(format!("{to}{}", name.strip_prefix(from)?)));
             let Some(follower) = follower else { continue };
             let target = fixture.tensor(&format!("param.{follower}"));
             let momentum = config["ema_momentum"].as_f64().expect("a number");

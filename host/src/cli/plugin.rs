@@ -84,7 +84,8 @@ fn info(name: &Path, search: &SearchPath, format: Format) -> anyhow::Result<()> 
         Err(not_found) => {
             let offers = |plugin: &LoadedPlugin| {
                 let offer = plugin.plugin.offer();
-                offer.methods.iter().any(|m| m.name == wanted) || offer.backbones.iter().any(|b| b.name == wanted)
+                offer.methods.iter().any(|m| m.name == wanted)
+                    || offer.backbones.iter().any(|b| b.name == wanted)
             };
             let owner = found(search).into_iter().flatten().find(offers).ok_or(not_found)?;
             registry.load(owner.path)?;

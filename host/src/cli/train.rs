@@ -228,7 +228,8 @@ impl TrainArgs {
             tracing::warn!("going on although {list}");
             return Ok(());
         }
-        Err(Usage(format!("this would not be the same run: {list}. Undo that, or add --allow-changes")).into())
+        Err(Usage(format!("this would not be the same run: {list}. Undo that, or add --allow-changes"))
+            .into())
     }
 }
 
@@ -261,7 +262,13 @@ fn differences(saved: &Value, now: &Value) -> Vec<String> {
 
 /// Where the checkpoint stands, with what this process is made of.
 fn resumed(saved: Checkpoint, now: State) -> State {
-    State { plugins: now.plugins, config: now.config, libtorch: now.libtorch, threads: now.threads, ..saved.state }
+    State {
+        plugins: now.plugins,
+        config: now.config,
+        libtorch: now.libtorch,
+        threads: now.threads,
+        ..saved.state
+    }
 }
 
 fn build_method(
@@ -305,7 +312,8 @@ fn loader(config: &Config, set: &Arc<Dataset>, views: Vec<ViewSpec>, train: bool
 
 /// What the probes see: a centre crop, normalised as the method's own views are.
 fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
-    let crop = ViewSpec::new("evaluation").resize_center_crop(config.eval.crop_ratio, Interpolation::Bilinear);
+    let crop =
+        ViewSpec::new("evaluation").resize_center_crop(config.eval.crop_ratio, Interpolation::Bilinear);
     let transforms = views.iter().flat_map(|view| &view.transforms);
     match transforms.into_iter().find(|transform| matches!(transform, Transform::Normalize { .. })) {
         Some(normalize) => crop.then(normalize.clone()),

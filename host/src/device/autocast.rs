@@ -13,7 +13,11 @@ const BF16: i32 = 15;
 ///
 /// # Errors
 /// Whatever libtorch reports. What `forward` returns comes back inside.
-pub fn autocast_bf16<T>(enabled: bool, device: Device, forward: impl FnOnce() -> T) -> Result<T, DeviceError> {
+pub fn autocast_bf16<T>(
+    enabled: bool,
+    device: Device,
+    forward: impl FnOnce() -> T,
+) -> Result<T, DeviceError> {
     if !enabled {
         return Ok(forward());
     }

@@ -12,7 +12,9 @@ use thiserror::Error;
 
 pub use autocast::autocast_bf16;
 pub use libtorch::{Libtorch, check_native, libtorch};
-pub use native::{AdamW, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, total_norm, zero_gradients};
+pub use native::{
+    AdamW, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, total_norm, zero_gradients,
+};
 
 use crate::config;
 
@@ -30,7 +32,9 @@ pub enum DeviceError {
         advice: &'static str,
     },
     /// CUDA was asked for by name and is not there.
-    #[error("trainer.device = \"{asked}\": {reason}; use trainer.device = \"cpu\", or \"auto\" to take what is there")]
+    #[error(
+        "trainer.device = \"{asked}\": {reason}; use trainer.device = \"cpu\", or \"auto\" to take what is there"
+    )]
     NoCuda {
         /// As configured.
         asked: String,

@@ -84,8 +84,13 @@ impl Evaluation {
             note("linear_top5_final", probe.top5_final);
         }
         if self.settings.knn.enabled {
-            let result =
-                knn::evaluate(&bank, &queries, self.classes, self.settings.knn.k, self.settings.knn.temperature)?;
+            let result = knn::evaluate(
+                &bank,
+                &queries,
+                self.classes,
+                self.settings.knn.k,
+                self.settings.knn.temperature,
+            )?;
             note("knn_top1", result.top1);
             note("knn_top5", result.top5);
         }

@@ -29,7 +29,8 @@ pub struct LoadedPlugin {
 pub fn open(path: &Path, libtorch: &str) -> Result<LoadedPlugin, PluginError> {
     let manifest = read_manifest(path, libtorch)?;
     let refuse = |reason: String| PluginError::Open { path: path.to_owned(), reason };
-    let unfit = |error: anyhow::Error| PluginError::Unfit { path: path.to_owned(), reason: format!("{error:#}") };
+    let unfit =
+        |error: anyhow::Error| PluginError::Unfit { path: path.to_owned(), reason: format!("{error:#}") };
 
     // RTLD_NOW: a missing symbol shows here and not in epoch 30. RTLD_LOCAL: plugins do not see one another.
     // SAFETY: the file declares itself a plugin, and running its initialisers is what the user asked for.

@@ -47,11 +47,25 @@ impl Registry {
                 return Err(PluginError::SameName { name: new.manifest.name.clone(), first, second });
             }
             let (theirs, ours) = (old.plugin.offer(), new.plugin.offer());
-            if let Some(method) = ours.methods.iter().find(|m| theirs.methods.iter().any(|t| t.name == m.name)) {
-                return Err(PluginError::SameOffer { what: "method", name: method.name.clone(), first, second });
+            if let Some(method) =
+                ours.methods.iter().find(|m| theirs.methods.iter().any(|t| t.name == m.name))
+            {
+                return Err(PluginError::SameOffer {
+                    what: "method",
+                    name: method.name.clone(),
+                    first,
+                    second,
+                });
             }
-            if let Some(backbone) = ours.backbones.iter().find(|b| theirs.backbones.iter().any(|t| t.name == b.name)) {
-                return Err(PluginError::SameOffer { what: "backbone", name: backbone.name.clone(), first, second });
+            if let Some(backbone) =
+                ours.backbones.iter().find(|b| theirs.backbones.iter().any(|t| t.name == b.name))
+            {
+                return Err(PluginError::SameOffer {
+                    what: "backbone",
+                    name: backbone.name.clone(),
+                    first,
+                    second,
+                });
             }
         }
         Ok(())
@@ -63,9 +77,9 @@ impl Registry {
     /// When no loaded plugin offers it; the nearest name is in the message.
     pub fn method(&self, name: &str) -> Result<(&LoadedPlugin, &MethodOffer), PluginError> {
         let all = || self.plugins.iter().flat_map(|p| p.plugin.offer().methods.iter().map(move |m| (p, m)));
-        all().find(|(_, method)| method.name == name).ok_or_else(|| {
-            unknown("method", name, all().map(|(_, method)| method.name.as_str()).collect())
-        })
+        all()
+            .find(|(_, method)| method.name == name)
+            .ok_or_else(|| unknown("method", name, all().map(|(_, method)| method.name.as_str()).collect()))
     }
 
     /// The names of all methods.
@@ -93,8 +107,11 @@ impl Registry {
         if self.backbone(name).is_ok() {
             return Ok(());
         }
-        let mut offered: Vec<String> =
-            self.plugins.iter().flat_map(|p| p.plugin.offer().backbones.iter().map(|b| b.name.clone())).collect();
+        let mut offered: Vec<String> = self
+            .plugins
+            .iter()
+            .flat_map(|p| p.plugin.offer().backbones.iter().map(|b| b.name.clone()))
+            .collect();
         for path in plugin_files(search.folders()) {
             if self.plugins.iter().any(|loaded| loaded.path == path) {
                 continue;

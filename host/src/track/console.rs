@@ -95,7 +95,8 @@ impl Console {
         if !self.terminal {
             return;
         }
-        let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}  {eta} left").expect("a valid template");
+        let style =
+            ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}  {eta} left").expect("a valid template");
         let bar = bars().add(ProgressBar::new(to).with_style(style));
         bar.set_position(from);
         bar.reset_eta();

@@ -33,7 +33,9 @@ impl Jsonl {
         record.insert("epoch".to_owned(), epoch.into());
         record.extend(figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))));
         let line = format!("{}\n", Value::Object(record));
-        self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))?;
+        self.file
+            .write_all(line.as_bytes())
+            .with_context(|| format!("cannot write {}", self.path.display()))?;
         self.lines += 1;
         Ok(())
     }

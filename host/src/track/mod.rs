@@ -6,8 +6,8 @@ mod jsonl;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-pub use console::StepReport;
 use console::Console;
+pub use console::StepReport;
 use jsonl::Jsonl;
 
 /// All trackers of a run.

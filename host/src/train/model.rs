@@ -28,7 +28,8 @@ impl Model {
         for pair in method.ema() {
             ema.push(Ema::adopt(pair, method.entries()).map_err(declared)?);
         }
-        let follows = |name: &str| method.ema().iter().any(|pair| name.starts_with(&format!("{}.", pair.target)));
+        let follows =
+            |name: &str| method.ema().iter().any(|pair| name.starts_with(&format!("{}.", pair.target)));
         let trained: Vec<_> = method
             .entries()
             .iter()

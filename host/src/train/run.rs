@@ -274,7 +274,8 @@ impl Run {
     /// Validation, evaluation and checkpoint at the end of an epoch or of the run.
     fn finish_epoch(&mut self) -> anyhow::Result<()> {
         let ended = self.state.step >= self.last_step();
-        let complete = self.state.batch_in_epoch == self.steps_per_epoch * self.config.trainer.accumulate as u64;
+        let complete =
+            self.state.batch_in_epoch == self.steps_per_epoch * self.config.trainer.accumulate as u64;
         let epochs_done = self.state.epoch + u64::from(complete);
         let last = ended || epochs_done >= self.config.trainer.epochs;
         let due = |every: u64| every > 0 && (last || epochs_done.is_multiple_of(every));
