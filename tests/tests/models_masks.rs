@@ -170,7 +170,7 @@ fn a_crowded_map_gives_up_target_blocks_before_context() {
 fn maps_without_room_are_refused_by_key() {
     let refused = |options: serde_json::Value, f: i64| {
         let options: MaskOptions = serde_json::from_value(options).expect("options");
-        MaskSampler::new(&options, f).err().expect("an error").to_string()
+        MaskSampler::new(&options, f).expect_err("an error").to_string()
     };
     assert!(refused(json!({}), 1).contains("data.size"));
     assert!(refused(json!({ "strategy": "random", "ratio": 0.99 }), 4).contains("method.mask.ratio"));
