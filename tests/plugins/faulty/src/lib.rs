@@ -1,0 +1,98 @@
+//! A method that fails on request: what the host must survive, report and recover from.
+
+use jepa_plugin_api::tch::{Kind, Tensor};
+use jepa_plugin_api::{Batch, Context, Host, Interpolation, Method, Result, Step, ViewSpec, bail, tracing};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+jepa_plugin_api::export_plugin! { methods: [Faulty] }
+
+/// The keys under `method.`. Steps count from 0: step n is the one that n steps came before.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct FaultyOptions {
+    /// Panic in this step.
+    pub panic_at_step: Option<u64>,
+    /// Return an error in this step.
+    pub error_at_step: Option<u64>,
+    /// Give a loss that is not a number in this step.
+    pub nan_at_step: Option<u64>,
+    /// Give a metric that is infinite in this step.
+    pub infinite_metric_at_step: Option<u64>,
+    /// Give gradients that are not numbers, behind a loss that is one, in this step.
+    pub nan_gradient_at_step: Option<u64>,
+    /// Panic while the method is built.
+    pub panic_in_new: bool,
+    /// Register a parameter that takes no part in the loss.
+    pub idle_parameter: bool,
+    /// Declare an EMA pair whose subtrees do not exist.
+    pub ema_of_nothing: bool,
+}
+
+/// Learns the mean colour of the images: one parameter, and a backbone that is only kept.
+pub struct Faulty {
+    options: FaultyOptions,
+    /// `(3)`.
+    colour: Tensor,
+}
+
+impl Method for Faulty {
+    const NAME: &'static str = "faulty";
+
+    type Options = FaultyOptions;
+
+    fn new(options: FaultyOptions, host: &mut Host) -> Result<Self> {
+        if options.panic_in_new {
+            panic!("the method cannot be built");
+        }
+        let device = host.device();
+        let colour = host.params().parameter("colour", Tensor::zeros([3], (Kind::Float, device)));
+        if options.idle_parameter {
+            let _ = host.params().parameter("idle", Tensor::zeros([2], (Kind::Float, device)));
+        }
+        if options.ema_of_nothing {
+            host.ema("nowhere", "nothing", jepa_plugin_api::EmaSchedule { from: 0.9, to: 1.0 });
+        }
+        tracing::info!(batch_size = host.facts().batch_size, "the faulty method is built");
+        tracing::debug!("only for those who ask");
+        Ok(Faulty { options, colour })
+    }
+
+    fn views(&self) -> Vec<ViewSpec> {
+        vec![ViewSpec::new("image").resize_center_crop(1.0, Interpolation::Bilinear).normalize_imagenet()]
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<Step> {
+        let now = Some(batch.step);
+        if self.options.panic_at_step == now {
+            panic!("the method gives up at step {}", batch.step);
+        }
+        if self.options.error_at_step == now {
+            cannot_go_on().with_context(|| format!("step {} went wrong", batch.step))?;
+        }
+        if batch.step == 1 {
+            tracing::warn!("one step is behind us");
+        }
+        let mean = batch.views[0].mean_dim([0i64, 2, 3].as_slice(), false, Kind::Float);
+        let mut loss = (&self.colour - &mean).square().mean(Kind::Float);
+        if self.options.nan_at_step == now {
+            loss = loss * f64::NAN;
+        }
+        if self.options.nan_gradient_at_step == now {
+            // The derivative of √x at 0 is infinite, and infinity times 0 is no number.
+            loss = loss + (&self.colour * 0.0).square().sum(Kind::Float).sqrt();
+        }
+        let distance = (&self.colour - &mean).abs().max();
+        let infinite = self.options.infinite_metric_at_step == now;
+        let distance = if infinite { distance * f64::INFINITY } else { distance };
+        Ok(Step::new(loss).metric("distance", &distance))
+    }
+
+    fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
+        Ok(images.mean_dim([2i64, 3].as_slice(), false, Kind::Float))
+    }
+}
+
+fn cannot_go_on() -> Result<()> {
+    bail!("there is nothing left to learn")
+}

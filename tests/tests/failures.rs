@@ -1,0 +1,182 @@
+//! A plugin that fails in mid-run: what the real binary says, how it ends, and what it leaves behind.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use jepa_tests::real::{Ended, Room, TINY_BACKBONE, checkpoints, demo_images, setting};
+
+const DIVERGED: i32 = 5;
+const PLUGIN_FAILED: i32 = 6;
+
+/// Runs the faulty method for 12 steps, with a checkpoint after every 5, in `runs/faulty`.
+fn train(room: &Room, settings: &[&str]) -> Ended {
+    let fixed = [
+        "data.size=8",
+        "data.threads=1",
+        "optimizer.batch_size=16",
+        "optimizer.warmup_epochs=0",
+        "trainer.max_steps=12",
+        "trainer.threads=1",
+        "trainer.device=cpu",
+        "trainer.log_every_steps=1",
+        "checkpoint.every_steps=5",
+        "eval.every_epochs=0",
+        "eval.at_start=false",
+    ];
+    let images = setting("data.train", &demo_images());
+    let arguments = ["--plugin", "faulty_plugin", &images].into_iter().chain(TINY_BACKBONE).chain(fixed);
+    room.run(arguments.chain(settings.iter().copied()))
+}
+
+fn folder(room: &Room) -> PathBuf {
+    room.file("runs/faulty/version_0/checkpoints")
+}
+
+fn names(checkpoints: &[PathBuf]) -> Vec<String> {
+    checkpoints.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect()
+}
+
+/// Every file in `checkpoint`, by name.
+fn bytes(checkpoint: &Path) -> BTreeMap<String, Vec<u8>> {
+    let files = fs::read_dir(checkpoint).unwrap().map(|entry| entry.unwrap().path());
+    files
+        .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(&path).unwrap()))
+        .collect()
+}
+
+fn tensors(checkpoint: &Path) -> [Vec<u8>; 2] {
+    ["model.safetensors", "optimizer.safetensors"].map(|name| fs::read(checkpoint.join(name)).unwrap())
+}
+
+#[test]
+fn a_panic_leaves_a_usable_checkpoint() {
+    let whole = Room::new();
+    train(&whole, &[]).expect(0);
+
+    let room = Room::new();
+    let ended = train(&room, &["method.panic_at_step=7"]).expect(PLUGIN_FAILED);
+    ended.error_says(&[
+        "plugin `faulty-plugin` panicked",
+        "the method gives up at step 7",
+        "tests/plugins/faulty/src/lib.rs:",
+    ]);
+    assert!(!ended.stderr.contains("backtrace"), "a plugin's panic is told in one line:\n{}", ended.stderr);
+    assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005", "step_00000007"]);
+
+    // The plugin has changed its ways, which the host wants to be told.
+    let ended = train(&room, &["--resume", "auto"]).expect(2);
+    ended.error_says(&["method.panic_at_step was 7 and is ", "--allow-changes"]);
+    let ended = train(&room, &["--resume", "auto", "--allow-changes"]).expect(0);
+    assert!(ended.stderr.contains("going on at step 7"), "{}", ended.stderr);
+
+    // The seven steps count: the end is that of a run without a panic.
+    let (last, expected) = (folder(&room).join("step_00000012"), folder(&whole).join("step_00000012"));
+    assert_eq!(tensors(&last), tensors(&expected));
+    assert_eq!(checkpoints(&room.file("runs/faulty/version_1/checkpoints")).len(), 0, "no fresh start");
+}
+
+#[test]
+fn an_error_is_told_with_its_causes() {
+    let room = Room::new();
+    let ended = train(&room, &["method.error_at_step=7"]).expect(PLUGIN_FAILED);
+    ended.error_says(&["plugin `faulty-plugin` failed: step 7 went wrong: there is nothing left to learn"]);
+    assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005", "step_00000007"]);
+}
+
+#[test]
+fn what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint() {
+    let whole = Room::new();
+    train(&whole, &["trainer.max_steps=5"]).expect(0);
+    let good = tensors(&folder(&whole).join("step_00000005"));
+    for (option, metric) in [
+        ("method.nan_at_step=7", "train/loss is NaN"),
+        ("method.infinite_metric_at_step=7", "train/faulty/distance is inf"),
+        ("method.nan_gradient_at_step=7", "the gradient norm is NaN"),
+    ] {
+        let room = Room::new();
+        let ended = train(&room, &[option]).expect(DIVERGED);
+        ended.error_says(&["diverged at step 7", metric, "runs/faulty/version_0/checkpoints/step_00000005"]);
+        assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005"], "{option}");
+        assert_eq!(tensors(&folder(&room).join("step_00000005")), good, "{option} left what was good");
+
+        // And it can be gone on from, once its cause is gone.
+        let ended = train(&room, &["--resume", "auto", "--allow-changes"]).expect(0);
+        assert!(ended.stderr.contains("going on at step 5"), "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn not_finite_before_the_first_checkpoint_says_that_there_is_none() {
+    let room = Room::new();
+    let ended = train(&room, &["method.nan_at_step=2"]).expect(DIVERGED);
+    ended.error_says(&["diverged at step 2: train/loss is NaN", "none yet"]);
+    assert_eq!(checkpoints(&folder(&room)), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn a_method_that_cannot_be_built_begins_no_run() {
+    let room = Room::new();
+    let ended = train(&room, &["method.panic_in_new=true"]).expect(PLUGIN_FAILED);
+    ended.error_says(&[
+        "plugin `faulty-plugin` panicked",
+        "the method cannot be built",
+        "faulty/src/lib.rs:",
+    ]);
+    let ended = train(&room, &["method.ema_of_nothing=true"]).expect(PLUGIN_FAILED);
+    ended.error_says(&["plugin `faulty-plugin` declares", "`nowhere`", "`nothing`"]);
+    assert!(!room.file("runs").exists(), "nothing was begun");
+}
+
+#[test]
+fn a_parameter_without_gradient_is_named_and_kept() {
+    let room = Room::new();
+    let ended = train(&room, &["method.idle_parameter=true"]).expect(0);
+    assert_eq!(ended.stderr.matches("no gradient reaches idle").count(), 1, "{}", ended.stderr);
+
+    // What is not trained is not decayed either, and is in the checkpoint as it was.
+    let checkpoint = bytes(&folder(&room).join("step_00000012"));
+    let model = safetensors::SafeTensors::deserialize(&checkpoint["model.safetensors"]).unwrap();
+    assert_eq!(model.tensor("idle").unwrap().data(), [0; 8]);
+    assert_ne!(model.tensor("colour").unwrap().data(), [0; 12]);
+}
+
+#[test]
+fn what_a_plugin_logs_is_seen() {
+    let room = Room::new();
+    let built = "faulty_plugin: the faulty method is built batch_size=16";
+    let (warned, asked) = ("faulty_plugin: one step is behind us", "only for those who ask");
+    let line = |stderr: &str, text: &str| stderr.lines().find(|line| line.contains(text)).map(str::to_owned);
+
+    let usual = train(&room, &[]).expect(0).stderr;
+    assert!(line(&usual, built).unwrap().contains("INFO"), "{usual}");
+    assert!(line(&usual, warned).unwrap().contains("WARN"), "{usual}");
+    assert_eq!(line(&usual, asked), None);
+
+    let quiet = train(&room, &["--quiet"]).expect(0).stderr;
+    assert_eq!(line(&quiet, built), None);
+    assert!(line(&quiet, warned).is_some(), "{quiet}");
+
+    let verbose = train(&room, &["--verbose"]).expect(0).stderr;
+    assert!(line(&verbose, asked).unwrap().contains("DEBUG"), "{verbose}");
+}
+
+#[test]
+fn settings_are_printed_with_their_source() {
+    let room = Room::new();
+    fs::write(room.file("a.toml"), "[optimizer]\nlr = 0.25\n").unwrap();
+    let printed =
+        train(&room, &["--print-config", "--config", "a.toml", "method.nan_at_step=3"]).expect(0).stdout;
+    let source = |key: &str, value: &str| {
+        let start = format!("{key} = {value} ");
+        let line = printed.lines().find(|line| line.starts_with(&start));
+        let line = line.unwrap_or_else(|| panic!("no `{start}` in\n{printed}"));
+        line.split_once("# from ").unwrap().1.to_owned()
+    };
+    assert!(source("lr", "0.25").contains("a.toml"), "{printed}");
+    assert_eq!(source("nan_at_step", "3"), "command line");
+    assert_eq!(source("panic_in_new", "false"), "default of faulty-plugin");
+    assert_eq!(source("max_steps", "12"), "command line");
+    assert_eq!(source("keep", "2"), "default");
+    assert!(!room.file("runs").exists(), "nothing was begun");
+}

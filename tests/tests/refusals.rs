@@ -1,0 +1,347 @@
+//! What the real binary does not take: plugins, settings and data sets, each with its exit code and one sentence.
+
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use jepa_tests::real::{Ended, Room, TINY_BACKBONE, binary, demo_images, fixture, plugin, setting};
+
+const PLUGIN_REFUSED: i32 = 3;
+const USAGE: i32 = 2;
+const DATA: i32 = 4;
+
+// The manifest's fields, in bytes from its start. They are frozen, so they stand here once more.
+const MAGIC: Range<usize> = 0..8;
+const STRUCT_SIZE: Range<usize> = 8..12;
+const API_MAJOR: Range<usize> = 12..14;
+const NAME: Range<usize> = 16..80;
+const BRIDGE: Range<usize> = 176..208;
+const LIBTORCH: Range<usize> = 208..240;
+
+/// What the host says of `library`, which it must refuse in one line and nothing else.
+#[track_caller]
+fn refused(room: &Room, library: &Path) -> Ended {
+    let arguments = ["--plugin".as_ref(), library.as_os_str(), "backbone.name=resnet18".as_ref()];
+    let ended = room.run(arguments).expect(PLUGIN_REFUSED);
+    assert_eq!(ended.stderr.lines().count(), 1, "one sentence:\n{}", ended.stderr);
+    assert_eq!(ended.stdout, "");
+    ended.error_says(&[&library.display().to_string()]);
+    assert!(!room.file("runs").exists(), "a refused plugin begins no run");
+    ended
+}
+
+/// A copy of CNN-JEPA's plugin as `libpatched.so`, with these bytes in this field of its manifest.
+fn patched(room: &Room, field: Range<usize>, value: &[u8]) -> PathBuf {
+    let mut bytes = fs::read(plugin("cnn_jepa")).unwrap();
+    let start = [b"JEPAPLUG".as_slice(), &248u32.to_le_bytes()].concat();
+    let manifests: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(&start)).collect();
+    let [manifest] = manifests[..] else { panic!("manifests lie at {manifests:?}, and there should be one") };
+    let field = &mut bytes[manifest + field.start..manifest + field.end];
+    field.fill(0);
+    field[..value.len()].copy_from_slice(value);
+    let path = room.file("libpatched.so");
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Trains CNN-JEPA with these settings besides what it needs.
+fn train(room: &Room, settings: &[String]) -> Ended {
+    let plugin = plugin("cnn_jepa");
+    let fixed = ["method.mask.min_keep=1", "data.size=16", "trainer.device=cpu", "trainer.threads=1"];
+    let arguments = ["--plugin", plugin.to_str().unwrap()].into_iter().chain(TINY_BACKBONE).chain(fixed);
+    room.run(arguments.map(str::to_owned).chain(settings.iter().cloned()))
+}
+
+#[test]
+fn a_copied_plugin_is_taken() {
+    // What the patched copies below are refused for is their patch, and not that they are copies.
+    let room = Room::new();
+    let copy = patched(&room, MAGIC, b"JEPAPLUG");
+    let ended = room.run(["--plugin".as_ref(), copy.as_os_str(), "backbone.name=resnet18".as_ref()]);
+    ended.expect(USAGE).error_says(&["data.train is not set"]);
+}
+
+#[test]
+fn a_text_is_no_library() {
+    let room = Room::new();
+    let library = room.file("libx.so");
+    fs::write(&library, "a plugin, I promise\n").unwrap();
+    refused(&room, &library).error_says(&["is not a shared library for this machine"]);
+}
+
+#[test]
+fn an_empty_file_is_no_library() {
+    let room = Room::new();
+    let library = room.file("libempty.so");
+    fs::write(&library, "").unwrap();
+    refused(&room, &library).error_says(&["is not a shared library for this machine"]);
+}
+
+#[test]
+fn half_a_plugin_is_no_library() {
+    let room = Room::new();
+    let bytes = fs::read(plugin("cnn_jepa")).unwrap();
+    let library = room.file("libhalf.so");
+    fs::write(&library, &bytes[..bytes.len() / 2]).unwrap();
+    refused(&room, &library).error_says(&["is not a shared library for this machine"]);
+}
+
+#[test]
+fn a_library_without_a_manifest_is_refused() {
+    let room = Room::new();
+    let library = room.compile("libplain.so", "int answer(void) { return 42; }\n");
+    refused(&room, &library).error_says(&[
+        "is a library but not a jepa-host plugin",
+        "no manifest",
+        "export_plugin!",
+    ]);
+}
+
+#[test]
+fn a_program_is_no_plugin() {
+    let room = Room::new();
+    let program = room.file("libprogram.so");
+    fs::copy(binary(), &program).unwrap();
+    refused(&room, &program).error_says(&["not a jepa-host plugin"]);
+}
+
+#[test]
+fn another_api_major_is_refused() {
+    let room = Room::new();
+    let library = patched(&room, API_MAJOR, &[9, 0]);
+    refused(&room, &library).error_says(&["was built for plugin API 9.", "this host has 1."]);
+}
+
+#[test]
+fn an_unknown_bridge_is_refused() {
+    let room = Room::new();
+    let library = patched(&room, BRIDGE, b"jepa_torch_0_99");
+    refused(&room, &library)
+        .error_says(&["needs the torch bridge `jepa_torch_0_99`", "this host has `jepa_torch_0_24`"]);
+}
+
+#[test]
+fn cpp_for_another_libtorch_is_refused() {
+    let room = Room::new();
+    let library = patched(&room, LIBTORCH, b"1.2.3");
+    refused(&room, &library).error_says(&["brings C++ for libtorch 1.2.3", "this host runs on"]);
+}
+
+#[test]
+fn a_damaged_manifest_is_refused() {
+    for (field, value) in [(MAGIC, b"NOPLUGIN".as_slice()), (STRUCT_SIZE, &[3]), (NAME, &[0xff, 0xfe])] {
+        let room = Room::new();
+        let library = patched(&room, field, value);
+        refused(&room, &library).error_says(&["its manifest", "build it again"]);
+    }
+}
+
+#[test]
+fn a_missing_symbol_shows_at_load() {
+    let room = Room::new();
+    let source = r#"
+        extern void nowhere_to_be_found(void);
+        struct __attribute__((packed)) manifest {
+            char magic[8]; unsigned size; unsigned short major, minor;
+            char name[64], version[32], rustc[64], bridge[32], libtorch[32]; unsigned long long features;
+        };
+        struct manifest JEPA_PLUGIN_MANIFEST = {
+            "JEPAPLUG", 248, 1, 0, "lacking", "0.1.0", "none", "jepa_torch_0_24", "", 0
+        };
+        void step(void) { nowhere_to_be_found(); }
+    "#;
+    let library = room.compile("liblacking.so", source);
+    refused(&room, &library).error_says(&["cannot be opened", "undefined symbol", "nowhere_to_be_found"]);
+}
+
+#[test]
+fn a_manifest_without_a_plugin_is_refused() {
+    let room = Room::new();
+    let source = r#"
+        struct __attribute__((packed)) manifest {
+            char magic[8]; unsigned size; unsigned short major, minor;
+            char name[64], version[32], rustc[64], bridge[32], libtorch[32]; unsigned long long features;
+        };
+        struct manifest JEPA_PLUGIN_MANIFEST = {
+            "JEPAPLUG", 248, 1, 0, "hollow", "0.1.0", "none", "jepa_torch_0_24", "", 0
+        };
+    "#;
+    let library = room.compile("libhollow.so", source);
+    refused(&room, &library).error_says(&["cannot be opened", "JEPA_PLUGIN_ROOT"]);
+}
+
+#[test]
+fn two_plugins_of_one_name_are_refused() {
+    let room = Room::new();
+    let (first, second) = (plugin("cnn_jepa"), room.file("libtwin.so"));
+    fs::copy(&first, &second).unwrap();
+    let plugins = ["--plugin".as_ref(), first.as_os_str(), "--plugin".as_ref(), second.as_os_str()];
+    let ended = room.run(plugins).expect(PLUGIN_REFUSED);
+    assert_eq!(ended.stderr.lines().count(), 1, "one sentence:\n{}", ended.stderr);
+    let (first, second) = (first.canonicalize().unwrap(), second.canonicalize().unwrap());
+    let (first, second) = (first.display().to_string(), second.display().to_string());
+    ended.error_says(&["two plugins are named `cnn-jepa`", &first, &second]);
+}
+
+#[test]
+fn one_plugin_named_twice_is_loaded_once() {
+    let room = Room::new();
+    let ended = room.run(["--plugin", "cnn_jepa", "--plugin", "libcnn_jepa.so", "backbone.name=resnet18"]);
+    ended.expect(USAGE).error_says(&["data.train is not set"]);
+}
+
+#[test]
+fn an_unknown_backbone_gets_the_nearest_name() {
+    let room = Room::new();
+    let ended = room.run(["--plugin", "cnn_jepa", "backbone.name=resnet5O"]).expect(PLUGIN_REFUSED);
+    assert_eq!(ended.stderr.lines().count(), 1, "one sentence:\n{}", ended.stderr);
+    ended.error_says(&["no plugin offers the backbone `resnet5O`", "did you mean `resnet50`?", "resnet18"]);
+}
+
+#[test]
+fn an_unknown_method_gets_the_nearest_name() {
+    let room = Room::new();
+    let ended = room.run(["--plugin", "cnn_jepa", "method.name=cnn_jeba", "backbone.name=resnet18"]);
+    ended
+        .expect(PLUGIN_REFUSED)
+        .error_says(&["no plugin offers the method `cnn_jeba`", "did you mean `cnn_jepa`?"]);
+}
+
+#[test]
+fn a_plugin_that_is_not_there_names_the_places() {
+    let room = Room::new();
+    let shelf = room.file("shelf");
+    let arguments = ["--plugin".as_ref(), "nowhere".as_ref(), "--plugin-dir".as_ref(), shelf.as_os_str()];
+    let ended = room.run(arguments).expect(PLUGIN_REFUSED);
+    let beside = binary().with_file_name("libnowhere.so").canonicalize();
+    assert!(beside.is_err(), "no such plugin is built");
+    let (shelf, beside) = (shelf.join("libnowhere.so"), binary().with_file_name("libnowhere.so"));
+    ended.error_says(&[
+        "no plugin `nowhere`",
+        &shelf.display().to_string(),
+        "plugins/libnowhere.so",
+        &beside.display().to_string(),
+        "--plugin-dir",
+    ]);
+
+    let ended = room.run(["--plugin", "./libnowhere.so"]).expect(PLUGIN_REFUSED);
+    ended.error_says(&["no plugin `./libnowhere.so`", "looked for ./libnowhere.so;"]);
+}
+
+#[test]
+fn settings_that_make_no_sense_are_refused() {
+    let images = setting("data.train", &demo_images());
+    let cases: [(&str, &[&str]); 9] = [
+        ("optimizer.lrr=1", &["optimizer.lrr (command line): unknown key", "did you mean optimizer.lr"]),
+        ("method.predictor.depht=3", &["method.predictor.depht (command line)", "method.predictor.depth?"]),
+        ("backbone.widht=8", &["backbone.widht (command line): unknown key", "did you mean backbone.width?"]),
+        ("optimizer.lr=fast", &["optimizer.lr (command line)", "fast", "number"]),
+        ("optimizer.batch_size=0", &["optimizer.batch_size (command line)", "1"]),
+        ("trainer.precision=fp61", &["trainer.precision (command line)", "fp32"]),
+        ("method.mask.strategy=fog", &["method.mask.strategy (command line)", "random"]),
+        ("trainer.device=toaster", &["trainer.device", "toaster"]),
+        ("nonsense", &["`nonsense` is not of the form key=value"]),
+    ];
+    let room = Room::new();
+    for (argument, says) in cases {
+        train(&room, &[images.clone(), argument.to_owned()]).expect(USAGE).error_says(says);
+        assert!(!room.file("runs").exists(), "{argument} begins no run");
+    }
+}
+
+#[test]
+fn a_setting_in_a_file_is_refused_with_its_place() {
+    let room = Room::new();
+    fs::write(room.file("a.toml"), "[optimizer]\nlr = 0.1\nwarmup_epoch = 3\n").unwrap();
+    let ended =
+        room.run(["--plugin", "cnn_jepa", "--config", "a.toml", "backbone.name=resnet18"]).expect(USAGE);
+    ended.error_says(&["optimizer.warmup_epoch (", "a.toml", "did you mean optimizer.warmup_epochs?"]);
+
+    let ended = room.run(["--plugin", "cnn_jepa", "--config", "b.toml"]).expect(USAGE);
+    ended.error_says(&["cannot read the configuration file b.toml"]);
+}
+
+#[test]
+fn what_is_not_given_is_asked_for() {
+    let room = Room::new();
+    room.run(["backbone.name=resnet18"]).expect(USAGE).error_says(&["no method is loaded", "--plugin"]);
+    room.run(["--plugin", "cnn_jepa"]).expect(USAGE).error_says(&["backbone.name is not set"]);
+    train(&room, &[]).expect(USAGE).error_says(&["data.train is not set"]);
+    room.run(["--plugin", "cnn_jepa", "--plugin", "faulty_plugin", "backbone.name=resnet18"])
+        .expect(USAGE)
+        .error_says(&["set method.name to one of", "cnn_jepa", "faulty"]);
+}
+
+#[test]
+fn a_size_that_does_not_divide_is_refused() {
+    let room = Room::new();
+    let settings = [setting("data.train", &demo_images()), "data.size=17".to_owned()];
+    let ended = train(&room, &settings);
+    ended.error_says(&["17 px", "set data.size to a multiple of 2"]);
+    assert!(!room.file("runs").exists(), "nothing was begun");
+}
+
+#[test]
+fn data_sets_that_cannot_be_used_are_refused() {
+    let cases = [
+        ("bad_truncated.h5", "is truncated"),
+        ("bad_empty.h5", "holds no images"),
+        ("bad_count.h5", "6 images but 5 labels"),
+        ("bad_2d.h5", "is not laid out as a data set"),
+        ("bad_dtype.h5", "is not laid out as a data set"),
+        ("models.rs", "is not an HDF5 file"),
+        ("absent.h5", "No such file"),
+    ];
+    let room = Room::new();
+    fs::write(room.file("models.rs"), "fn main() {}\n").unwrap();
+    for (name, says) in cases {
+        let beside_us = room.file(name);
+        let ours = beside_us.exists() || name == "absent.h5";
+        let file = if ours { beside_us } else { fixture(name) };
+        let ended = train(&room, &[setting("data.train", &file)]).expect(DATA);
+        let path = file.display().to_string();
+        assert!(ended.error().contains(&path), "the file is named:\n{}", ended.stderr);
+        assert!(ended.error().contains(says), "{says}:\n{}", ended.stderr);
+        let words = ended.error().matches("os error").count();
+        assert!(words <= 1, "causes are told once:\n{}", ended.stderr);
+        assert!(!room.file("runs").exists(), "{name} begins no run");
+    }
+}
+
+#[test]
+fn evaluation_needs_labels() {
+    let room = Room::new();
+    let unlabelled = fixture("bad_no_labels.h5");
+    let settings = [
+        setting("data.train", &demo_images()),
+        setting("data.val", &unlabelled),
+        "optimizer.batch_size=16".to_owned(),
+    ];
+    let ended = train(&room, &settings).expect(DATA);
+    ended.error_says(&[&unlabelled.display().to_string(), "has no labels", "eval.every_epochs=0"]);
+    assert!(!room.file("runs").exists(), "nothing was begun");
+}
+
+#[test]
+fn a_corrupt_image_follows_the_policy() {
+    let room = Room::new();
+    let corrupt = fixture("bad_jpeg.h5");
+    let settings = |policy: &str| {
+        let fixed =
+            ["optimizer.batch_size=2", "trainer.epochs=1", "eval.every_epochs=0", "eval.at_start=false"];
+        let mut settings: Vec<String> = fixed.map(str::to_owned).to_vec();
+        settings.extend([setting("data.train", &corrupt), "trainer.log_every_steps=1".to_owned()]);
+        settings.push(format!("data.on_error={policy}"));
+        settings
+    };
+    let ended = train(&room, &settings("fail")).expect(DATA);
+    ended.error_says(&[&corrupt.display().to_string(), "image ", "is corrupt", "data.on_error"]);
+
+    train(&room, &settings("replace")).expect(0);
+    let metrics = fs::read_to_string(room.file("runs/cnn_jepa/version_1/metrics.jsonl")).unwrap();
+    let replaced = |line: &str| {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        record["train/replaced"].as_f64().unwrap()
+    };
+    assert!(metrics.lines().map(replaced).sum::<f64>() > 0.0, "replaced images are counted:\n{metrics}");
+}
