@@ -14,9 +14,15 @@ use crate::train::TrainError;
 #[error("{0}")]
 pub(super) struct Usage(pub String);
 
-/// Prints `error` on the standard error, causes behind it.
+/// Prints `error` on the standard error, and behind it each cause that it does not tell itself.
 pub(super) fn report(error: &anyhow::Error) {
-    eprintln!("error: {error:#}");
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    eprintln!("error: {text}");
 }
 
 /// The exit code of `error`: that of the first cause that has one.
