@@ -9,6 +9,7 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod eval;
+mod linker;
 pub mod plugin;
 pub mod provenance;
 pub mod track;

@@ -4,16 +4,17 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
+use super::Format;
 use crate::data::{
     self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Split, Summary, VerifyReport,
 };
 
 /// Make, look at, and check data sets.
 #[derive(Debug, Subcommand)]
-pub enum DataCommand {
+pub(super) enum DataCommand {
     /// Pack images into one HDF5 file that loads in parallel.
     ///
     /// SOURCE is a directory with one folder of JPEG or PNG files per class (labels follow the sorted names), a
@@ -27,19 +28,9 @@ pub enum DataCommand {
     Verify(VerifyArgs),
 }
 
-/// How a result is printed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object.
-    Json,
-}
-
 /// Options of `data pack`.
 #[derive(Debug, Args)]
-pub struct PackArgs {
+pub(super) struct PackArgs {
     /// Class folders, an HDF5 file, an IDX file, or a directory of IDX files
     source: PathBuf,
     /// The file to write
@@ -67,7 +58,7 @@ pub struct PackArgs {
     format: Format,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug)]
 enum SplitArg {
     /// train-images-idx3-ubyte
     Train,
@@ -77,7 +68,7 @@ enum SplitArg {
 
 /// Options of `data inspect`.
 #[derive(Debug, Args)]
-pub struct InspectArgs {
+pub(super) struct InspectArgs {
     /// The data set
     file: PathBuf,
     /// How to print the result
@@ -87,7 +78,7 @@ pub struct InspectArgs {
 
 /// Options of `data verify`.
 #[derive(Debug, Args)]
-pub struct VerifyArgs {
+pub(super) struct VerifyArgs {
     /// The data set
     file: PathBuf,
     /// Threads that decode; 0 for one per core

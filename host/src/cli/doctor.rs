@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Format, plugin};
 use crate::config::Device;
-use crate::device::{self, check_native, cpu_capability, libtorch};
+use crate::device::{self, DeviceError, check_native, cpu_capability, libtorch};
 use crate::plugin::SearchPath;
 
 #[derive(Debug, Args)]
@@ -24,6 +24,7 @@ impl DoctorArgs {
         let native = check_native().err().map(|error| error.to_string());
         let cuda = match device::choose(Device::Cuda(None)) {
             Ok(_) => format!("{} devices", tch::Cuda::device_count()),
+            Err(DeviceError::NoCuda { reason, .. }) => format!("no: {reason}"),
             Err(error) => format!("no: {error}"),
         };
         let mut plugins = Vec::new();

@@ -4,6 +4,7 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use super::libtorch::libtorch;
 use super::native;
+use crate::linker;
 
 /// Opens libtorch_cuda.so from the folder of the libtorch in use. Must come before the first call that asks libtorch
 /// for CUDA, because libtorch settles the answer then.
@@ -19,7 +20,7 @@ pub(super) fn open() -> Result<(), String> {
         }
         // SAFETY: the initialisers of libtorch's own library register its CUDA kernels; that is what is wanted.
         let library = unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL) };
-        std::mem::forget(library.map_err(|error| format!("libtorch_cuda.so cannot be opened: {error:?}"))?);
+        std::mem::forget(library.map_err(|error| format!("libtorch_cuda.so cannot be opened: {}", linker::words(&error)))?);
     }
     if native::has_cuda() { Ok(()) } else { Err("there is no CUDA device, or no driver for it".to_owned()) }
 }

@@ -11,6 +11,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use super::DeviceError;
 use super::libtorch::mapped;
+use crate::linker;
 
 const API: i32 = 1;
 
@@ -66,10 +67,7 @@ pub(super) fn library() -> Result<&'static Native, DeviceError> {
 }
 
 fn open(path: &std::path::Path) -> Result<Native, String> {
-    let words = |error: libloading::Error| match std::error::Error::source(&error) {
-        Some(source) => source.to_string(),
-        None => error.to_string(),
-    };
+    let words = |error| linker::words(&error);
     // SAFETY: the library is ours; its initialisers do nothing.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(words)?;
     // SAFETY: native.h declares each function with the type of the field that takes it, and the version of that

@@ -9,6 +9,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use sha2::{Digest as _, Sha256};
 
 use super::{PluginError, read_manifest};
+use crate::linker;
 
 /// A plugin in use.
 pub struct LoadedPlugin {
@@ -35,11 +36,11 @@ pub fn open(path: &Path, libtorch: &str) -> Result<LoadedPlugin, PluginError> {
     // RTLD_NOW: a missing symbol shows here and not in epoch 30. RTLD_LOCAL: plugins do not see one another.
     // SAFETY: the file declares itself a plugin, and running its initialisers is what the user asked for.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) };
-    let library = library.map_err(|error| refuse(linker_words(&error)))?;
+    let library = library.map_err(|error| refuse(linker::words(&error)))?;
     // SAFETY: only the address of the static is taken here.
     let root: *const c_void = match unsafe { library.get::<*const c_void>(ROOT_SYMBOL.as_bytes()) } {
         Ok(symbol) => symbol.into_raw().cast_const(),
-        Err(error) => return Err(refuse(linker_words(&error))),
+        Err(error) => return Err(refuse(linker::words(&error))),
     };
     std::mem::forget(library);
     // SAFETY: the symbol is the root header of a plugin, by its manifest, and the library stays.
@@ -49,15 +50,4 @@ pub fn open(path: &Path, libtorch: &str) -> Result<LoadedPlugin, PluginError> {
     let bytes = fs::read(path).map_err(|source| PluginError::Unreadable { path: path.to_owned(), source })?;
     let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(LoadedPlugin { path: path.to_owned(), manifest, sha256, plugin })
-}
-
-/// The dynamic linker's sentence: without the path, which our own sentence names, and without libloading's frame.
-fn linker_words(error: &libloading::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        text = inner.to_string();
-        source = inner.source();
-    }
-    text
 }

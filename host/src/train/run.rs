@@ -70,7 +70,7 @@ pub struct Outcome {
 /// leaves the last good one.
 pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
     let mut run = Run::new(resources)?;
-    match run.to_the_end() {
+    match run.until_done() {
         Ok(()) => Ok(Outcome {
             steps: run.state.step,
             first: run.state.first_eval.take(),
@@ -147,7 +147,7 @@ impl Run {
         })
     }
 
-    fn to_the_end(&mut self) -> anyhow::Result<()> {
+    fn until_done(&mut self) -> anyhow::Result<()> {
         self.trackers.start(self.state.step, self.last_step());
         if self.state.first_eval.is_none() && self.config.eval.at_start {
             self.evaluate()?;
