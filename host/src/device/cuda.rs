@@ -20,7 +20,10 @@ pub(super) fn open() -> Result<(), String> {
         }
         // SAFETY: the initialisers of libtorch's own library register its CUDA kernels; that is what is wanted.
         let library = unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL) };
-        std::mem::forget(library.map_err(|error| format!("libtorch_cuda.so cannot be opened: {}", linker::words(&error)))?);
+        std::mem::forget(
+            library
+                .map_err(|error| format!("libtorch_cuda.so cannot be opened: {}", linker::words(&error)))?,
+        );
     }
     if native::has_cuda() { Ok(()) } else { Err("there is no CUDA device, or no driver for it".to_owned()) }
 }
