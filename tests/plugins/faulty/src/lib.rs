@@ -76,11 +76,11 @@ impl Method for Faulty {
         let mean = batch.views[0].mean_dim([0i64, 2, 3].as_slice(), false, Kind::Float);
         let mut loss = (&self.colour - &mean).square().mean(Kind::Float);
         if self.options.nan_at_step == now {
-            loss = loss * f64::NAN;
+            loss *= f64::NAN;
         }
         if self.options.nan_gradient_at_step == now {
             // The derivative of √x at 0 is infinite, and infinity times 0 is no number.
-            loss = loss + (&self.colour * 0.0).square().sum(Kind::Float).sqrt();
+            loss += (&self.colour * 0.0).square().sum(Kind::Float).sqrt();
         }
         let distance = (&self.colour - &mean).abs().max();
         let infinite = self.options.infinite_metric_at_step == now;
