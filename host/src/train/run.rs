@@ -82,8 +82,8 @@ pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
             let worth_saving = error.chain().any(|cause| {
                 matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. })) || cause.is::<Failure>()
             });
-            if worth_saving {
-                run.save()?;
+            if worth_saving && let Err(unsaved) = run.save() {
+                tracing::error!("no checkpoint of step {}: {unsaved:#}", run.state.step);
             }
             Err(error)
         }
