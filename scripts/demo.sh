@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 release="${CARGO_TARGET_DIR:-target}/release"
 
-echo "Pretraining CNN-JEPA without labels on $(basename examples/demo-data)/fashion_mnist_train.h5, then asking a"
-echo "linear probe and kNN what the features know of the classes, on images that were not trained on."
+echo "Pretraining CNN-JEPA without labels on 8,000 Fashion-MNIST images, then asking a linear probe and kNN what the"
+echo "features know of the classes, on 2,000 images that were not trained on."
 # So short a run wants a target encoder that follows faster than the published 0.996.
 exec "$release/jepa-host" --plugin libcnn_jepa.so --config configs/demo.toml method.ema.from=0.99 "$@"
