@@ -15,6 +15,7 @@ fn state(step: u64) -> State {
         step,
         epoch: step / 10,
         batch_in_epoch: step % 10,
+        ema_is_ahead: false,
         seed: 42,
         method: "cnn-jepa".to_owned(),
         backbone: "resnet18".to_owned(),

@@ -314,10 +314,10 @@ fn plugin_options_are_completed_with_the_plugins_defaults() {
 fn plugin_options_that_do_not_fit_are_refused_with_their_layer() {
     for (argument, expected) in [
         ("method.depht=4", "method.depht (command line): unknown key; did you mean method.depth?"),
-        ("method.ratio=4", "method.ratio (command line): unknown key; did you mean method.mask.ratio?"),
+        ("method.ratio=4", "method.ratio (command line): unknown key; did you mean method.mask.ratio or method.head.ratio?"),
         (
             "method.mask.ration=1",
-            "method.mask.ration (command line): unknown key; did you mean method.mask.ratio?",
+            "method.mask.ration (command line): unknown key; did you mean method.mask.ratio or method.head.ratio?",
         ),
         ("method.depth=13", "method.depth (command line): 13 is out of range: must be at most 12"),
         ("method.mask=1", "method.mask (command line): 1 is not a table"),

@@ -13,7 +13,7 @@ pub trait Backbone: Send + Sized + 'static {
     const NAMES: &'static [&'static str];
 
     /// The keys under `backbone.`: a struct with a serde default for every field.
-    type Options: DeserializeOwned + JsonSchema;
+    type Options: DeserializeOwned + Serialize + JsonSchema;
 
     /// Builds architecture `name`, one of [`NAMES`](Backbone::NAMES), registering its tensors with timm's names.
     fn new(name: &str, options: Self::Options, params: &Params) -> Result<Self>;

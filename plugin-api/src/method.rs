@@ -1,6 +1,7 @@
 //! The trait of a pretraining method, and what it gets and gives at each step.
 
 use schemars::JsonSchema;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tch::{Kind, Tensor};
 
@@ -14,11 +15,12 @@ pub trait Method: Send + Sized + 'static {
     /// The name in `method.name`, in `snake_case`.
     const NAME: &'static str;
 
-    /// The keys under `method.`: a struct with a serde default for every field. Its schema and its doc comments are
-    /// what `jepa-host plugin info` prints, and what the host validates a configuration against.
-    type Options: DeserializeOwned + JsonSchema;
+    /// The keys under `method.`: a struct with a serde default for every field. Its schema, its defaults and its doc
+    /// comments are what `jepa-host plugin info` prints, and what the host validates a configuration against.
+    type Options: DeserializeOwned + Serialize + JsonSchema;
 
-    /// Builds the method: asks the host for backbones, registers parameters, declares EMA pairs.
+    /// Builds the method: asks the host for backbones, registers parameters, declares EMA pairs. An error says which
+    /// option (or which setting of the host) does not fit: the host reports it as a wrong configuration.
     fn new(options: Self::Options, host: &mut Host) -> Result<Self>;
 
     /// The views of each image that [`step`](Method::step) wants, in order.

@@ -86,11 +86,26 @@ impl Room {
         self.start(arguments).wait()
     }
 
+    /// Runs `jepa-host` with these arguments to its end, behind `limits`: commands of the shell that change what a
+    /// process inherits.
+    pub fn run_behind<S: AsRef<OsStr>>(&self, limits: &str, arguments: impl IntoIterator<Item = S>) -> Ended {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("{limits}; exec \"$0\" \"$@\"")]).arg(binary());
+        self.launch(command, arguments).wait()
+    }
+
     /// Starts `jepa-host` with these arguments. Nothing in the caller's environment configures it.
     pub fn start<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Running {
+        self.launch(Command::new(binary()), arguments)
+    }
+
+    fn launch<S: AsRef<OsStr>>(
+        &self,
+        mut command: Command,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Running {
         let number = (0..).find(|n| !self.file(format!("out.{n}")).exists()).expect("numbers do not end");
         let (out, err) = (self.file(format!("out.{number}")), self.file(format!("err.{number}")));
-        let mut command = Command::new(binary());
         command.args(arguments).current_dir(self.path());
         for (name, _) in env::vars_os() {
             if name.to_str().is_some_and(|name| name.starts_with("JEPA_") || name.starts_with("RUST_")) {

@@ -9,8 +9,8 @@ use jepa_tests::real::{Ended, Room, TINY_BACKBONE, checkpoints, demo_images, set
 const DIVERGED: i32 = 5;
 const PLUGIN_FAILED: i32 = 6;
 
-/// Runs the faulty method for 12 steps, with a checkpoint after every 5, in `runs/faulty`.
-fn train(room: &Room, settings: &[&str]) -> Ended {
+/// The arguments of a run of the faulty method: 12 steps with a checkpoint after every 5, in `runs/faulty`.
+fn arguments(settings: &[&str]) -> Vec<String> {
     let fixed = [
         "data.size=8",
         "data.threads=1",
@@ -26,7 +26,11 @@ fn train(room: &Room, settings: &[&str]) -> Ended {
     ];
     let images = setting("data.train", &demo_images());
     let arguments = ["--plugin", "faulty_plugin", &images].into_iter().chain(TINY_BACKBONE).chain(fixed);
-    room.run(arguments.chain(settings.iter().copied()))
+    arguments.chain(settings.iter().copied()).map(str::to_owned).collect()
+}
+
+fn train(room: &Room, settings: &[&str]) -> Ended {
+    room.run(arguments(settings))
 }
 
 fn folder(room: &Room) -> PathBuf {
@@ -70,7 +74,7 @@ fn a_panic_leaves_a_usable_checkpoint() {
     let ended = train(&room, &["--resume", "auto", "--allow-changes"]).expect(0);
     assert!(ended.stderr.contains("going on at step 7"), "{}", ended.stderr);
 
-    // The seven steps count: the end is that of a run without a panic.
+    // The seven steps count once: the end is that of a run without a panic, in weights, EMA targets and buffers.
     let (last, expected) = (folder(&room).join("step_00000012"), folder(&whole).join("step_00000012"));
     assert_eq!(tensors(&last), tensors(&expected));
     assert_eq!(checkpoints(&room.file("runs/faulty/version_1/checkpoints")).len(), 0, "no fresh start");
@@ -82,6 +86,26 @@ fn an_error_is_told_with_its_causes() {
     let ended = train(&room, &["method.error_at_step=7"]).expect(PLUGIN_FAILED);
     ended.error_says(&["plugin `faulty-plugin` failed: step 7 went wrong: there is nothing left to learn"]);
     assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005", "step_00000007"]);
+}
+
+#[test]
+fn a_disk_without_room_costs_a_checkpoint_and_not_the_run() {
+    // The limit is on the size of a file: the model's is too large, and the others are not.
+    let (limits, ballast) = ("trap '' XFSZ; ulimit -f 64", "method.ballast=10000");
+    let room = Room::new();
+    let ended = room.run_behind(limits, arguments(&[ballast])).expect(1);
+    let warning = |step: u64| format!("no checkpoint at step {step}: ");
+    for text in [&warning(5), &warning(10), "training goes on"] {
+        assert!(ended.stderr.contains(text), "{text}:\n{}", ended.stderr);
+    }
+    ended.error_says(&["step_00000012", "File too large"]);
+    let metrics = fs::read_to_string(room.file("runs/faulty/version_0/metrics.jsonl")).unwrap();
+    assert_eq!(metrics.lines().count(), 12, "all steps were taken:\n{metrics}");
+    assert_eq!(checkpoints(&folder(&room)), [] as [PathBuf; 0], "nothing half-written is left");
+
+    // With room again, the run is gone on from its beginning, for there is nothing else.
+    train(&room, &[ballast, "--resume", "auto"]).expect(0);
+    assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000010", "step_00000012"]);
 }
 
 #[test]
@@ -138,7 +162,7 @@ fn a_parameter_without_gradient_is_named_and_kept() {
     let checkpoint = bytes(&folder(&room).join("step_00000012"));
     let model = safetensors::SafeTensors::deserialize(&checkpoint["model.safetensors"]).unwrap();
     assert_eq!(model.tensor("idle").unwrap().data(), [0; 8]);
-    assert_ne!(model.tensor("colour").unwrap().data(), [0; 12]);
+    assert_ne!(model.tensor("online.colour").unwrap().data(), [0; 12]);
 }
 
 #[test]
@@ -178,5 +202,13 @@ fn settings_are_printed_with_their_source() {
     assert_eq!(source("panic_in_new", "false"), "default of faulty-plugin");
     assert_eq!(source("max_steps", "12"), "command line");
     assert_eq!(source("keep", "2"), "default");
+    let cnn_jepa = ["--plugin", "cnn_jepa", "--print-config", "method.ema.from=0.5"];
+    let printed = room.run(cnn_jepa.into_iter().chain(TINY_BACKBONE)).expect(0).stdout;
+    for line in [
+        "[method.ema]\nfrom = 0.5  # from command line\nto = 1.0    # from default of cnn-jepa",
+        "strategy = \"mixed\" ",
+    ] {
+        assert!(printed.contains(line), "{line}:\n{printed}");
+    }
     assert!(!room.file("runs").exists(), "nothing was begun");
 }

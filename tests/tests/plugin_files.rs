@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use jepa_tests::real::{Room, plugin};
+use jepa_tests::real::{Room, binary, plugin};
 use object::Endianness;
 use object::elf::{DT_NEEDED, FileHeader64};
 use object::read::elf::{Dyn as _, ElfFile};
@@ -125,5 +126,29 @@ fn people_get_the_same_as_text() {
     let list = room.run(["plugin", "list"]).expect(0).stdout;
     assert!(list.contains("cnn-jepa 0.1.0") && list.contains("method    cnn_jepa"), "{list}");
     let info = room.run(["plugin", "info", "cnn_jepa"]).expect(0).stdout;
-    assert!(info.contains("method.flip = 0.5\n      Probability of a horizontal flip."), "{info}");
+    for text in [
+        "method.flip = 0.5\n      Probability of a horizontal flip.",
+        "method.mask.strategy = \"mixed\"   (\"random\" | \"multi_block\" | \"mixed\")\n      ",
+        "method.ema.from = 0.996\n      ",
+    ] {
+        assert!(info.contains(text), "{text}:\n{info}");
+    }
+    let info = room.run(["plugin", "info", "resnet18"]).expect(0).stdout;
+    for text in ["backbone.stem = \"imagenet\"   (\"imagenet\" | \"small\")", "backbone.depths = not set\n"] {
+        assert!(info.contains(text), "{text}:\n{info}");
+    }
+}
+
+#[test]
+fn who_reads_the_first_lines_only_causes_no_error() {
+    let mut command = Command::new(binary());
+    let command = command.args(["plugin", "info", "cnn_jepa"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = Command::new(binary()).args(["plugin", "list"]).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "a result that is lost is an error: {output:?}");
 }

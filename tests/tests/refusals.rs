@@ -276,7 +276,7 @@ fn what_is_not_given_is_asked_for() {
 fn a_size_that_does_not_divide_is_refused() {
     let room = Room::new();
     let settings = [setting("data.train", &demo_images()), "data.size=17".to_owned()];
-    let ended = train(&room, &settings);
+    let ended = train(&room, &settings).expect(USAGE);
     ended.error_says(&["17 px", "set data.size to a multiple of 2"]);
     assert!(!room.file("runs").exists(), "nothing was begun");
 }

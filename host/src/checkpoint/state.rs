@@ -19,6 +19,9 @@ pub struct State {
     pub epoch: u64,
     /// Batches of that epoch that are done.
     pub batch_in_epoch: u64,
+    /// Whether the EMA targets already hold the update of the next step, which failed after it.
+    #[serde(default)]
+    pub ema_is_ahead: bool,
     /// The run's seed.
     pub seed: u64,
     /// Name of the method.

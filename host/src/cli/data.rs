@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
-use super::Format;
+use super::output::{Format, print};
 use crate::data::{
     self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Split, Summary, VerifyReport,
 };
@@ -176,25 +176,6 @@ impl Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         self.0.finish_and_clear();
-    }
-}
-
-fn print<T: serde::Serialize>(
-    format: Format,
-    result: &T,
-    text: impl Fn(&T, &mut dyn Write) -> io::Result<()>,
-) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    let printed = match format {
-        Format::Text => text(result, &mut out),
-        Format::Json => serde_json::to_writer_pretty(&mut out, result)
-            .map_err(io::Error::from)
-            .and_then(|()| writeln!(out)),
-    };
-    match printed.and_then(|()| out.flush()) {
-        // Whoever read the output, such as `head`, has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        printed => Ok(printed?),
     }
 }
 

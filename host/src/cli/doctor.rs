@@ -1,11 +1,14 @@
 //! `jepa-host doctor`: what is there, and what is missing.
 
+use std::io::{self, Write};
+
 use clap::Args;
 use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE};
 use jepa_plugin_api::tch;
 use serde_json::{Value, json};
 
-use super::{Format, plugin};
+use super::output::{Format, print};
+use super::plugin;
 use crate::config::Device;
 use crate::device::{self, DeviceError, check_native, cpu_capability, libtorch};
 use crate::plugin::SearchPath;
@@ -48,36 +51,29 @@ impl DoctorArgs {
             "wandb-core": find_wandb_core(),
             "plugins": plugins,
         });
-        match self.format {
-            Format::Json => println!("{report:#}"),
-            Format::Text => print(&report),
-        }
-        Ok(())
+        print(self.format, &report, print_report)
     }
 }
 
-fn print(report: &Value) {
+fn print_report(report: &Value, out: &mut dyn Write) -> io::Result<()> {
     for (name, value) in report.as_object().into_iter().flatten() {
         match value {
-            Value::String(text) => println!("{name:<16}{text}"),
+            Value::String(text) => writeln!(out, "{name:<16}{text}")?,
             Value::Array(plugins) => {
-                println!("{name:<16}{}", if plugins.is_empty() { "none found" } else { "" });
+                writeln!(out, "{name:<16}{}", if plugins.is_empty() { "none found" } else { "" })?;
                 for plugin in plugins {
+                    let text = |key: &str| plugin[key].as_str().unwrap_or_default();
                     match plugin["refused"].as_str() {
-                        Some(reason) => println!("  refused: {reason}"),
-                        None => println!(
-                            "  {} {}  {}",
-                            plugin["name"].as_str().unwrap_or_default(),
-                            plugin["version"].as_str().unwrap_or_default(),
-                            plugin["file"].as_str().unwrap_or_default()
-                        ),
+                        Some(reason) => writeln!(out, "  refused: {reason}")?,
+                        None => writeln!(out, "  {} {}  {}", text("name"), text("version"), text("file"))?,
                     }
                 }
             }
-            Value::Null => println!("{name:<16}missing"),
-            other => println!("{name:<16}{other}"),
+            Value::Null => writeln!(out, "{name:<16}missing")?,
+            other => writeln!(out, "{name:<16}{other}")?,
         }
     }
+    Ok(())
 }
 
 /// W&B's engine: in `$JEPA_WANDB_CORE`, or inside an installed `wandb` package on the path of Python.

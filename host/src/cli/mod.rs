@@ -3,14 +3,14 @@
 mod data;
 mod doctor;
 mod exit;
+mod output;
 mod plugin;
 mod train;
 
-use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::plugin::SearchPath;
 use crate::track::console::{Verbosity, init_logging};
@@ -75,16 +75,6 @@ enum Command {
     },
 }
 
-/// How a table is printed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// For people
-    #[default]
-    Text,
-    /// For programs
-    Json,
-}
-
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -101,8 +91,9 @@ pub fn main() -> ExitCode {
         Some(Command::Data(command)) => command.run(),
         Some(Command::Doctor(args)) => args.run(&search),
         Some(Command::Completions { shell }) => {
-            clap_complete::generate(shell, &mut Cli::command(), "jepa-host", &mut io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "jepa-host", &mut script);
+            output::print_text(|out| out.write_all(&script))
         }
     };
     match result {

@@ -1,12 +1,14 @@
 //! `jepa-host plugin list` and `jepa-host plugin info`.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::Format;
 use super::exit::Usage;
+use super::output::{Format, print};
+use crate::config::schema_options;
 use crate::device::libtorch;
 use crate::plugin::{LoadedPlugin, PluginError, Registry, SearchPath, open, plugin_files, read_manifest};
 
@@ -46,31 +48,30 @@ pub(super) fn found(search: &SearchPath) -> Vec<Result<LoadedPlugin, PluginError
 
 fn list(search: &SearchPath, format: Format) -> anyhow::Result<()> {
     let found = found(search);
-    if format == Format::Json {
-        let plugins: Vec<Value> = found.iter().flatten().map(describe).collect();
-        let refused: Vec<String> = found.iter().filter_map(|f| Some(f.as_ref().err()?.to_string())).collect();
-        println!("{:#}", json!({ "plugins": plugins, "refused": refused }));
-        return Ok(());
-    }
-    for plugin in found.iter().flatten() {
-        let offer = plugin.plugin.offer();
-        println!("{} {}  {}", plugin.manifest.name, plugin.manifest.version, plugin.path.display());
-        for method in &offer.methods {
-            println!("  method    {}", method.name);
+    let plugins: Vec<Value> = found.iter().flatten().map(describe).collect();
+    let refused: Vec<String> = found.iter().filter_map(|f| Some(f.as_ref().err()?.to_string())).collect();
+    let report = json!({ "plugins": plugins, "refused": refused });
+    print(format, &report, |_, out| {
+        for plugin in found.iter().flatten() {
+            let offer = plugin.plugin.offer();
+            writeln!(out, "{} {}  {}", plugin.manifest.name, plugin.manifest.version, plugin.path.display())?;
+            for method in &offer.methods {
+                writeln!(out, "  method    {}", method.name)?;
+            }
+            if !offer.backbones.is_empty() {
+                let names: Vec<&str> = offer.backbones.iter().map(|b| b.name.as_str()).collect();
+                writeln!(out, "  backbones {}", names.join(", "))?;
+            }
         }
-        if !offer.backbones.is_empty() {
-            let names: Vec<&str> = offer.backbones.iter().map(|b| b.name.as_str()).collect();
-            println!("  backbones {}", names.join(", "));
+        for reason in &refused {
+            writeln!(out, "refused   {reason}")?;
         }
-    }
-    for error in found.iter().filter_map(|f| f.as_ref().err()) {
-        println!("refused   {error}");
-    }
-    if found.is_empty() {
-        let folders: Vec<String> = search.folders().iter().map(|f| f.display().to_string()).collect();
-        println!("no plugins in {}; name a folder with --plugin-dir", folders.join(", "));
-    }
-    Ok(())
+        if found.is_empty() {
+            let folders: Vec<String> = search.folders().iter().map(|f| f.display().to_string()).collect();
+            writeln!(out, "no plugins in {}; name a folder with --plugin-dir", folders.join(", "))?;
+        }
+        Ok(())
+    })
 }
 
 fn info(name: &Path, search: &SearchPath, format: Format) -> anyhow::Result<()> {
@@ -92,11 +93,7 @@ fn info(name: &Path, search: &SearchPath, format: Format) -> anyhow::Result<()> 
         }
     }
     let plugin = registry.plugins().first().ok_or_else(|| Usage("no plugin".to_owned()))?;
-    match format {
-        Format::Json => println!("{:#}", describe(plugin)),
-        Format::Text => print_info(plugin),
-    }
-    Ok(())
+    print(format, &describe(plugin), |_, out| print_info(plugin, out))
 }
 
 fn describe(plugin: &LoadedPlugin) -> Value {
@@ -107,56 +104,45 @@ fn describe(plugin: &LoadedPlugin) -> Value {
     })
 }
 
-fn print_info(plugin: &LoadedPlugin) {
+fn print_info(plugin: &LoadedPlugin, out: &mut dyn Write) -> io::Result<()> {
     let manifest = &plugin.manifest;
-    println!("{} {}", manifest.name, manifest.version);
-    println!("  file     {}", plugin.path.display());
-    println!("  sha256   {}", plugin.sha256);
-    println!("  API      {}.{}", manifest.api_major, manifest.api_minor);
-    println!("  bridge   {}", manifest.bridge);
-    println!("  compiler {}", manifest.rustc);
+    writeln!(out, "{} {}", manifest.name, manifest.version)?;
+    writeln!(out, "  file     {}", plugin.path.display())?;
+    writeln!(out, "  sha256   {}", plugin.sha256)?;
+    writeln!(out, "  API      {}.{}", manifest.api_major, manifest.api_minor)?;
+    writeln!(out, "  bridge   {}", manifest.bridge)?;
+    writeln!(out, "  compiler {}", manifest.rustc)?;
     let offer = plugin.plugin.offer();
     for method in &offer.methods {
-        println!("\nmethod {}", method.name);
-        print_options("method", method.options.as_value());
+        writeln!(out, "\nmethod {}", method.name)?;
+        print_schema("method", method.options.as_value(), out)?;
     }
     // Backbones of one type share their options: print these once.
-    let mut rest = offer.backbones.as_slice();
-    while let Some(first) = rest.first() {
-        let same = rest.iter().take_while(|b| b.options == first.options).count();
-        let names: Vec<&str> = rest[..same].iter().map(|b| b.name.as_str()).collect();
-        println!("\nbackbones {}", names.join(", "));
-        print_options("backbone", first.options.as_value());
-        rest = &rest[same..];
+    for same in offer.backbones.chunk_by(|a, b| a.options == b.options) {
+        let names: Vec<&str> = same.iter().map(|b| b.name.as_str()).collect();
+        writeln!(out, "\nbackbones {}", names.join(", "))?;
+        print_schema("backbone", same[0].options.as_value(), out)?;
     }
+    Ok(())
 }
 
-/// Prints the options of a JSON Schema: name, type, default, and the author's words.
-fn print_options(section: &str, schema: &Value) {
+/// Prints what a JSON Schema says: the author's words, then each option.
+fn print_schema(section: &str, schema: &Value, out: &mut dyn Write) -> io::Result<()> {
     if let Some(about) = schema["description"].as_str() {
-        println!("  {}", about.replace('\n', "\n  "));
+        writeln!(out, "  {}", about.replace('\n', "\n  "))?;
     }
-    let Some(options) = schema["properties"].as_object() else { return };
-    for (name, option) in options {
-        let default = match &option["default"] {
-            Value::Null => "not set".to_owned(),
-            value => value.to_string(),
+    for option in schema_options(section, schema) {
+        let default = match option.default {
+            None | Some(Value::Null) => "not set".to_owned(),
+            Some(value) => value.to_string(),
         };
-        println!("\n  {section}.{name} = {default}{}", choices(schema, option));
-        if let Some(about) = option["description"].as_str() {
-            println!("      {}", about.replace('\n', "\n      "));
+        let choices: Vec<String> = option.choices.iter().map(|value| value.to_string()).collect();
+        let choices =
+            if choices.is_empty() { String::new() } else { format!("   ({})", choices.join(" | ")) };
+        writeln!(out, "\n  {} = {default}{choices}", option.key)?;
+        if let Some(about) = option.about {
+            writeln!(out, "      {}", about.replace('\n', "\n      "))?;
         }
     }
-}
-
-/// The values that an option takes, where the schema lists them.
-fn choices(schema: &Value, option: &Value) -> String {
-    let reference = option["$ref"].as_str().or_else(|| option["allOf"][0]["$ref"].as_str());
-    let target = reference.and_then(|r| schema.pointer(r.strip_prefix('#')?)).unwrap_or(option);
-    let constants = target["oneOf"].as_array().map(|list| list.iter().map(|v| v["const"].clone()).collect());
-    let Some(values): Option<Vec<Value>> = target["enum"].as_array().cloned().or(constants) else {
-        return String::new();
-    };
-    let values: Vec<String> = values.iter().map(Value::to_string).collect();
-    format!("   ({})", values.join(" | "))
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! `jepa-host train`: from the command line to a run. What is wrong is found here, before anything is written.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
 use serde_json::{Value, json};
 
 use super::exit::Usage;
+use super::output::print_text;
 use crate::checkpoint::{self, Checkpoint, FORMAT, Resume, RunDir, State, resolve_resume, restore};
 use crate::config::{Config, Layers, ResolvedConfig};
 use crate::data::{Dataset, Loader, LoaderOptions};
@@ -80,8 +82,7 @@ impl TrainArgs {
         let (owner, offer) = registry.backbone(&backbone_name)?;
         settings.adopt_plugin_options("backbone", &owner.manifest.name, offer.options.as_value())?;
         if self.print_config {
-            print!("{}", settings.print());
-            return Ok(());
+            return print_text(|out| out.write_all(settings.print().as_bytes()));
         }
         let config = &settings.config;
 
@@ -102,6 +103,7 @@ impl TrainArgs {
             step: 0,
             epoch: 0,
             batch_in_epoch: 0,
+            ema_is_ahead: false,
             seed: config.seed,
             method: method_name.clone(),
             backbone: backbone_name,
@@ -182,8 +184,7 @@ impl TrainArgs {
             signals,
             state,
         })?;
-        print_outcome(&outcome, started.elapsed().as_secs_f64());
-        Ok(())
+        print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))
     }
 
     fn settings(&self) -> anyhow::Result<ResolvedConfig> {
@@ -322,17 +323,18 @@ fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
 }
 
 /// The table that a run ends with.
-fn print_outcome(outcome: &Outcome, seconds: f64) {
-    println!("{} steps, {:.0} s", outcome.steps, seconds);
+fn print_outcome(outcome: &Outcome, seconds: f64, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "{} steps, {seconds:.0} s", outcome.steps)?;
     if let Some(last) = &outcome.last {
         let first = outcome.first.as_ref();
-        println!("\n{:<24}{:>10}{:>10}", "", "before", "after");
+        writeln!(out, "\n{:<24}{:>10}{:>10}", "", "before", "after")?;
         for (name, value) in last {
             let before = first.and_then(|f| f.get(name)).map_or("-".to_owned(), |v| format!("{v:.4}"));
-            println!("{name:<24}{before:>10}{value:>10.4}");
+            writeln!(out, "{name:<24}{before:>10}{value:>10.4}")?;
         }
     }
-    if let Some(checkpoint) = &outcome.checkpoint {
-        println!("\ncheckpoint {}", checkpoint.display());
+    match &outcome.checkpoint {
+        Some(checkpoint) => writeln!(out, "\ncheckpoint {}", checkpoint.display()),
+        None => Ok(()),
     }
 }

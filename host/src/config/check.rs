@@ -7,6 +7,7 @@
 use serde_json::{Map, Number, Value, json};
 
 use super::error::{ConfigError, Problem};
+use super::json_schema::{JsonSchema, forms_of, join, properties, types};
 use super::nearest::{advice, nearest};
 use super::resolve::Sources;
 
@@ -25,11 +26,11 @@ pub(super) enum Checked {
 
 /// Checks one dotted key and its value against the host's schema.
 pub(super) fn check_setting(key: &str, value: &Value, raw: Option<&str>, schema: &Value) -> Checked {
-    let mut checker = Checker { root: schema, problems: Vec::new() };
-    let mut at = checker.resolve(schema);
+    let mut checker = Checker { schema: JsonSchema(schema), problems: Vec::new() };
+    let mut at = checker.schema.resolve(schema);
     for name in key.split('.') {
         match at.get("properties").and_then(|properties| properties.get(name)) {
-            Some(inner) => at = checker.resolve(inner),
+            Some(inner) => at = checker.schema.resolve(inner),
             None if at.get("additionalProperties").is_some_and(|rest| rest != &json!(false)) => {
                 return Checked::Free;
             }
@@ -38,7 +39,7 @@ pub(super) fn check_setting(key: &str, value: &Value, raw: Option<&str>, schema:
                 return Checked::Wrong(vec![(key.to_owned(), message)]);
             }
             None => {
-                let message = format!("unknown key; {}", advice(key, &checker.keys(schema, "")));
+                let message = format!("unknown key; {}", advice(key, &checker.schema.keys(schema, "")));
                 return Checked::Wrong(vec![(key.to_owned(), message)]);
             }
         }
@@ -65,9 +66,9 @@ pub fn validate_plugin_options(
     schema: &Value,
     sources: &Sources,
 ) -> Result<Value, ConfigError> {
-    let mut checker = Checker { root: schema, problems: Vec::new() };
+    let mut checker = Checker { schema: JsonSchema(schema), problems: Vec::new() };
     let given = values.as_object().cloned().unwrap_or_default();
-    let full = checker.check_object(section, &given, checker.resolve(schema), Some(sources), true);
+    let full = checker.check_object(section, &given, checker.schema.resolve(schema), Some(sources), true);
     if checker.problems.is_empty() {
         return Ok(full);
     }
@@ -77,50 +78,31 @@ pub fn validate_plugin_options(
 }
 
 struct Checker<'a> {
-    /// What `$ref` points into.
-    root: &'a Value,
+    schema: JsonSchema<'a>,
     problems: Vec<(String, String)>,
 }
 
 impl<'a> Checker<'a> {
-    /// The schema itself, behind any references.
-    fn resolve(&self, schema: &'a Value) -> &'a Value {
-        let mut schema = schema;
-        // A schema that refers to itself only would never end; none is as deep as this.
-        for _ in 0..32 {
-            let Some(target) = schema.get("$ref").and_then(Value::as_str) else { break };
-            match self.root.pointer(target.trim_start_matches('#')) {
-                Some(found) => schema = found,
-                None => break,
-            }
-        }
-        schema
-    }
-
-    /// Every dotted key that can be set.
-    fn keys(&self, schema: &'a Value, prefix: &str) -> Vec<String> {
-        let Some(properties) = self.resolve(schema).get("properties").and_then(Value::as_object) else {
-            return vec![prefix.to_owned()];
-        };
-        let join = |name: &String| if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
-        properties.iter().flat_map(|(name, inner)| self.keys(inner, &join(name))).collect()
-    }
-
     fn refuse(&mut self, key: &str, message: String) {
         self.problems.push((key.to_owned(), message));
     }
 
     /// Notes what is wrong with a value; returns it in the type that the schema wants.
     fn check(&mut self, key: &str, value: &Value, raw: Option<&str>, schema: &'a Value) -> Value {
-        let schema = self.resolve(schema);
+        let schema = self.schema.resolve(schema);
         if let Some(parts) = schema.get("allOf").and_then(Value::as_array) {
             return parts.iter().fold(value.clone(), |value, part| self.check(key, &value, raw, part));
         }
-        if let Some(forms) = schema.get("anyOf").or(schema.get("oneOf")).and_then(Value::as_array) {
-            return self.check_forms(key, value, raw, forms);
+        let forms: Vec<&'a Value> =
+            forms_of(schema).into_iter().flatten().map(|form| self.schema.resolve(form)).collect();
+        if forms.iter().any(|form| types(form) == ["null"]) && is_unset(value) {
+            return Value::Null;
         }
-        if let Some(allowed) = choices(schema) {
+        if let Some(allowed) = self.schema.choices(schema) {
             return self.check_choice(key, value, raw, &allowed);
+        }
+        if !forms.is_empty() {
+            return self.check_forms(key, value, raw, &forms);
         }
         let types = types(schema);
         if types.is_empty() {
@@ -161,21 +143,13 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// `anyOf` and `oneOf`: an optional value, named choices with docs, or alternatives.
-    fn check_forms(&mut self, key: &str, value: &Value, raw: Option<&str>, forms: &'a [Value]) -> Value {
-        let forms: Vec<&'a Value> = forms.iter().map(|form| self.resolve(form)).collect();
-        if forms.iter().any(|form| types(form) == ["null"]) && is_unset(value) {
-            return Value::Null;
-        }
-        let forms: Vec<&'a Value> = forms.into_iter().filter(|form| types(form) != ["null"]).collect();
-        if let Some(allowed) = forms.iter().map(|form| choices(form)).collect::<Option<Vec<_>>>() {
-            let allowed = allowed.concat();
-            return self.check_choice(key, value, raw, &allowed);
-        }
+    /// `anyOf` and `oneOf`: an optional value, or alternatives.
+    fn check_forms(&mut self, key: &str, value: &Value, raw: Option<&str>, forms: &[&'a Value]) -> Value {
         let attempts: Vec<(Value, Vec<(String, String)>)> = forms
             .iter()
+            .filter(|form| types(form) != ["null"])
             .map(|form| {
-                let mut attempt = Checker { root: self.root, problems: Vec::new() };
+                let mut attempt = Checker { schema: self.schema, problems: Vec::new() };
                 (attempt.check(key, value, raw, form), attempt.problems)
             })
             .collect();
@@ -189,18 +163,20 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn check_choice(&mut self, key: &str, value: &Value, raw: Option<&str>, allowed: &[Value]) -> Value {
-        if allowed.contains(value) {
+    fn check_choice(&mut self, key: &str, value: &Value, raw: Option<&str>, allowed: &[&Value]) -> Value {
+        if allowed.contains(&value) {
             return value.clone();
         }
-        if let Some(raw) = raw.map(|raw| Value::String(raw.to_owned())).filter(|raw| allowed.contains(raw)) {
+        if let Some(raw) = raw.map(|raw| Value::String(raw.to_owned())).filter(|raw| allowed.contains(&raw)) {
             return raw;
         }
-        if allowed.contains(&Value::Null) && is_unset(value) {
+        if allowed.contains(&&Value::Null) && is_unset(value) {
             return Value::Null;
         }
-        let names: Vec<String> = allowed.iter().filter(|value| !value.is_null()).map(words).collect();
-        let close = value.as_str().and_then(|text| nearest(text, allowed.iter().filter_map(Value::as_str)));
+        let names: Vec<String> =
+            allowed.iter().filter(|value| !value.is_null()).map(|value| words(value)).collect();
+        let close =
+            value.as_str().and_then(|text| nearest(text, allowed.iter().filter_map(|value| value.as_str())));
         let close = close.map(|close| format!("; did you mean {close}?")).unwrap_or_default();
         self.refuse(key, format!("{} is not one of {}{close}", words(value), names.join(", ")));
         value.clone()
@@ -259,20 +235,20 @@ impl<'a> Checker<'a> {
         sources: Option<&Sources>,
         closed: bool,
     ) -> Value {
-        let properties = schema.get("properties").and_then(Value::as_object);
+        let properties = properties(schema);
         let rest = schema.get("additionalProperties");
-        let join = |name: &str| if key.is_empty() { name.to_owned() } else { format!("{key}.{name}") };
         let mut full = Map::new();
 
         for (name, inner) in properties.into_iter().flatten() {
-            let path = join(name);
+            let path = join(key, name);
             let default = inner.get("default");
+            let table = self.schema.table(inner);
             match (given.get(name), default) {
                 // A table that is given in part keeps the default's other entries.
-                (Some(Value::Object(part)), default) if self.is_table(inner) => {
-                    let mut table = default.and_then(Value::as_object).cloned().unwrap_or_default();
-                    table.extend(part.clone());
-                    let value = self.check_object(&path, &table, self.table(inner), sources, false);
+                (Some(Value::Object(part)), default) if let Some(schema) = table => {
+                    let mut values = default.and_then(Value::as_object).cloned().unwrap_or_default();
+                    values.extend(part.clone());
+                    let value = self.check_object(&path, &values, schema, sources, false);
                     full.insert(name.clone(), value);
                 }
                 (Some(value), _) => {
@@ -282,8 +258,8 @@ impl<'a> Checker<'a> {
                     let value = self.check(&path, value, raw, inner);
                     full.insert(name.clone(), value);
                 }
-                (None, Some(Value::Object(table))) if self.is_table(inner) => {
-                    let value = self.check_object(&path, table, self.table(inner), sources, false);
+                (None, Some(Value::Object(values))) if let Some(schema) = table => {
+                    let value = self.check_object(&path, values, schema, sources, false);
                     full.insert(name.clone(), value);
                 }
                 (None, Some(default)) => {
@@ -302,7 +278,7 @@ impl<'a> Checker<'a> {
             if properties.is_some_and(|properties| properties.contains_key(name)) {
                 continue;
             }
-            let path = join(name);
+            let path = join(key, name);
             match rest.filter(|rest| rest.is_object()) {
                 Some(inner) => {
                     let value = self.check(&path, value, None, inner);
@@ -313,7 +289,7 @@ impl<'a> Checker<'a> {
                 }
                 None => {
                     let section = key.split('.').next().unwrap_or("");
-                    let known = properties.map_or(Vec::new(), |_| self.keys(self.root, section));
+                    let known = properties.map_or(Vec::new(), |_| self.schema.keys(self.schema.0, section));
                     let message = match known.as_slice() {
                         [] => "unknown key; there are no options here".to_owned(),
                         known => format!("unknown key; {}", advice(&path, known)),
@@ -324,44 +300,10 @@ impl<'a> Checker<'a> {
         }
         Value::Object(full)
     }
-
-    /// The schema of a table, looking through "or not set".
-    fn table(&self, schema: &'a Value) -> &'a Value {
-        let schema = self.resolve(schema);
-        let forms = schema.get("anyOf").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-        let forms: Vec<&'a Value> = forms.iter().map(|form| self.resolve(form)).collect();
-        match forms.iter().filter(|form| types(form) != ["null"]).collect::<Vec<_>>().as_slice() {
-            [only] => only,
-            _ => schema,
-        }
-    }
-
-    /// Whether this is a table of named entries (and no choice between several).
-    fn is_table(&self, schema: &'a Value) -> bool {
-        let table = self.table(schema);
-        table.get("properties").is_some() && table.get("oneOf").is_none() && table.get("anyOf").is_none()
-    }
 }
 
 fn requires(schema: &Value, name: &str) -> bool {
     schema.get("required").and_then(Value::as_array).is_some_and(|names| names.iter().any(|n| n == name))
-}
-
-/// The values of `enum` or `const`.
-fn choices(schema: &Value) -> Option<Vec<Value>> {
-    match (schema.get("enum"), schema.get("const")) {
-        (Some(Value::Array(values)), _) => Some(values.clone()),
-        (_, Some(value)) => Some(vec![value.clone()]),
-        _ => None,
-    }
-}
-
-fn types(schema: &Value) -> Vec<&str> {
-    match schema.get("type") {
-        Some(Value::String(name)) => vec![name],
-        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
-        _ => Vec::new(),
-    }
 }
 
 fn is_unset(value: &Value) -> bool {

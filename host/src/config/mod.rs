@@ -9,6 +9,7 @@
 
 mod check;
 mod error;
+mod json_schema;
 mod layers;
 mod nearest;
 mod print;
@@ -17,6 +18,7 @@ mod schema;
 
 pub use check::validate_plugin_options;
 pub use error::{ConfigError, Problem};
+pub use json_schema::{SchemaOption, schema_options};
 pub use layers::RESERVED_VARIABLES;
 pub use nearest::nearest;
 pub use resolve::{Layers, PluginDefaults, ResolvedConfig, Source, Sources};

@@ -54,10 +54,13 @@ impl Ema {
         Ok(ema)
     }
 
-    /// target ← m · target + (1 − m) · online, with the momentum of `epoch`, which is returned.
-    pub fn update(&self, epoch: u64, epochs: u64) -> Result<f64, DeviceError> {
-        let momentum = ema_momentum(self.schedule, epoch, epochs);
-        ema_update(&self.target, &self.online, momentum)?;
-        Ok(momentum)
+    /// target ← m · target + (1 − m) · online, with the momentum m of `epoch`.
+    pub fn update(&self, epoch: u64, epochs: u64) -> Result<(), DeviceError> {
+        ema_update(&self.target, &self.online, self.momentum(epoch, epochs))
+    }
+
+    /// The momentum of `epoch`.
+    pub fn momentum(&self, epoch: u64, epochs: u64) -> f64 {
+        ema_momentum(self.schedule, epoch, epochs)
     }
 }

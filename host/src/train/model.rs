@@ -2,7 +2,7 @@
 
 use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::params::Kind;
-use jepa_plugin_api::tch::Tensor;
+use jepa_plugin_api::tch::{Tensor, no_grad};
 
 use super::TrainError;
 use super::ema::Ema;
@@ -14,6 +14,8 @@ pub struct Model {
     pub method: MethodHandle,
     trained: Vec<(String, Tensor)>,
     ema: Vec<Ema>,
+    /// Each buffer, and its value before the step under way.
+    buffers: Vec<(Tensor, Tensor)>,
 }
 
 impl Model {
@@ -39,7 +41,9 @@ impl Model {
         if trained.is_empty() {
             return Err(declared("no parameter to train".to_owned()));
         }
-        Ok(Model { method, trained, ema })
+        let buffers = method.entries().iter().filter(|entry| entry.kind == Kind::Buffer);
+        let buffers = buffers.map(|entry| (entry.tensor.shallow_clone(), entry.tensor.copy())).collect();
+        Ok(Model { method, trained, ema, buffers })
     }
 
     /// The parameters that the optimizer trains.
@@ -52,15 +56,32 @@ impl Model {
         self.method.entries().iter().map(|entry| (entry.name.clone(), entry.tensor.shallow_clone())).collect()
     }
 
-    /// Moves every EMA target towards its online side, and returns the momentum, when there is one.
+    /// Moves every EMA target towards its online side.
     ///
     /// # Errors
     /// Whatever libtorch reports.
-    pub fn update_ema(&self, epoch: u64, epochs: u64) -> Result<Option<f64>, DeviceError> {
-        let mut momentum = None;
-        for ema in &self.ema {
-            momentum = Some(ema.update(epoch, epochs)?);
-        }
-        Ok(momentum)
+    pub fn update_ema(&self, epoch: u64, epochs: u64) -> Result<(), DeviceError> {
+        self.ema.iter().try_for_each(|ema| ema.update(epoch, epochs))
+    }
+
+    /// The momentum of EMA targets in `epoch` (of the last pair, should they differ), when there are any.
+    pub fn ema_momentum(&self, epoch: u64, epochs: u64) -> Option<f64> {
+        self.ema.last().map(|ema| ema.momentum(epoch, epochs))
+    }
+
+    /// Keeps the values that buffers have before a step: running statistics, and whatever else a method updates in
+    /// its forward pass.
+    pub fn remember_buffers(&mut self) {
+        no_grad(|| self.buffers.iter_mut().for_each(|(buffer, before)| before.copy_(buffer)));
+    }
+
+    /// Gives buffers the values that they had before a step that failed.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports, on a device that failed for one.
+    pub fn restore_buffers(&mut self) -> Result<(), TrainError> {
+        let copy = |(buffer, before): &mut (Tensor, Tensor)| buffer.f_copy_(before);
+        no_grad(|| self.buffers.iter_mut().try_for_each(|pair| copy(pair)))?;
+        Ok(())
     }
 }

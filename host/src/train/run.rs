@@ -82,7 +82,7 @@ pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
             let worth_saving = error.chain().any(|cause| {
                 matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. })) || cause.is::<Failure>()
             });
-            if worth_saving && let Err(unsaved) = run.save() {
+            if worth_saving && let Err(unsaved) = run.undo_step().and_then(|()| run.save()) {
                 tracing::error!("no checkpoint of step {}: {unsaved:#}", run.state.step);
             }
             Err(error)
@@ -205,11 +205,17 @@ impl Run {
         let count = micro_batches.len();
         let images: usize = micro_batches.iter().map(|batch| batch.indices.len()).sum();
 
-        let momentum = self.model.update_ema(epoch, self.config.trainer.epochs)?;
+        let momentum = self.model.ema_momentum(epoch, self.config.trainer.epochs);
+        if !self.state.ema_is_ahead {
+            self.model.update_ema(epoch, self.config.trainer.epochs)?;
+            self.state.ema_is_ahead = true;
+        }
+        self.model.remember_buffers();
 
         let mut loss_sum = 0.0;
+        let mut figures = Vec::new();
         for (i, batch) in micro_batches.into_iter().enumerate() {
-            self.meters.add("train/replaced", batch.replaced as f64);
+            figures.push(("train/replaced".to_owned(), batch.replaced as f64));
             let batch = self.to_device(batch, true);
             tch::manual_seed(Rng::keyed(self.state.seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
             let bf16 = self.config.trainer.precision == Precision::Bf16;
@@ -222,7 +228,7 @@ impl Run {
                 let name = format!("train/{}/{name}", self.state.method);
                 let value = value.f_double_value(&[])?;
                 self.require_finite(&name, value)?;
-                self.meters.add(&name, value);
+                figures.push((name, value));
             }
         }
 
@@ -241,13 +247,23 @@ impl Run {
 
         self.state.step += 1;
         self.state.batch_in_epoch += count as u64;
-        self.meters.add("train/loss", loss_sum / count as f64);
-        self.meters.add("train/grad_norm", norm);
-        if let Some(momentum) = momentum {
-            self.meters.add("train/ema_momentum", momentum);
+        self.state.ema_is_ahead = false;
+        figures.push(("train/loss".to_owned(), loss_sum / count as f64));
+        figures.push(("train/grad_norm".to_owned(), norm));
+        figures.extend(momentum.map(|momentum| ("train/ema_momentum".to_owned(), momentum)));
+        for (name, value) in figures {
+            self.meters.add(&name, value);
         }
         self.clock.step(images, waited);
         self.report_step(lr)
+    }
+
+    /// Puts back what a step that failed half-way has changed, but for the EMA update, which the state tells of.
+    fn undo_step(&mut self) -> anyhow::Result<()> {
+        if self.state.ema_is_ahead {
+            self.model.restore_buffers()?;
+        }
+        Ok(())
     }
 
     /// Moves the progress bar, and every so many steps logs the means since the last time.

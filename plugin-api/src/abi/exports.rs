@@ -7,11 +7,10 @@ use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::sabi_trait::prelude::TD_Opaque;
 use abi_stable::std_types::{ROption, RResult, RStr, RString, RVec};
 use anyhow::Context as _;
-use schemars::{JsonSchema, schema_for};
+use schemars::schema_for;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use super::failure::{AbiFailure, guard, keep_panics_quiet};
 use super::log::LogSink;
@@ -66,7 +65,7 @@ impl MethodEntry {
     pub fn of<M: Method>() -> Self {
         MethodEntry {
             offer: MethodOffer { name: M::NAME.to_owned(), options: schema_for!(M::Options) },
-            build: |options, host| Ok(Box::new(M::new(read_options(options)?, host)?)),
+            build: |options, host| Ok(Box::new(M::new(serde_json::from_value(options)?, host)?)),
         }
     }
 }
@@ -84,16 +83,11 @@ impl BackboneEntry {
             |name: &&str| BackboneOffer { name: (*name).to_owned(), options: schema_for!(B::Options) };
         BackboneEntry {
             offers: B::NAMES.iter().map(offer).collect(),
-            build: |name, options, params| Ok(Box::new(B::new(name, read_options(options)?, params)?)),
+            build: |name, options, params| {
+                Ok(Box::new(B::new(name, serde_json::from_value(options)?, params)?))
+            },
         }
     }
-}
-
-fn read_options<T: DeserializeOwned + JsonSchema>(options: Value) -> Result<T> {
-    serde_json::from_value(options).map_err(|error| {
-        let (kind, message) = (FailureKind::Options, error.to_string());
-        Failure { plugin: String::new(), kind, message, chain: Vec::new() }.into()
-    })
 }
 
 /// [`Method`] without its associated items, so that one object type serves all.
@@ -161,7 +155,7 @@ extern "C" fn build_method<P: Exports>(
         };
         let mut safe_host = Host::new(facts, &mut backbone)?;
         let options = serde_json::from_str(options_json.as_str())?;
-        let method = (entry.build)(options, &mut safe_host).map_err(|error| in_plugin(P::NAME, error))?;
+        let method = (entry.build)(options, &mut safe_host).map_err(|error| refusal(P::NAME, error))?;
         let (params, ema) = safe_host.into_parts();
         let entries = params.entries();
         let declaration = MethodDeclaration { views: method.views(), tensors: names(&entries), ema };
@@ -189,18 +183,19 @@ extern "C" fn build_backbone<P: Exports>(
         let params = Params::new(parse_device(device.as_str())?);
         let options = serde_json::from_str(options_json.as_str())?;
         let backbone =
-            (entry.build)(name.as_str(), options, &params).map_err(|error| in_plugin(P::NAME, error))?;
+            (entry.build)(name.as_str(), options, &params).map_err(|error| refusal(P::NAME, error))?;
         Ok(backbone_object(P::NAME, backbone, &params))
     })
 }
 
-/// Names the plugin in a failure that was made before its name was known.
-fn in_plugin(plugin: &str, error: anyhow::Error) -> anyhow::Error {
-    match error.downcast::<Failure>() {
-        Ok(failure) if failure.plugin.is_empty() => Failure { plugin: plugin.to_owned(), ..failure }.into(),
-        Ok(failure) => failure.into(),
-        Err(error) => error,
-    }
+/// What an error in building a method or a backbone means: settings that do not fit, unless libtorch reports it, for
+/// want of memory for one, or another plugin does.
+fn refusal(plugin: &str, error: anyhow::Error) -> Failure {
+    let of_libtorch = error.chain().any(|cause| cause.is::<TchError>());
+    let passed_on = error.is::<Failure>();
+    let failure = Failure::from_error(plugin, error);
+    let kind = if of_libtorch || passed_on { failure.kind } else { FailureKind::Options };
+    Failure { kind, ..failure }
 }
 
 pub(super) fn backbone_object(

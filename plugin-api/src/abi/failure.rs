@@ -16,7 +16,7 @@ pub enum FailureKind {
     Error,
     /// The plugin panicked; the object that did is of no use any more.
     Panic,
-    /// The plugin does not take the options it was given.
+    /// The method or backbone cannot be built with these options, or on these data.
     Options,
 }
 
@@ -38,7 +38,7 @@ impl fmt::Display for Failure {
         let verb = match self.kind {
             FailureKind::Error => "failed",
             FailureKind::Panic => "panicked",
-            FailureKind::Options => "refused its options",
+            FailureKind::Options => "refused its settings",
         };
         write!(f, "plugin `{}` {verb}: {}", self.plugin, self.message)?;
         self.chain.iter().try_for_each(|cause| write!(f, ": {cause}"))

@@ -15,7 +15,7 @@ use jepa_plugin_api::{
     ensure,
 };
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 pub use masks::{MaskOptions, MaskSampler, Masks, Sampling, Strategy};
@@ -25,7 +25,7 @@ pub use projection::Projection;
 jepa_plugin_api::export_plugin! { methods: [CnnJepa] }
 
 /// The keys under `method.`; the defaults are the published settings, but for `mask.sampling`.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct CnnJepaOptions {
     /// Least and greatest share of the image's area that the random crop takes, in (0, 1].
@@ -56,7 +56,7 @@ impl Default for CnnJepaOptions {
 }
 
 /// The keys under `method.ema.`: momentum by a half cosine over the epochs.
-#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmaOptions {
     /// Momentum in the first epoch.

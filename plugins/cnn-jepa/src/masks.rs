@@ -7,11 +7,11 @@
 
 use jepa_plugin_api::{Batch, Result, Rng, ensure};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 /// The keys under `method.mask.`.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct MaskOptions {
     /// `random` cells, `multi_block`, or `mixed`: one of the two for each batch.
@@ -55,7 +55,7 @@ impl Default for MaskOptions {
 }
 
 /// How masks are drawn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
     /// A share of the cells, each as likely as the others, is context; the rest are targets.
@@ -67,7 +67,7 @@ pub enum Strategy {
 }
 
 /// Where blocks may lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Sampling {
     /// Every position inside the map.

@@ -3,11 +3,11 @@
 use jepa_plugin_api::nn::{Conv2d, ConvOptions, Norm};
 use jepa_plugin_api::{NormKind, Params, Result, ensure};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 /// The keys under `method.predictor.`.
-#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PredictorOptions {
     /// Number of layers.

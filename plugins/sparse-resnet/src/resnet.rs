@@ -6,12 +6,12 @@
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions, Init};
 use jepa_plugin_api::{Backbone, BackboneInfo, NormKind, Params, Result, bail, ensure};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use sparse_conv::FeatureMap;
 use tch::Tensor;
 
 /// The keys under `backbone.`.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ResNetOptions {
     /// First layers: `imagenet` (7×7 convolution of stride 2 and max-pool) or `small` (3×3 convolution of stride 1),
@@ -33,7 +33,7 @@ impl Default for ResNetOptions {
 }
 
 /// The first layers of a ResNet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Stem {
     /// 7×7 convolution of stride 2, then 3×3 max-pool of stride 2: a quarter of the image's side.

@@ -3,12 +3,12 @@
 use jepa_plugin_api::tch::{Kind, Tensor};
 use jepa_plugin_api::{Batch, Context, Host, Interpolation, Method, Result, Step, ViewSpec, bail, tracing};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 jepa_plugin_api::export_plugin! { methods: [Faulty] }
 
 /// The keys under `method.`. Steps count from 0: step n is the one that n steps came before.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FaultyOptions {
     /// Panic in this step.
@@ -25,15 +25,19 @@ pub struct FaultyOptions {
     pub panic_in_new: bool,
     /// Register a parameter that takes no part in the loss.
     pub idle_parameter: bool,
+    /// Register a buffer of so many numbers, for the sake of its size.
+    pub ballast: i64,
     /// Declare an EMA pair whose subtrees do not exist.
     pub ema_of_nothing: bool,
 }
 
-/// Learns the mean colour of the images: one parameter, and a backbone that is only kept.
+/// Learns the mean colour of the images: one parameter, one that follows it, and a count of the steps.
 pub struct Faulty {
     options: FaultyOptions,
     /// `(3)`.
     colour: Tensor,
+    /// Forward passes in training, one that fails included: a scalar buffer.
+    begun: Tensor,
 }
 
 impl Method for Faulty {
@@ -46,16 +50,24 @@ impl Method for Faulty {
             panic!("the method cannot be built");
         }
         let device = host.device();
-        let colour = host.params().parameter("colour", Tensor::zeros([3], (Kind::Float, device)));
+        let colour = |side: &str| {
+            host.params().sub(side).parameter("colour", Tensor::zeros([3], (Kind::Float, device)))
+        };
+        let (colour, _follower) = (colour("online"), colour("target"));
+        let begun = host.params().buffer("begun", Tensor::zeros([], (Kind::Float, device)));
+        host.ema("online", "target", jepa_plugin_api::EmaSchedule { from: 0.9, to: 1.0 });
         if options.idle_parameter {
             let _ = host.params().parameter("idle", Tensor::zeros([2], (Kind::Float, device)));
+        }
+        if options.ballast > 0 {
+            let _ = host.params().buffer("ballast", Tensor::zeros([options.ballast], (Kind::Float, device)));
         }
         if options.ema_of_nothing {
             host.ema("nowhere", "nothing", jepa_plugin_api::EmaSchedule { from: 0.9, to: 1.0 });
         }
         tracing::info!(batch_size = host.facts().batch_size, "the faulty method is built");
         tracing::debug!("only for those who ask");
-        Ok(Faulty { options, colour })
+        Ok(Faulty { options, colour, begun })
     }
 
     fn views(&self) -> Vec<ViewSpec> {
@@ -64,6 +76,9 @@ impl Method for Faulty {
 
     fn step(&mut self, batch: &Batch) -> Result<Step> {
         let now = Some(batch.step);
+        if batch.train {
+            let _ = self.begun.g_add_scalar_(1.0);
+        }
         if self.options.panic_at_step == now {
             panic!("the method gives up at step {}", batch.step);
         }

@@ -1,0 +1,47 @@
+//! The standard output: for people or for programs, read to its end or not.
+
+use std::io::{self, Write};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// How a result is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For people
+    #[default]
+    Text,
+    /// For programs
+    Json,
+}
+
+/// Prints `result` as JSON, or as `text` writes it.
+///
+/// # Errors
+/// When the standard output cannot be written, on a full disk for one.
+pub(super) fn print<T: Serialize>(
+    format: Format,
+    result: &T,
+    text: impl FnOnce(&T, &mut dyn Write) -> io::Result<()>,
+) -> anyhow::Result<()> {
+    print_text(|out| match format {
+        Format::Text => text(result, out),
+        Format::Json => {
+            serde_json::to_writer_pretty(&mut *out, result)?;
+            writeln!(out)
+        }
+    })
+}
+
+/// Prints what `text` writes.
+///
+/// # Errors
+/// When the standard output cannot be written, on a full disk for one.
+pub(super) fn print_text(text: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow::Result<()> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    match text(&mut out).and_then(|()| out.flush()) {
+        // Whoever read the output, such as `head`, has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => Ok(printed?),
+    }
+}
