@@ -19,7 +19,9 @@ demo: build  ## pretrain CNN-JEPA on real images and show what it has learnt
 
 # Tests run the built host and plugins, so these come first, in the profile that the demo shares.
 test: build  ## run all tests
+	tests/setup.sh
 	cargo test --release --workspace
+	cargo test --release -p jepa-host --test data -- --ignored
 
 lint: setup  ## check formatting and lints
 	cargo fmt --all --check

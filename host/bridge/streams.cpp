@@ -23,7 +23,4 @@ bool tch_read_stream_read(void*, std::uint8_t*, std::size_t, std::size_t*) { ret
 // The libtorch that this file was compiled against, such as "2.11.0".
 const char* jepa_bridge_libtorch_version() { return TORCH_VERSION; }
 
-// The tch whose C signatures this library serves.
-const char* jepa_bridge_tch_version() { return "0.24"; }
-
 }  // extern "C"

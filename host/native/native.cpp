@@ -94,8 +94,6 @@ void jepa_native_free_string(char* text) { std::free(text); }
 
 int32_t jepa_native_api(void) { return 1; }
 
-const char* jepa_native_libtorch_version(void) { return TORCH_VERSION; }
-
 const char* jepa_native_cpu_capability(void) {
     try {
         static const std::string name = at::get_cpu_capability();
@@ -135,15 +133,6 @@ bool jepa_autocast_set(int32_t device_type, bool enabled, int32_t dtype, bool* p
         }
         at::autocast::set_autocast_dtype(device, static_cast<c10::ScalarType>(dtype));
         at::autocast::set_autocast_enabled(device, enabled);
-    });
-}
-
-bool jepa_autocast_cache_set(bool enabled, bool* previous, char** error) {
-    return guarded(error, [&] {
-        if (previous != nullptr) {
-            *previous = at::autocast::is_autocast_cache_enabled();
-        }
-        at::autocast::set_autocast_cache_enabled(enabled);
     });
 }
 
@@ -226,15 +215,6 @@ bool jepa_clip(size_t count, const jepa_tensor* tensors, jepa_tensor norm, doubl
         TORCH_CHECK(norm != nullptr && tensor(norm).defined(), "the norm is undefined");
         const auto factor = (max_norm / (tensor(norm) + 1e-6)).clamp_max(1.0);
         at::_foreach_mul_(list, factor);
-    });
-}
-
-bool jepa_scale(size_t count, const jepa_tensor* tensors, double factor, char** error) {
-    return guarded(error, [&] {
-        const auto list = present(count, tensors);
-        if (!list.empty()) {
-            at::_foreach_mul_(list, factor);
-        }
     });
 }
 

@@ -34,9 +34,6 @@ void jepa_native_free_string(char* text);
 /* The version of this interface. It grows at the end; a change of what is there is a new number. */
 int32_t jepa_native_api(void);
 
-/* The libtorch that this library was compiled against, such as "2.11.0". */
-const char* jepa_native_libtorch_version(void);
-
 /* The vector instructions that libtorch's kernels use here, such as "AVX2" or "AVX512". */
 const char* jepa_native_cpu_capability(void);
 
@@ -56,9 +53,6 @@ enum { JEPA_CPU = 0, JEPA_CUDA = 1 };
  * for a later call that restores it. */
 bool jepa_autocast_set(int32_t device_type, bool enabled, int32_t dtype, bool* previous_enabled,
                        int32_t* previous_dtype, char** error);
-
-/* Whether autocast keeps its casts of parameters within a region; on by default. */
-bool jepa_autocast_cache_set(bool enabled, bool* previous, char** error);
 
 /* Drops the casts that were kept. To be called on leaving the outermost autocast region: the parameters are
  * about to change. */
@@ -87,9 +81,6 @@ bool jepa_total_norm(size_t count, const jepa_tensor* tensors, jepa_tensor* norm
 /* Multiplies by min(1, max_norm / (norm + 1e-6)), in place, without waiting for a GPU: the second half of
  * clip_grad_norm_. `norm` is the first half's. Skips as jepa_total_norm does. */
 bool jepa_clip(size_t count, const jepa_tensor* tensors, jepa_tensor norm, double max_norm, char** error);
-
-/* Multiplies by `factor`, in place. Skips as jepa_total_norm does. */
-bool jepa_scale(size_t count, const jepa_tensor* tensors, double factor, char** error);
 
 /* Stores in out[i] a handle of params[i].grad, or NULL where there is no gradient. */
 bool jepa_grads(size_t count, const jepa_tensor* params, jepa_tensor* out, char** error);

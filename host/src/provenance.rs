@@ -1,6 +1,7 @@
 //! What made a run: `config.toml` and `provenance.json` in its directory, for people who ask later.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -8,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use serde_json::{Value, json};
 
-use crate::checkpoint::State;
+use crate::checkpoint::{State, replace_file};
 use crate::config::ResolvedConfig;
 use crate::device::libtorch;
 
@@ -20,18 +21,27 @@ use crate::device::libtorch;
 pub fn write(directory: &Path, settings: &ResolvedConfig, state: &State) -> anyhow::Result<()> {
     let write = |name: &str, text: String| {
         let path = directory.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        replace_file(&path, text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
     };
-    let path = directory.join("provenance.json");
-    let mut sessions: Vec<Value> = match fs::read(&path) {
-        Ok(bytes) => {
-            serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?
-        }
-        Err(_) => Vec::new(),
-    };
+    let mut sessions = earlier_sessions(&directory.join("provenance.json"))?;
     sessions.push(session(state));
     write("provenance.json", format!("{:#}\n", Value::Array(sessions)))?;
     write("config.toml", settings.print())
+}
+
+/// A damaged file is put aside: it is no reason to refuse a good checkpoint.
+fn earlier_sessions(path: &Path) -> anyhow::Result<Vec<Value>> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    serde_json::from_slice(&bytes).or_else(|error| {
+        let aside = path.with_extension("damaged.json");
+        tracing::warn!("{} is damaged ({error}): kept as {}", path.display(), aside.display());
+        fs::rename(path, &aside).with_context(|| format!("cannot rename {}", path.display()))?;
+        Ok(Vec::new())
+    })
 }
 
 fn session(state: &State) -> Value {
@@ -47,9 +57,10 @@ fn session(state: &State) -> Value {
         "from_step": state.step,
         "command": std::env::args().collect::<Vec<_>>(),
         "host": { "name": output("uname", &["-n"]), "system": output("uname", &["-srm"]) },
-        "jepa-host": env!("CARGO_PKG_VERSION"),
+        "jepa-host": state.host,
         "git": output("git", &["describe", "--always", "--dirty", "--abbrev=40"]),
         "libtorch": torch,
+        "device": state.device,
         "threads": state.threads,
         "plugins": plugins,
         "data_fingerprint": state.data_fingerprint,

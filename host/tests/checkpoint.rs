@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use jepa_host::checkpoint::{
-    self, Best, CheckpointError, FORMAT, NamedTensors, Plugin, Resume, RunDir, State, resolve_resume, restore,
+    self, Best, CheckpointError, FORMAT, NamedTensors, PluginRecord, Resume, RunDir, State, resolve_resume,
+    restore,
 };
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -26,12 +27,14 @@ fn state(step: u64) -> State {
         metrics_lines: 0,
         config: json!({"optimizer": {"lr": 0.1}}),
         data_fingerprint: "abc".to_owned(),
-        plugins: vec![Plugin {
+        plugins: vec![PluginRecord {
             name: "cnn-jepa".to_owned(),
             version: "0.1.0".to_owned(),
             sha256: "0123456789abcdef".to_owned(),
         }],
+        host: "0.1.0".to_owned(),
         libtorch: "2.11.0".to_owned(),
+        device: "cpu (AVX2)".to_owned(),
         threads: 2,
     }
 }
@@ -151,8 +154,8 @@ fn the_newest_and_the_best_are_kept() {
     }
     let folder = run.file("checkpoints");
     assert_eq!(names(&folder), ["best.json", "step_00000010", "step_00000020", "step_00000025"]);
-    let (found, path) = checkpoint::best(run.path()).unwrap();
-    assert_eq!((found.value, path), (0.6, folder.join("step_00000010")));
+    let found: Best = serde_json::from_slice(&fs::read(folder.join("best.json")).unwrap()).unwrap();
+    assert_eq!((found.value, found.step), (0.6, 10));
     assert_eq!(checkpoint::latest(run.path()).unwrap(), Some(folder.join("step_00000025")));
 
     assert!(found.is_beaten_by(0.7) && !found.is_beaten_by(0.6));
@@ -349,14 +352,30 @@ fn tensors_that_do_not_fit_are_all_listed_and_nothing_is_changed() {
 
 #[test]
 fn what_changed_since_the_checkpoint_is_told() {
-    assert!(state(1).drift(&state(2)).is_empty());
+    assert!(state(1).changes(&state(2)).is_empty());
     let mut now = State { threads: 4, ..state(1) };
     now.plugins[0].sha256 = "fedcba9876543210".to_owned();
     assert_eq!(
-        state(1).drift(&now),
+        state(1).changes(&now),
         [
             "the number of compute threads was 2 when the checkpoint was saved and is 4 now",
             "plugin cnn-jepa was 0.1.0 (0123456789ab) when the checkpoint was saved and is 0.1.0 (fedcba987654) now",
         ]
     );
+
+    let with = |batch_size: u64, accumulate: u64| State {
+        config: json!({"optimizer": {"batch_size": batch_size}, "trainer": {"accumulate": accumulate}, "data": {"threads": batch_size}}),
+        batch_in_epoch: 6,
+        ..state(1)
+    };
+    let (saved, now) = (with(16, 2), with(32, 1));
+    assert_eq!(
+        saved.changes(&now),
+        ["optimizer.batch_size was 16 and is 32", "trainer.accumulate was 2 and is 1"],
+        "data.threads is free"
+    );
+    assert_eq!(saved.batches_done(&now), Ok(3));
+    assert_eq!(now.batches_done(&saved), Ok(12));
+    let refused = saved.batches_done(&with(16, 1)).unwrap_err();
+    assert!(refused.contains("16 × 2") && refused.contains("16 × 1"), "{refused}");
 }

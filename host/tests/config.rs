@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use jepa_host::config::{
-    Config, ConfigError, Device, Layers, OnError, PluginDefaults, Precision, ResolvedConfig,
-    validate_plugin_options,
+    Config, ConfigError, Device, Layers, Precision, ResolvedConfig, validate_plugin_options,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -50,11 +49,6 @@ fn each_layer_wins_over_the_weaker_ones_and_is_remembered() {
         "groups = [\"groups/data.toml\"]\n[data]\nthreads = 2\n\n[optimizer]\nlr = 0.5\nbatch_size = 7\nweight_decay = 0\n",
     );
     let layers = Layers {
-        plugin_defaults: vec![PluginDefaults {
-            owner: "cnn-jepa".to_owned(),
-            section: "optimizer".to_owned(),
-            values: json!({"lr": 0.3, "warmup_epochs": 3, "eps": 1e-5}),
-        }],
         file: Some(file.clone()),
         environment: vec![
             ("JEPA_OPTIMIZER__LR".to_owned(), "0.25".to_owned()),
@@ -67,14 +61,13 @@ fn each_layer_wins_over_the_weaker_ones_and_is_remembered() {
     let ResolvedConfig { config, sources } = layers.load().unwrap();
     assert_eq!((config.data.size, config.data.threads), (32, 2));
     assert_eq!((config.optimizer.lr, config.optimizer.batch_size), (0.125, 8));
-    assert_eq!((config.optimizer.warmup_epochs, config.optimizer.weight_decay), (3.0, 0.0));
+    assert_eq!(config.optimizer.weight_decay, 0.0);
     assert_eq!(config.optimizer.eps, 1e-6);
 
     assert_eq!(sources.layer("optimizer.lr"), "command line");
     assert_eq!(sources.layer("optimizer.batch_size"), "environment JEPA_OPTIMIZER__BATCH_SIZE");
     assert_eq!(sources.layer("optimizer.weight_decay"), format!("{}:8", file.display()));
     assert_eq!(sources.layer("optimizer.eps"), format!("{}/groups/data.toml:5", directory.path().display()));
-    assert_eq!(sources.layer("optimizer.warmup_epochs"), "default of cnn-jepa");
     assert_eq!(sources.layer("optimizer.betas"), "default");
 }
 
@@ -102,7 +95,7 @@ fn values_are_typed_as_people_type_them() {
     .config;
     assert_eq!(config.run.name.as_deref(), Some("2024"));
     assert_eq!(config.data.train, Some("/data/train set.h5".into()));
-    assert_eq!(config.data.on_error, OnError::Replace);
+    assert_eq!(config.data.on_error, jepa_host::data::OnError::Replace);
     assert!(!config.eval.at_start && !config.eval.linear.enabled);
     assert_eq!(config.optimizer.betas, [0.9, 0.95]);
     assert_eq!((config.optimizer.lr, config.optimizer.eps, config.optimizer.batch_size), (1.0, 0.5, 64));
@@ -314,10 +307,13 @@ fn plugin_options_are_completed_with_the_plugins_defaults() {
 fn plugin_options_that_do_not_fit_are_refused_with_their_layer() {
     for (argument, expected) in [
         ("method.depht=4", "method.depht (command line): unknown key; did you mean method.depth?"),
-        ("method.ratio=4", "method.ratio (command line): unknown key; did you mean method.mask.ratio or method.head.ratio?"),
+        (
+            "method.ratio=4",
+            "method.ratio (command line): unknown key; did you mean method.mask.ratio or method.head.ratio?",
+        ),
         (
             "method.mask.ration=1",
-            "method.mask.ration (command line): unknown key; did you mean method.mask.ratio or method.head.ratio?",
+            "method.mask.ration (command line): unknown key; did you mean method.mask.ratio?",
         ),
         ("method.depth=13", "method.depth (command line): 13 is out of range: must be at most 12"),
         ("method.mask=1", "method.mask (command line): 1 is not a table"),

@@ -8,6 +8,10 @@ use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
+fn go_on() -> jepa_plugin_api::Result<()> {
+    Ok(())
+}
+
 /// Normal enough for these tests: a sum of uniform numbers of variance 1.
 fn noise(seed: u64, rows: usize, columns: usize) -> Tensor {
     let mut rng = Rng::keyed(seed, 0, 0, 0);
@@ -31,22 +35,22 @@ fn options(seed: u64) -> Options {
 #[test]
 fn separable_classes_are_told_apart() {
     let (train, val) = (blobs(1, 600, 16, 10, 5.0), blobs(2, 200, 16, 10, 5.0));
-    let linear = probe(&train, &val, 10, &options(42)).unwrap();
+    let linear = probe(&train, &val, 10, &options(42), &go_on).unwrap();
     assert_eq!(linear, LinearResult { top1: 1.0, top5: 1.0, top1_final: 1.0, top5_final: 1.0 });
-    let nearest = knn::evaluate(&train, &val, 10, 20, 0.1).unwrap();
+    let nearest = knn::evaluate(&train, &val, 10, 20, 0.1, &go_on).unwrap();
     assert_eq!((nearest.top1, nearest.top5), (1.0, 1.0));
 }
 
 #[test]
 fn labels_without_meaning_are_guessed_at_chance() {
     let (train, val) = (blobs(1, 2000, 8, 10, 0.0), blobs(2, 2000, 8, 10, 0.0));
-    let linear = probe(&train, &val, 10, &options(42)).unwrap();
+    let linear = probe(&train, &val, 10, &options(42), &go_on).unwrap();
     assert!(
         (0.07..0.13).contains(&linear.top1_final) && (0.44..0.56).contains(&linear.top5_final),
         "{linear:?}"
     );
     assert!(linear.top1 >= linear.top1_final && linear.top5 >= linear.top5_final);
-    let nearest = knn::evaluate(&train, &val, 10, 200, 0.1).unwrap();
+    let nearest = knn::evaluate(&train, &val, 10, 200, 0.1, &go_on).unwrap();
     assert!((0.07..0.13).contains(&nearest.top1) && (0.44..0.56).contains(&nearest.top5), "{nearest:?}");
 }
 
@@ -54,20 +58,20 @@ fn labels_without_meaning_are_guessed_at_chance() {
 fn a_collapsed_encoder_scores_chance_and_not_all() {
     let y = Tensor::arange(100, (Kind::Int64, Device::Cpu)).remainder(10);
     let same = Features::new(&Tensor::ones([100, 4], F32), &y).unwrap();
-    assert_eq!(probe(&same, &same, 10, &options(1)).unwrap().top1_final, 0.1);
-    let nearest = knn::evaluate(&same, &same, 10, 200, 0.1).unwrap();
+    assert_eq!(probe(&same, &same, 10, &options(1), &go_on).unwrap().top1_final, 0.1);
+    let nearest = knn::evaluate(&same, &same, 10, 200, 0.1, &go_on).unwrap();
     assert!((nearest.top1 - 0.1).abs() < 1e-9 && (nearest.top5 - 0.5).abs() < 1e-9, "{nearest:?}");
     let described = describe(&same.x).unwrap();
     assert!(described.std < 1e-6 && (described.rankme - 1.0).abs() < 1e-3, "{described:?}");
     let zeros = Features::new(&Tensor::zeros([100, 4], F32), &y).unwrap();
-    knn::evaluate(&zeros, &zeros, 10, 5, 0.1).unwrap();
+    knn::evaluate(&zeros, &zeros, 10, 5, 0.1, &go_on).unwrap();
     assert_eq!(describe(&zeros.x).unwrap().rankme, 0.0);
 }
 
 #[test]
 fn the_same_seed_gives_the_same_result_and_another_seed_another_run() {
     let (train, val) = (blobs(1, 500, 16, 10, 0.3), blobs(2, 500, 16, 10, 0.3));
-    let result = |seed| probe(&train, &val, 10, &options(seed)).unwrap();
+    let result = |seed| probe(&train, &val, 10, &options(seed), &go_on).unwrap();
     assert_eq!(result(7), result(7));
     assert_ne!(result(7), result(8));
 }
@@ -75,20 +79,20 @@ fn the_same_seed_gives_the_same_result_and_another_seed_another_run() {
 #[test]
 fn few_classes_and_small_banks_are_no_special_case() {
     let (train, val) = (blobs(1, 30, 4, 3, 5.0), blobs(2, 9, 4, 3, 5.0));
-    let linear = probe(&train, &val, 3, &options(1)).unwrap();
-    let nearest = knn::evaluate(&train, &val, 3, 200, 0.1).unwrap();
+    let linear = probe(&train, &val, 3, &options(1), &go_on).unwrap();
+    let nearest = knn::evaluate(&train, &val, 3, 200, 0.1, &go_on).unwrap();
     assert_eq!((linear.top5, linear.top5_final, nearest.top5), (1.0, 1.0, 1.0));
 }
 
 #[test]
 fn many_queries_score_as_one_by_one() {
     let (train, val) = (blobs(1, 300, 4, 10, 1.0), blobs(2, 1500, 4, 10, 1.0));
-    let all = knn::evaluate(&train, &val, 10, 20, 0.1).unwrap();
+    let all = knn::evaluate(&train, &val, 10, 20, 0.1, &go_on).unwrap();
     let halves: Vec<f64> = [0, 750]
         .iter()
         .map(|start| {
             let part = Features { x: val.x.narrow(0, *start, 750), y: val.y.narrow(0, *start, 750) };
-            knn::evaluate(&train, &part, 10, 20, 0.1).unwrap().top1
+            knn::evaluate(&train, &part, 10, 20, 0.1, &go_on).unwrap().top1
         })
         .collect();
     assert!((all.top1 - (halves[0] + halves[1]) / 2.0).abs() < 1e-9);
@@ -97,8 +101,8 @@ fn many_queries_score_as_one_by_one() {
 #[test]
 fn a_tiny_temperature_leaves_the_nearest_neighbour() {
     let (train, val) = (blobs(1, 200, 4, 10, 1.0), blobs(2, 200, 4, 10, 1.0));
-    let cold = knn::evaluate(&train, &val, 10, 20, 1e-6).unwrap();
-    assert_eq!(cold.top1, knn::evaluate(&train, &val, 10, 1, 1.0).unwrap().top1);
+    let cold = knn::evaluate(&train, &val, 10, 20, 1e-6, &go_on).unwrap();
+    assert_eq!(cold.top1, knn::evaluate(&train, &val, 10, 1, 1.0, &go_on).unwrap().top1);
 }
 
 #[test]
@@ -160,21 +164,31 @@ fn what_cannot_be_evaluated_is_an_error_that_says_why() {
 
     let label = |label: i64| Features::new(&x, &Tensor::from_slice(&[0, label, 1])).unwrap();
     for wrong in [-1, 3] {
-        let message = probe(&good, &label(wrong), 3, &options(1)).unwrap_err().to_string();
+        let message = probe(&good, &label(wrong), 3, &options(1), &go_on).unwrap_err().to_string();
         assert!(
             message.starts_with(&format!("image 1 has label {wrong}, and the 3 classes are 0 to 2")),
             "{message}"
         );
-        assert!(knn::evaluate(&label(wrong), &good, 3, 5, 0.1).is_err());
+        assert!(knn::evaluate(&label(wrong), &good, 3, 5, 0.1, &go_on).is_err());
     }
     let wide = Features::new(&Tensor::ones([3, 5], F32), &y).unwrap();
-    let message = knn::evaluate(&good, &wide, 3, 5, 0.1).unwrap_err().to_string();
+    let message = knn::evaluate(&good, &wide, 3, 5, 0.1, &go_on).unwrap_err().to_string();
     assert_eq!(message, "training features have 2 dimensions and held-out features 5");
 
     let huge = Features::new(&(&x * 1e38), &y).unwrap();
-    let diverged = probe(&huge, &huge, 3, &Options { lr: 1e3, ..options(1) });
+    let diverged = probe(&huge, &huge, 3, &Options { lr: 1e3, ..options(1) }, &go_on);
     assert!(matches!(diverged, Err(EvalError::Diverged { .. })), "{diverged:?}");
 
     let fails = extract([Ok((x, y))], &mut |_| anyhow::bail!("out of memory"));
-    assert_eq!(fails.unwrap_err().to_string(), "cannot compute features: images 0 to 2: out of memory");
+    let chain: Vec<String> =
+        anyhow::Error::from(fails.unwrap_err()).chain().map(ToString::to_string).collect();
+    assert_eq!(chain, ["cannot compute features", "images 0 to 2", "out of memory"]);
+
+    let stop = || anyhow::bail!("enough");
+    for stopped in [
+        probe(&good, &good, 3, &options(1), &stop).unwrap_err(),
+        knn::evaluate(&good, &good, 3, 5, 0.1, &stop).unwrap_err(),
+    ] {
+        assert!(matches!(stopped, EvalError::Stopped(_)), "{stopped:?}");
+    }
 }

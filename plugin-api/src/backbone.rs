@@ -21,7 +21,8 @@ pub trait Backbone: Send + Sized + 'static {
     /// What a method has to know about it.
     fn info(&self) -> BackboneInfo;
 
-    /// The feature map `(B, C, S / r, S / r)` of `images` f32 `(B, 3, S, S)`, without global pooling.
+    /// The feature map `(B, C, S / r, S / r)` of `images` f32 `(B, 3, S, S)`, without global pooling; f32, or what
+    /// autocast makes of it.
     ///
     /// With a `mask`, bool `(B, 1, S / r, S / r)` and true where visible, the network runs in sparse mode: it sees the
     /// visible cells only, every output is zero at hidden cells, and statistics are taken over visible positions.

@@ -13,11 +13,11 @@ pub struct RunFacts {
     pub device: String,
     /// Side S of a view, in pixels.
     pub image_size: i64,
-    /// Images in a batch.
+    /// Images in a batch of one forward pass: with gradient accumulation, several of these make a step.
     pub batch_size: i64,
     /// Epochs of the whole run.
     pub epochs: u64,
-    /// Optimizer steps in an epoch.
+    /// Optimizer steps in an epoch, at least 1.
     pub steps_per_epoch: u64,
     /// Classes of the training set; 0 without labels.
     pub classes: i64,
@@ -30,7 +30,8 @@ pub struct RunFacts {
 pub struct EmaSchedule {
     /// Momentum in the first epoch, in [0, 1].
     pub from: f64,
-    /// Momentum at the end, in [0, 1].
+    /// Momentum in the last epoch, all of it, in [0, 1]. At 1 targets do not move any more; a run of a single epoch
+    /// is its own last one.
     pub to: f64,
 }
 

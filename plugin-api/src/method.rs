@@ -26,12 +26,15 @@ pub trait Method: Send + Sized + 'static {
     /// The views of each image that [`step`](Method::step) wants, in order.
     fn views(&self) -> Vec<ViewSpec>;
 
-    /// The loss of one batch. The host differentiates it.
+    /// The loss of one batch: a scalar of any floating-point type, which the host differentiates, except in validation
+    /// ([`Batch::train`] is false), where no graph is kept. Runs under the run's autocast: with
+    /// `trainer.precision = "bf16"` convolutions and matrix products give bf16.
     fn step(&mut self, batch: &Batch) -> Result<Step>;
 
     /// Features of images for evaluation, without augmentation and without gradients.
     ///
-    /// `images` is f32 `(B, 3, S, S)`; the result is `(B, D)`, pooled over space.
+    /// `images` is f32 `(B, 3, S, S)` on the run's device; the result is `(B, D)` of any floating-point type on the
+    /// same device, pooled over space.
     fn encode(&mut self, images: &Tensor) -> Result<Tensor>;
 }
 
@@ -65,8 +68,8 @@ impl Batch {
         self.samples.is_empty()
     }
 
-    /// Random numbers for a decision about the whole batch: the same at every replay of this step. Give each use in
-    /// your plugin a `purpose` of its own.
+    /// Random numbers for a decision about the whole batch: the same at every replay of this step, and the same for
+    /// all batches that are accumulated into it. Give each use in your plugin a `purpose` of its own.
     pub fn rng(&self, purpose: u64) -> Rng {
         Rng::keyed(self.seed, self.step, u64::MAX, purpose)
     }

@@ -52,7 +52,16 @@ pub fn fixture(name: &str) -> PathBuf {
 
 /// The bundled training images: 8,000 pictures of clothes.
 pub fn demo_images() -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo-data/fashion_mnist_train.h5");
+    bundled("fashion_mnist_train.h5")
+}
+
+/// The bundled held-out images: 2,000 of them.
+pub fn held_out_images() -> PathBuf {
+    bundled("fashion_mnist_test.h5")
+}
+
+fn bundled(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo-data").join(name);
     path.canonicalize().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 

@@ -81,6 +81,38 @@ fn a_panic_leaves_a_usable_checkpoint() {
 }
 
 #[test]
+fn a_panic_between_accumulated_batches_counts_nothing_twice() {
+    let accumulate = "trainer.accumulate=3";
+    let whole = Room::new();
+    train(&whole, &[accumulate]).expect(0);
+
+    let room = Room::new();
+    train(&room, &[accumulate, "method.panic_at_pass=22"]).expect(PLUGIN_FAILED);
+    assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005", "step_00000007"]);
+    let ended = train(&room, &[accumulate, "--resume", "auto", "--allow-changes"]).expect(0);
+    assert!(ended.stderr.contains("going on at step 7"), "{}", ended.stderr);
+    assert_eq!(tensors(&folder(&room).join("step_00000012")), tensors(&folder(&whole).join("step_00000012")));
+    let losses = |room: &Room| -> Vec<f64> {
+        let text = fs::read_to_string(room.file("runs/faulty/version_0/metrics.jsonl")).unwrap();
+        let record = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
+        text.lines().map(|line| record(line)["train/loss"].as_f64().unwrap()).collect()
+    };
+    assert_eq!(losses(&room), losses(&whole));
+}
+
+#[test]
+fn a_loss_that_is_none_is_told_with_the_plugin() {
+    for (option, says) in [
+        ("method.vector_loss_at_step=7", "must return a scalar loss, and returned Float of shape [2]"),
+        ("method.detached_loss_at_step=7", "no gradient flows from the loss"),
+    ] {
+        let room = Room::new();
+        train(&room, &[option]).expect(PLUGIN_FAILED).error_says(&["plugin `faulty-plugin` failed", says]);
+        assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005", "step_00000007"], "{option}");
+    }
+}
+
+#[test]
 fn an_error_is_told_with_its_causes() {
     let room = Room::new();
     let ended = train(&room, &["method.error_at_step=7"]).expect(PLUGIN_FAILED);
@@ -103,9 +135,10 @@ fn a_disk_without_room_costs_a_checkpoint_and_not_the_run() {
     assert_eq!(metrics.lines().count(), 12, "all steps were taken:\n{metrics}");
     assert_eq!(checkpoints(&folder(&room)), [] as [PathBuf; 0], "nothing half-written is left");
 
-    // With room again, the run is gone on from its beginning, for there is nothing else.
+    // With room again there is nothing to go on from: the same command begins anew.
     train(&room, &[ballast, "--resume", "auto"]).expect(0);
-    assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000010", "step_00000012"]);
+    let anew = checkpoints(&room.file("runs/faulty/version_1/checkpoints"));
+    assert_eq!(names(&anew), ["step_00000010", "step_00000012"]);
 }
 
 #[test]

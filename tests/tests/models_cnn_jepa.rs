@@ -1,5 +1,7 @@
 //! A step of CNN-JEPA equals PyTorch's: features, loss, gradients and running statistics, with given masks.
 
+use std::sync::{Mutex, PoisonError};
+
 use cnn_jepa::{CnnJepa, Masks};
 use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1};
 use jepa_plugin_api::testing::{self, LinkedMethod};
@@ -94,15 +96,21 @@ fn the_loss_equals_pytorch_also_where_it_is_linear_or_empty() {
 }
 
 /// The demo's network at a smaller width.
+/// What `draw` makes of libtorch's generator, which all threads share.
+fn seeded<T>(seed: i64, draw: impl FnOnce() -> T) -> T {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed);
+    draw()
+}
+
 fn small() -> LinkedMethod<CnnJepa> {
-    tch::manual_seed(3);
     let backbone = json!({ "stem": "small", "width": 8, "depths": [1, 1, 1] });
-    build(json!({}), backbone, testing::facts())
+    seeded(3, || build(json!({}), backbone, testing::facts()))
 }
 
 fn images(count: i64) -> Tensor {
-    tch::manual_seed(4);
-    Tensor::randn([count, 3, 32, 32], (Kind::Float, tch::Device::Cpu))
+    seeded(4, || Tensor::randn([count, 3, 32, 32], (Kind::Float, tch::Device::Cpu)))
 }
 
 #[test]

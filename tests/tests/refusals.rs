@@ -231,7 +231,7 @@ fn a_plugin_that_is_not_there_names_the_places() {
 #[test]
 fn settings_that_make_no_sense_are_refused() {
     let images = setting("data.train", &demo_images());
-    let cases: [(&str, &[&str]); 9] = [
+    let cases: [(&str, &[&str]); 11] = [
         ("optimizer.lrr=1", &["optimizer.lrr (command line): unknown key", "did you mean optimizer.lr"]),
         ("method.predictor.depht=3", &["method.predictor.depht (command line)", "method.predictor.depth?"]),
         ("backbone.widht=8", &["backbone.widht (command line): unknown key", "did you mean backbone.width?"]),
@@ -240,6 +240,8 @@ fn settings_that_make_no_sense_are_refused() {
         ("trainer.precision=fp61", &["trainer.precision (command line)", "fp32"]),
         ("method.mask.strategy=fog", &["method.mask.strategy (command line)", "random"]),
         ("trainer.device=toaster", &["trainer.device", "toaster"]),
+        ("checkpoint.best=eval/knn_top", &["checkpoint.best (command line)", "did you mean eval/knn_top1?"]),
+        ("trainer.accumulate=501", &["8000 images", "batch_size 128", "accumulate 501"]),
         ("nonsense", &["`nonsense` is not of the form key=value"]),
     ];
     let room = Room::new();
@@ -247,6 +249,32 @@ fn settings_that_make_no_sense_are_refused() {
         train(&room, &[images.clone(), argument.to_owned()]).expect(USAGE).error_says(says);
         assert!(!room.file("runs").exists(), "{argument} begins no run");
     }
+}
+
+#[test]
+fn variables_of_our_own_are_no_settings() {
+    let room = Room::new();
+    let run = |name: &str, value: &str| {
+        let mut command = std::process::Command::new(binary());
+        let command =
+            command.current_dir(room.path()).args(["--plugin", "cnn_jepa", "backbone.name=resnet18"]);
+        String::from_utf8(command.env(name, value).output().unwrap().stderr).unwrap()
+    };
+    for name in ["JEPA_DEPS_LIB", "JEPA_WANDB_CORE", "JEPA_PLUGIN_PATH", "JEPA_HOST"] {
+        let stderr = run(name, "/nowhere");
+        assert!(stderr.contains("data.train is not set"), "{name}: {stderr}");
+    }
+    let stderr = run("JEPA_OPTIMISER__LR", "1");
+    assert!(stderr.contains("optimiser.lr (environment JEPA_OPTIMISER__LR): unknown key"), "{stderr}");
+}
+
+#[test]
+fn options_may_stand_before_a_subcommand() {
+    let room = Room::new();
+    room.run(["--quiet", "plugin", "list"]).expect(0);
+    room.run(["--plugin-dir", "shelf", "plugin", "list"]).expect(0);
+    let ended = room.run(["--config", "a.toml", "doctor"]).expect(USAGE);
+    ended.error_says(&["options of training stand before a subcommand"]);
 }
 
 #[test]

@@ -246,6 +246,33 @@ fn changed_settings_are_refused_by_name() {
 }
 
 #[test]
+fn steps_keep_their_number_of_images() {
+    let room = short();
+    let ended = resume(&room, &["optimizer.batch_size=32", "--allow-changes"]).expect(2);
+    ended.error_says(&["a step had 16 × 1 images", "would have 32 × 1", "keep the product"]);
+    let ended = resume(&room, &["optimizer.batch_size=8", "trainer.accumulate=2", "trainer.max_steps=12"]);
+    ended.expect(2).error_says(&["optimizer.batch_size was 16 and is 8", "--allow-changes"]);
+    let more = ["optimizer.batch_size=8", "trainer.accumulate=2", "trainer.max_steps=12", "--allow-changes"];
+    let ended = resume(&room, &more).expect(0);
+    assert_eq!(newest(&folder(&room)), 12, "{}", ended.stderr);
+}
+
+#[test]
+fn a_damaged_record_of_sessions_stops_nobody() {
+    let room = short();
+    let record = room.file(RUN).join("provenance.json");
+    fs::write(&record, "[{").unwrap();
+    let ended = resume(&room, &[]).expect(0);
+    assert!(
+        ended.stderr.contains("is damaged") && ended.stderr.contains("provenance.damaged.json"),
+        "{}",
+        ended.stderr
+    );
+    let sessions: Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    assert_eq!(sessions.as_array().unwrap().len(), 1);
+}
+
+#[test]
 fn a_damaged_checkpoint_is_an_error_and_no_fresh_start() {
     let room = short();
     let newest = folder(&room).join("step_00000010");

@@ -4,6 +4,7 @@
 //! with `model.safetensors`, `optimizer.safetensors` and `state.json`. It appears whole or not at all: it is written
 //! under another name, synced to the disk, and renamed. What a run saves and when is the training loop's business.
 
+mod changes;
 mod error;
 mod resume;
 mod run_dir;
@@ -14,6 +15,6 @@ mod tensors;
 pub use error::CheckpointError;
 pub use resume::{Resume, resolve_resume};
 pub use run_dir::RunDir;
-pub use state::{Best, FORMAT, Plugin, State};
-pub use store::{Checkpoint, best, latest, list, load, load_model, load_state};
+pub use state::{Best, FORMAT, PluginRecord, State};
+pub use store::{Checkpoint, latest, list, load, load_state, replace_file};
 pub use tensors::{NamedTensors, read_tensors, restore, write_tensors};

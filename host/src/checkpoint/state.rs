@@ -40,12 +40,16 @@ pub struct State {
     pub metrics_lines: u64,
     /// The resolved configuration.
     pub config: Value,
-    /// Identifies the training images and their order.
+    /// Tells one set of training images from another: [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data_fingerprint: String,
     /// The plugins in use.
-    pub plugins: Vec<Plugin>,
+    pub plugins: Vec<PluginRecord>,
+    /// Version of jepa-host.
+    pub host: String,
     /// Version of libtorch.
     pub libtorch: String,
+    /// What computes: `cuda`, or `cpu` with the vector instructions that libtorch uses there.
+    pub device: String,
     /// Threads that libtorch computes with.
     pub threads: usize,
 }
@@ -70,45 +74,11 @@ impl Best {
 
 /// A plugin as it was loaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Plugin {
+pub struct PluginRecord {
     /// Its name.
     pub name: String,
     /// Its version.
     pub version: String,
     /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
-}
-
-impl State {
-    /// What is not as it was when this state was saved, a sentence each: a run that goes on nevertheless may differ
-    /// from one that was never stopped.
-    pub fn drift(&self, now: &State) -> Vec<String> {
-        let mut drift = Vec::new();
-        let mut compare = |what: &str, saved: String, now: String| {
-            if saved != now {
-                drift.push(format!("{what} was {saved} when the checkpoint was saved and is {now} now"));
-            }
-        };
-        compare("the seed", self.seed.to_string(), now.seed.to_string());
-        compare("the method", self.method.clone(), now.method.clone());
-        compare("the backbone", self.backbone.clone(), now.backbone.clone());
-        compare(
-            "the training data's fingerprint",
-            self.data_fingerprint.clone(),
-            now.data_fingerprint.clone(),
-        );
-        compare("libtorch", self.libtorch.clone(), now.libtorch.clone());
-        compare("the number of compute threads", self.threads.to_string(), now.threads.to_string());
-        let short = |plugin: Option<&Plugin>| match plugin {
-            Some(plugin) => {
-                format!("{} ({})", plugin.version, plugin.sha256.get(..12).unwrap_or(&plugin.sha256))
-            }
-            None => "not loaded".to_owned(),
-        };
-        for saved in &self.plugins {
-            let present = now.plugins.iter().find(|plugin| plugin.name == saved.name);
-            compare(&format!("plugin {}", saved.name), short(Some(saved)), short(present));
-        }
-        drift
-    }
 }

@@ -94,11 +94,20 @@ fn note_best(folder: &Path, best: Option<&Best>) -> Result<(), CheckpointError> 
     if fs::read(&path).is_ok_and(|present| present == bytes) {
         return Ok(());
     }
-    let temporary = folder.join(format!("{TEMPORARY}{BEST}"));
-    write_synced(&temporary, &bytes)
-        .and_then(|()| fs::rename(&temporary, &path))
-        .and_then(|()| sync_folder(folder))
-        .map_err(CheckpointError::io("cannot be written", path))
+    replace_file(&path, &bytes).map_err(CheckpointError::io("cannot be written", path))
+}
+
+/// Writes a whole file, or leaves the one that was there: no kill and no full disk leaves half of one.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!("{TEMPORARY}{name}"));
+    write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, path)).inspect_err(|_| {
+        let _ = fs::remove_file(&temporary);
+    })?;
+    path.parent().map_or(Ok(()), sync_folder)
 }
 
 fn prune(folder: &Path, keep: usize, best: Option<u64>) -> Result<(), CheckpointError> {
@@ -165,14 +174,6 @@ pub fn latest(run: &Path) -> Result<Option<PathBuf>, CheckpointError> {
     Ok(list(run)?.pop())
 }
 
-/// The best evaluation of a version directory and its checkpoint, if one was kept.
-pub fn best(run: &Path) -> Option<(Best, PathBuf)> {
-    let folder = run.join(FOLDER);
-    let best = read_best(&folder)?;
-    let path = folder.join(step_name(best.step));
-    path.is_dir().then_some((best, path))
-}
-
 fn read_best(folder: &Path) -> Option<Best> {
     serde_json::from_slice(&fs::read(folder.join(BEST)).ok()?).ok()
 }
@@ -187,11 +188,6 @@ pub fn load(path: &Path) -> Result<Checkpoint, CheckpointError> {
     let model = tensors::read_of_checkpoint(&path.join(MODEL), &others)?;
     let optimizer = tensors::read_of_checkpoint(&path.join(OPTIMIZER), &others)?;
     Ok(Checkpoint { path: path.to_owned(), state, model, optimizer })
-}
-
-/// Loads a checkpoint's parameters and buffers only, with its state: to evaluate or export.
-pub fn load_model(path: &Path) -> Result<(State, NamedTensors), CheckpointError> {
-    Ok((load_state(path)?, tensors::read_of_checkpoint(&path.join(MODEL), &others(path))?))
 }
 
 /// Loads a checkpoint's state only.

@@ -1,5 +1,7 @@
 //! From errors to exit codes, and to the words on the terminal.
 
+use std::io::{self, Write as _};
+
 use jepa_plugin_api::abi::{Failure, FailureKind};
 
 use crate::checkpoint::CheckpointError;
@@ -7,22 +9,30 @@ use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::device::DeviceError;
 use crate::plugin::PluginError;
-use crate::train::TrainError;
+use crate::train::{TrainError, has_diverged};
 
 /// A command line that makes no sense, beyond what the parser sees.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct Usage(pub String);
 
-/// Prints `error` on the standard error, and behind it each cause that it does not tell itself.
+/// Prints `error` on the standard error, and behind it each cause that it does not tell itself. Where a signal met the
+/// program is nobody's concern.
 pub(super) fn report(error: &anyhow::Error) {
-    let mut text = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !text.contains(&cause) {
+    let interrupted = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. }))
+    };
+    let first = error.chain().position(interrupted).unwrap_or(0);
+    let mut text = String::new();
+    for cause in error.chain().skip(first).map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
             text = format!("{text}: {cause}");
         }
     }
-    eprintln!("error: {text}");
+    // Nobody may be left to read it: the exit code still tells.
+    let _ = writeln!(io::stderr(), "error: {text}");
 }
 
 /// The exit code of `error`: that of the first cause that has one.
@@ -49,11 +59,13 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(if failure.kind == FailureKind::Options { 2 } else { 6 });
     }
+    if has_diverged(cause) {
+        return Some(5);
+    }
     match cause.downcast_ref::<TrainError>()? {
-        TrainError::Diverged { .. } => Some(5),
         TrainError::Interrupted { signal, .. } => Some(128 + *signal as u8),
         TrainError::Declaration { .. } => Some(6),
         TrainError::NoStep { .. } => Some(2),
-        TrainError::Device(_) | TrainError::Torch(_) => None,
+        TrainError::Diverged { .. } | TrainError::Device(_) | TrainError::Torch(_) => None,
     }
 }

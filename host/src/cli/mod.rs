@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+use self::exit::Usage;
 use crate::plugin::SearchPath;
 use crate::track::console::{Verbosity, init_logging};
 
@@ -32,7 +33,7 @@ Exit codes: 0 done · 2 usage or config · 3 plugin refused · 4 data · 5 diver
 
 /// The parsed command line.
 #[derive(Debug, Parser)]
-#[command(name = "jepa-host", version, about = ABOUT, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(name = "jepa-host", version, about = ABOUT, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -85,6 +86,11 @@ pub fn main() -> ExitCode {
     });
     let search = SearchPath::new(&cli.common.plugin_dir);
     let result = match cli.command {
+        Some(_) if !cli.train.is_empty() => Err(Usage(
+            "options of training stand before a subcommand: write them after `train`, or leave the subcommand out"
+                .to_owned(),
+        )
+        .into()),
         None => cli.train.run(&search),
         Some(Command::Train(args)) => args.run(&search),
         Some(Command::Plugin(command)) => command.run(&search),

@@ -1,6 +1,6 @@
 //! `jepa-host train`: from the command line to a run. What is wrong is found here, before anything is written.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,36 +10,26 @@ use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::exit::Usage;
 use super::output::print_text;
-use crate::checkpoint::{self, Checkpoint, FORMAT, Resume, RunDir, State, resolve_resume, restore};
+use crate::checkpoint::{
+    self, Checkpoint, FORMAT, PluginRecord, Resume, RunDir, State, resolve_resume, restore,
+};
 use crate::config::{Config, Layers, ResolvedConfig};
 use crate::data::{Dataset, Loader, LoaderOptions};
-use crate::device::{self, check_native, device_text, libtorch};
+use crate::device::{self, check_native, cpu_capability, device_text, libtorch};
 use crate::eval::Evaluation;
 use crate::plugin::{Registry, SearchPath};
 use crate::provenance;
-use crate::track::Trackers;
-use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run};
+use crate::track::{METRICS_FILE, Trackers};
+use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
 
 /// Key of the number that libtorch's generator starts from when weights are drawn.
 const INITIAL_WEIGHTS: u64 = 0x696e_6974_0000_0000;
 
-/// Keys that may differ on resume, because the weights do not depend on them.
-const FREE_ON_RESUME: [&str; 8] = [
-    "run.",
-    "checkpoint.",
-    "eval.",
-    "data.threads",
-    "data.train",
-    "data.val",
-    "trainer.log_every_steps",
-    "trainer.max_steps",
-];
-
-#[derive(Debug, Args)]
+#[derive(Debug, Default, PartialEq, Args)]
 pub(super) struct TrainArgs {
     /// Plugin to load: a path, a file name (libcnn_jepa.so) or a bare name (cnn_jepa); may be repeated
     #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
@@ -63,6 +53,11 @@ pub(super) struct TrainArgs {
 }
 
 impl TrainArgs {
+    /// Whether nothing of all this was given.
+    pub fn is_empty(&self) -> bool {
+        *self == TrainArgs::default()
+    }
+
     pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
         let signals = Signals::install().context("cannot take over signals")?;
         let torch = libtorch();
@@ -93,7 +88,9 @@ impl TrainArgs {
         let train_set = Arc::new(Dataset::open(config.train_file()?)?);
         let val_set = config.data.val.as_ref().map(Dataset::open).transpose()?.map(Arc::new);
 
-        let method = build_method(config, &registry, device, &train_set)?;
+        let steps_per_epoch =
+            steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
+        let method = build_method(config, &registry, device, &train_set, steps_per_epoch)?;
         let views = method.views().to_vec();
         let model = Model::adopt(method, &registry.method(&method_name)?.0.manifest.name)?;
         let optimizer = Optimizer::new(&config.optimizer, model.trained());
@@ -117,13 +114,18 @@ impl TrainArgs {
             plugins: registry
                 .plugins()
                 .iter()
-                .map(|p| checkpoint::Plugin {
+                .map(|p| PluginRecord {
                     name: p.manifest.name.clone(),
                     version: p.manifest.version.clone(),
                     sha256: p.sha256.clone(),
                 })
                 .collect(),
+            host: env!("CARGO_PKG_VERSION").to_owned(),
             libtorch: torch.version,
+            device: match device {
+                tch::Device::Cpu => format!("cpu ({})", cpu_capability()?),
+                _ => "cuda".to_owned(),
+            },
             threads: tch::get_num_threads() as usize,
         };
 
@@ -153,10 +155,11 @@ impl TrainArgs {
                 let directory = RunDir::open(&run)?;
                 let saved = checkpoint::load(&checkpoint)?;
                 self.check_changes(&saved.state, &state)?;
+                let batch_in_epoch = saved.state.batches_done(&state).map_err(Usage)?;
                 restore(&model.tensors(), &saved.model)?;
                 restore(&optimizer.tensors(), &saved.optimizer)?;
-                directory.rewind(&saved.state, "metrics.jsonl")?;
-                state = resumed(saved, state);
+                directory.rewind(&saved.state, METRICS_FILE)?;
+                state = State { batch_in_epoch, ..resumed(saved, state) };
                 tracing::info!("going on at step {} of {}", state.step, directory.path().display());
                 directory
             }
@@ -183,6 +186,7 @@ impl TrainArgs {
             trackers,
             signals,
             state,
+            steps_per_epoch,
         })?;
         print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))
     }
@@ -219,8 +223,7 @@ impl TrainArgs {
 
     /// Refuses to go on with something else than what the run began with, unless that is allowed.
     fn check_changes(&self, saved: &State, now: &State) -> anyhow::Result<()> {
-        let mut changes = saved.drift(now);
-        changes.extend(differences(&saved.config, &now.config));
+        let changes = saved.changes(now);
         if changes.is_empty() {
             return Ok(());
         }
@@ -234,39 +237,14 @@ impl TrainArgs {
     }
 }
 
-/// Settings that differ and on which the weights depend.
-fn differences(saved: &Value, now: &Value) -> Vec<String> {
-    fn leaves(value: &Value, key: &str, out: &mut BTreeMap<String, Value>) {
-        match value {
-            Value::Object(map) => {
-                for (name, value) in map {
-                    leaves(value, &if key.is_empty() { name.clone() } else { format!("{key}.{name}") }, out);
-                }
-            }
-            value => {
-                out.insert(key.to_owned(), value.clone());
-            }
-        }
-    }
-    let (mut before, mut after) = (BTreeMap::new(), BTreeMap::new());
-    leaves(saved, "", &mut before);
-    leaves(now, "", &mut after);
-    let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
-    let text = |value: Option<&Value>| value.map_or("not set".to_owned(), Value::to_string);
-    let changed = |key: &String| {
-        let (was, is) = (before.get(key), after.get(key));
-        let free = FREE_ON_RESUME.iter().any(|free| key.starts_with(free));
-        (was != is && !free).then(|| format!("{key} was {} and is {}", text(was), text(is)))
-    };
-    keys.into_iter().filter_map(changed).collect()
-}
-
 /// Where the checkpoint stands, with what this process is made of.
 fn resumed(saved: Checkpoint, now: State) -> State {
     State {
         plugins: now.plugins,
         config: now.config,
+        host: now.host,
         libtorch: now.libtorch,
+        device: now.device,
         threads: now.threads,
         ..saved.state
     }
@@ -277,16 +255,16 @@ fn build_method(
     registry: &Registry,
     device: tch::Device,
     train_set: &Dataset,
+    steps_per_epoch: u64,
 ) -> anyhow::Result<MethodHandle> {
     let (method_plugin, method) = registry.method(config.method.name.as_deref().unwrap_or_default())?;
     let (backbone_plugin, backbone) = registry.backbone(config.backbone_name()?)?;
-    let batches = train_set.len() / config.optimizer.batch_size;
     let facts = RunFacts {
         device: device_text(device),
         image_size: config.data.size as i64,
         batch_size: config.optimizer.batch_size as i64,
         epochs: config.trainer.epochs,
-        steps_per_epoch: (batches / config.trainer.accumulate) as u64,
+        steps_per_epoch,
         classes: train_set.classes() as i64,
         seed: config.seed,
     };
@@ -303,7 +281,7 @@ fn loader(config: &Config, set: &Arc<Dataset>, views: Vec<ViewSpec>, train: bool
         batch_size: config.optimizer.batch_size,
         seed: config.seed,
         threads: config.data.threads,
-        on_error: config.data.on_error.into(),
+        on_error: config.data.on_error,
         shuffle: train,
         drop_last: train,
         ..LoaderOptions::new(views, config.data.size as u32)

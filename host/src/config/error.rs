@@ -20,7 +20,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A configuration that cannot be used. The program ends with [`ConfigError::EXIT_CODE`].
+/// A configuration that cannot be used. The command line exits with code 2.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A configuration file that cannot be read.
@@ -53,11 +53,6 @@ pub enum ConfigError {
         /// What a value looks like.
         example: String,
     },
-}
-
-impl ConfigError {
-    /// The exit code of a program that was configured wrongly.
-    pub const EXIT_CODE: u8 = 2;
 }
 
 fn list(problems: &[Problem]) -> String {

@@ -8,8 +8,9 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{ConfigError, Problem};
 
-/// `JEPA_*` variables that are read elsewhere and are no settings.
-pub const RESERVED_VARIABLES: &[&str] = &["JEPA_PLUGIN_PATH", "JEPA_LOG"];
+/// `JEPA_*` variables that are no settings: folders of plugins, wandb-core, and what our own builds and scripts use.
+pub const RESERVED_VARIABLES: &[&str] =
+    &["JEPA_PLUGIN_PATH", "JEPA_WANDB_CORE", "JEPA_DEPS_LIB", "JEPA_HOST"];
 
 const ENVIRONMENT_PREFIX: &str = "JEPA_";
 

@@ -1,7 +1,6 @@
 //! What a run is told to do: layers of settings become one typed [`Config`], and every value knows where it came from.
 //!
-//! From weakest to strongest: the host's defaults, the defaults that a plugin publishes, group files, the `--config`
-//! file, `JEPA_*` environment variables, `key=value` on the command line. Every layer is checked against the same
+//! From weakest to strongest: the defaults of host and plugins, group files, the `--config` file, `JEPA_*` environment variables, `key=value` on the command line. Every layer is checked against the same
 //! schema, so that a mistake is reported with its key and its layer even where a stronger layer hides it.
 //!
 //! Paths that a setting holds are relative to the current directory, as on a command line; the entries of `groups`
@@ -21,8 +20,8 @@ pub use error::{ConfigError, Problem};
 pub use json_schema::{SchemaOption, schema_options};
 pub use layers::RESERVED_VARIABLES;
 pub use nearest::nearest;
-pub use resolve::{Layers, PluginDefaults, ResolvedConfig, Source, Sources};
+pub use resolve::{Layers, ResolvedConfig, Source, Sources};
 pub use schema::{
-    Algorithm, Backbone, Checkpoint, Config, Data, Device, Eval, Knn, LinearProbe, Method, OnError,
-    Optimizer, Precision, Run, Trainer,
+    Algorithm, Backbone, Checkpoint, Config, Data, Device, Eval, Knn, LinearProbe, Method, Optimizer,
+    Precision, Run, Trainer,
 };

@@ -15,22 +15,9 @@ use super::schema::Config;
 /// The layer's name of what nobody set.
 pub(super) const DEFAULT: &str = "default";
 
-/// Defaults that a plugin gives: for its own section, or for any other that it knows better than the host.
-#[derive(Clone, Debug)]
-pub struct PluginDefaults {
-    /// Name of the method or backbone, for messages.
-    pub owner: String,
-    /// Section that the values belong to: `method`, `backbone`, `optimizer`, …
-    pub section: String,
-    /// An object of values.
-    pub values: Value,
-}
-
 /// Where settings are read from, weakest first.
 #[derive(Clone, Debug, Default)]
 pub struct Layers {
-    /// What plugins ask for.
-    pub plugin_defaults: Vec<PluginDefaults>,
     /// The `--config` file.
     pub file: Option<PathBuf>,
     /// Environment variables, of which those that begin with `JEPA_` are read.
@@ -102,12 +89,6 @@ impl Layers {
     /// Whatever is wrong in any layer, all at once, even where a stronger layer would hide it.
     pub fn load(&self) -> Result<ResolvedConfig, ConfigError> {
         let mut leaves = Vec::new();
-        for defaults in &self.plugin_defaults {
-            let layer = format!("default of {}", defaults.owner);
-            if let Some(values) = defaults.values.as_object() {
-                leaves.extend(layers::leaves_of(values, &defaults.section, &|_| layer.clone()));
-            }
-        }
         if let Some(file) = &self.file {
             leaves.extend(layers::read_file(file)?);
         }

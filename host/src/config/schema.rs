@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::error::ConfigError;
+use super::nearest::nearest;
+use crate::data::OnError;
+use crate::eval::FIGURES;
 
 /// A whole configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -82,16 +85,6 @@ pub struct Data {
     pub threads: usize,
     /// What to do about an image that cannot be decoded. Default `fail`.
     pub on_error: OnError,
-}
-
-/// What to do about an image that cannot be decoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum OnError {
-    /// Stop, naming the image.
-    Fail,
-    /// Use another image instead, count it and name it.
-    Replace,
 }
 
 /// How parameters are updated.
@@ -233,8 +226,8 @@ pub struct Checkpoint {
     /// How many of the newest checkpoints are kept. Default 2.
     #[schemars(range(min = 1))]
     pub keep: usize,
-    /// Keep the checkpoint that is best by this metric too: lowest where the name ends in `loss`, else highest;
-    /// `none` keeps no such checkpoint. Default `eval/linear_top1_final`.
+    /// Save and keep the state that is best by this metric too: `val/loss` (lowest) or a figure of the evaluation,
+    /// `eval/…` (highest); `none` keeps no such checkpoint. Default `eval/linear_top1_final`.
     pub best: Option<String>,
 }
 
@@ -425,6 +418,15 @@ impl Config {
                 "run.name",
                 format!("{name:?} is no directory name: leave out slashes and a leading dot, or set run.dir"),
             ));
+        }
+        let metrics = || FIGURES.into_iter().chain(["val/loss"]);
+        if let Some(best) = &self.checkpoint.best
+            && !metrics().any(|metric| metric == best)
+        {
+            let close = nearest(best, metrics()).map(|close| format!("; did you mean {close}?"));
+            let all: Vec<&str> = metrics().collect();
+            let message = format!("is no metric of a run ({}){}", all.join(", "), close.unwrap_or_default());
+            faults.push(("checkpoint.best", message));
         }
         faults
     }

@@ -241,7 +241,8 @@ impl Dataset {
     /// SHA-256, in hex, over the labels, the length of every image, and the bytes of a few hundred of them.
     ///
     /// It says whether two runs saw the same data: cheap (under a megabyte is read), the same for both layouts of the
-    /// same images, and different once an image is added, removed, moved or relabelled.
+    /// same images, and different once an image is added, removed, resized or relabelled, or one of those that are
+    /// read (256, spread evenly) is another.
     ///
     /// # Errors
     /// When the file cannot be read.

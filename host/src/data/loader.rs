@@ -22,6 +22,8 @@ use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::{Receiver, Sender};
 use jepa_plugin_api::{Rng, ViewSpec};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::augment::{Augmenter, Scratch, check_views};
@@ -40,24 +42,15 @@ mod purpose {
 /// How many others are tried in place of a corrupt image.
 const REPLACEMENT_TRIES: u32 = 16;
 
-/// What happens when an image does not decode.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// What to do about an image that cannot be decoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnError {
-    /// The batch is an error that names the image.
+    /// Stop, naming the image.
     #[default]
     Fail,
-    /// Another image, drawn by keyed randomness, takes its place; it is counted and warned of.
+    /// Use another image instead, drawn by keyed randomness; count it and name it.
     Replace,
-}
-
-impl From<crate::config::OnError> for OnError {
-    fn from(configured: crate::config::OnError) -> Self {
-        match configured {
-            crate::config::OnError::Fail => OnError::Fail,
-            crate::config::OnError::Replace => OnError::Replace,
-        }
-    }
 }
 
 /// What a [`Loader`] makes, and how.
@@ -102,7 +95,7 @@ impl LoaderOptions {
 
 /// One batch of B images.
 #[derive(Debug)]
-pub struct Batch {
+pub struct LoadedBatch {
     /// One f32 `(B, 3, S, S)` per view, in the order of the options.
     pub views: Vec<Tensor>,
     /// i64 `(B,)`; −1 where the data set has no label.
@@ -326,7 +319,7 @@ impl Batches {
 }
 
 impl Iterator for Batches {
-    type Item = Result<Batch, DataError>;
+    type Item = Result<LoadedBatch, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.failed {
@@ -386,7 +379,7 @@ impl Pending {
     }
 
     /// Waits for the last sample and takes the batch out.
-    fn wait(mut pending: Arc<Self>) -> Result<Batch, DataError> {
+    fn wait(mut pending: Arc<Self>) -> Result<LoadedBatch, DataError> {
         drop(
             pending
                 .done
@@ -405,7 +398,7 @@ impl Pending {
         if let Some((_, error)) = state.failure {
             return Err(error);
         }
-        Ok(Batch {
+        Ok(LoadedBatch {
             views: memory.into_views(),
             labels: Tensor::from_slice(&state.labels),
             indices: state.indices,

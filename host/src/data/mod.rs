@@ -26,7 +26,7 @@ pub use augment::check_views;
 pub use dataset::{Dataset, Layout, Provenance};
 pub use error::DataError;
 pub use inspect::{ClassCount, Sample, Summary, inspect};
-pub use loader::{Batch, Batches, Loader, LoaderOptions, OnError};
+pub use loader::{Batches, LoadedBatch, Loader, LoaderOptions, OnError};
 pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Split, pack};
 pub use verify::{VerifyReport, verify};
 

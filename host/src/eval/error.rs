@@ -2,6 +2,9 @@
 
 use tch::TchError;
 
+/// Asked now and then whether to go on: an error ends the evaluation.
+pub type GoOn<'a> = &'a dyn Fn() -> anyhow::Result<()>;
+
 /// Features or labels that cannot be evaluated.
 #[derive(Debug, thiserror::Error)]
 pub enum EvalError {
@@ -54,8 +57,11 @@ pub enum EvalError {
         epoch: u64,
     },
     /// Images that cannot be read, or an encoder that fails.
-    #[error("cannot compute features: {0:#}")]
-    Encode(anyhow::Error),
+    #[error("cannot compute features")]
+    Encode(#[source] anyhow::Error),
+    /// The caller wants it to end.
+    #[error("the evaluation is stopped")]
+    Stopped(#[source] anyhow::Error),
     /// libtorch refused a computation.
     #[error(transparent)]
     Torch(#[from] TchError),

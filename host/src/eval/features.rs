@@ -50,6 +50,20 @@ impl Features {
         self.x.size()[1]
     }
 
+    /// The same on `device`, or where they are when they do not fit there.
+    pub fn near(self, device: Device) -> Self {
+        match (self.x.f_to_device(device), self.y.f_to_device(device)) {
+            (Ok(x), Ok(y)) => Features { x, y },
+            (Err(error), _) | (_, Err(error)) => {
+                tracing::warn!(
+                    "{} features do not fit on {device:?}, so the CPU evaluates: {error}",
+                    self.images()
+                );
+                self
+            }
+        }
+    }
+
     /// The first `count` images, or all where there are fewer.
     pub fn first(self, count: i64) -> Self {
         let count = count.clamp(0, self.images());

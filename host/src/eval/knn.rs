@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::error::EvalError;
+use super::error::{EvalError, GoOn};
 use super::features::Features;
 use super::topk::Hits;
 
@@ -26,13 +26,14 @@ pub struct KnnResult {
 /// exp(s / temperature). `k` is cut to the size of the bank. Computes on the device of `bank`.
 ///
 /// # Errors
-/// Labels that are no class, sets of different encoders.
+/// Labels that are no class, sets of different encoders; what `go_on` says, asked for every block of queries.
 pub fn evaluate(
     bank: &Features,
     queries: &Features,
     classes: i64,
     k: usize,
     temperature: f64,
+    go_on: GoOn<'_>,
 ) -> Result<KnnResult, EvalError> {
     if k == 0 || temperature.is_nan() || temperature <= 0.0 {
         return Err(EvalError::Option(
@@ -45,6 +46,7 @@ pub fn evaluate(
     let block = (SIMILARITIES / bank.images()).clamp(1, MOST_QUERIES);
     let mut hits = Hits::default();
     for (x, y) in queries.x.f_split(block, 0)?.iter().zip(&queries.y.f_split(block, 0)?) {
+        go_on().map_err(EvalError::Stopped)?;
         hits.add(&vote.scores(&x.f_to_device(bank.x.device())?)?, &y.f_to_device(bank.x.device())?)?;
     }
     let (top1, top5) = hits.shares();
@@ -109,7 +111,7 @@ mod tests {
 
         let right =
             order.eq_tensor(&queries.y.unsqueeze(1)).narrow(1, 0, 1).mean(Kind::Double).double_value(&[]);
-        let result = evaluate(&bank, &queries, 4, 10, 0.1).unwrap();
+        let result = evaluate(&bank, &queries, 4, 10, 0.1, &|| Ok(())).unwrap();
         assert_eq!(result, KnnResult { top1: right, top5: 1.0 });
         assert_eq!(result.top1, 0.45);
     }

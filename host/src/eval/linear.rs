@@ -5,7 +5,7 @@
 use jepa_plugin_api::Rng;
 use tch::{Device, Kind, Tensor};
 
-use super::error::EvalError;
+use super::error::{EvalError, GoOn};
 use super::features::Features;
 use super::topk::Hits;
 
@@ -50,12 +50,13 @@ pub struct LinearResult {
 /// seed gives the same result to the bit there.
 ///
 /// # Errors
-/// Labels that are no class, sets of different encoders, weights that diverge.
+/// Labels that are no class, sets of different encoders, weights that diverge; what `go_on` says, asked every epoch.
 pub fn probe(
     train: &Features,
     val: &Features,
     classes: i64,
     options: &Options,
+    go_on: GoOn<'_>,
 ) -> Result<LinearResult, EvalError> {
     if options.epochs == 0 || options.batch_size == 0 {
         return Err(EvalError::Option("the linear probe needs at least one epoch and one feature per step"));
@@ -68,6 +69,7 @@ pub fn probe(
     let mut best = (0f64, 0f64);
     let mut last = best;
     for epoch in 0..options.epochs {
+        go_on().map_err(EvalError::Stopped)?;
         Rng::keyed(options.seed, epoch, 0, ORDER).shuffle(&mut order);
         let places = Tensor::f_from_slice(&order)?.f_to_device(train.x.device())?;
         let batches = places.f_split(options.batch_size as i64, 0)?;

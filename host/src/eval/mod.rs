@@ -11,6 +11,6 @@ pub mod linear;
 mod online;
 mod topk;
 
-pub use error::EvalError;
+pub use error::{EvalError, GoOn};
 pub use features::{Features, extract};
-pub use online::Evaluation;
+pub use online::{Evaluation, FIGURES};

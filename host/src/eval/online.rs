@@ -4,11 +4,23 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use jepa_plugin_api::ViewSpec;
-use jepa_plugin_api::tch::Tensor;
+use jepa_plugin_api::tch::{Device, Tensor};
 
-use super::{Features, descriptors, extract, knn, linear};
+use super::{EvalError, Features, GoOn, descriptors, extract, knn, linear};
 use crate::config::{self, Config};
 use crate::data::{DataError, Dataset, Loader, LoaderOptions};
+
+/// Every figure that an [`Evaluation`] can give.
+pub const FIGURES: [&str; 8] = [
+    "eval/linear_top1",
+    "eval/linear_top5",
+    "eval/linear_top1_final",
+    "eval/linear_top5_final",
+    "eval/knn_top1",
+    "eval/knn_top5",
+    "eval/rankme",
+    "eval/std",
+];
 
 /// What is needed to evaluate an encoder, ready before training starts.
 pub struct Evaluation {
@@ -38,7 +50,7 @@ impl Evaluation {
                 batch_size: config.eval.batch_size,
                 seed: config.seed,
                 threads: config.data.threads,
-                on_error: config.data.on_error.into(),
+                on_error: config.data.on_error,
                 shuffle,
                 drop_last: false,
                 ..LoaderOptions::new(vec![view.clone()], config.data.size as u32)
@@ -56,16 +68,23 @@ impl Evaluation {
         })
     }
 
-    /// The figures `eval/…` of the encoder `encode`, which takes f32 `(B, 3, S, S)` and gives `(B, D)`.
+    /// The [`FIGURES`] of the encoder `encode`, which takes f32 `(B, 3, S, S)` on the CPU and gives `(B, D)`. The
+    /// probes compute on `device`, where the features fit there.
     ///
     /// # Errors
-    /// Whatever the pipeline, the encoder or a probe reports: none is swallowed.
+    /// Whatever the pipeline, the encoder or a probe reports: none is swallowed. And what `go_on` says.
     pub fn run(
         &self,
+        device: Device,
         encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
+        go_on: GoOn<'_>,
     ) -> anyhow::Result<BTreeMap<String, f64>> {
-        let bank = self.features(&self.bank, self.bank_limit, encode)?;
-        let queries = self.features(&self.queries, None, encode)?;
+        let mut features = |loader, limit| {
+            let mut encode = |images: &Tensor| go_on().and_then(|()| encode(images));
+            self.features(loader, limit, &mut encode).map(|features| features.near(device))
+        };
+        let bank = features(&self.bank, self.bank_limit)?;
+        let queries = features(&self.queries, None)?;
         let mut figures = BTreeMap::new();
         let mut note = |name: &str, value: f64| figures.insert(format!("eval/{name}"), value);
 
@@ -77,7 +96,7 @@ impl Evaluation {
                 batch_size: settings.batch_size,
                 seed: self.seed,
             };
-            let probe = linear::probe(&bank, &queries, self.classes, &options)?;
+            let probe = linear::probe(&bank, &queries, self.classes, &options, go_on)?;
             note("linear_top1", probe.top1);
             note("linear_top5", probe.top5);
             note("linear_top1_final", probe.top1_final);
@@ -90,6 +109,7 @@ impl Evaluation {
                 self.classes,
                 self.settings.knn.k,
                 self.settings.knn.temperature,
+                go_on,
             )?;
             note("knn_top1", result.top1);
             note("knn_top5", result.top5);
@@ -105,7 +125,7 @@ impl Evaluation {
         loader: &Loader,
         limit: Option<usize>,
         encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
-    ) -> anyhow::Result<Features> {
+    ) -> Result<Features, EvalError> {
         let batches = limit.map_or(usize::MAX, |limit| limit.div_ceil(self.settings.batch_size));
         let batches = loader.batches(0, 0).take(batches).map(|batch| {
             let batch = batch?;

@@ -9,12 +9,17 @@ use anyhow::Context as _;
 use serde_json::{Map, Value};
 
 /// The file's name in a run directory.
-pub(super) const FILE: &str = "metrics.jsonl";
+pub const METRICS_FILE: &str = "metrics.jsonl";
 
 pub(super) struct Jsonl {
     path: PathBuf,
     file: File,
+    /// Lines in the file and in `unwritten`.
     lines: u64,
+    /// What the file holds, in bytes.
+    length: u64,
+    /// What the disk did not take yet, for want of room for one.
+    unwritten: Vec<u8>,
 }
 
 impl Jsonl {
@@ -23,25 +28,40 @@ impl Jsonl {
         let failed = || format!("cannot open {}", path.display());
         let file = OpenOptions::new().create(true).append(true).read(true).open(path).with_context(failed)?;
         let lines = BufReader::new(&file).split(b'\n').count() as u64;
-        Ok(Jsonl { path: path.to_owned(), file, lines })
+        let length = file.metadata().with_context(failed)?.len();
+        Ok(Jsonl { path: path.to_owned(), file, lines, length, unwritten: Vec::new() })
     }
 
-    /// Appends one line: `step`, `epoch`, and the figures by name.
-    pub fn append(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) -> anyhow::Result<()> {
+    /// Appends one line: `step`, `epoch`, and the figures by name. What cannot be written is kept, and tried again
+    /// with the next line.
+    pub fn append(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
         let mut record = Map::new();
         record.insert("step".to_owned(), step.into());
         record.insert("epoch".to_owned(), epoch.into());
         record.extend(figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))));
-        let line = format!("{}\n", Value::Object(record));
-        self.file
-            .write_all(line.as_bytes())
-            .with_context(|| format!("cannot write {}", self.path.display()))?;
+        let in_trouble = !self.unwritten.is_empty();
+        self.unwritten.extend(format!("{}\n", Value::Object(record)).into_bytes());
         self.lines += 1;
+        match self.write() {
+            Err(error) if !in_trouble => tracing::error!("{error:#}; what it lacks is kept and tried again"),
+            _ => {}
+        }
+    }
+
+    fn write(&mut self) -> anyhow::Result<()> {
+        if let Err(error) = self.file.write_all(&self.unwritten) {
+            // No half of a line may stay, for the next try writes the whole again.
+            self.file.set_len(self.length).with_context(|| format!("cannot cut {}", self.path.display()))?;
+            return Err(error).with_context(|| format!("cannot write {}", self.path.display()));
+        }
+        self.length += self.unwritten.len() as u64;
+        self.unwritten.clear();
         Ok(())
     }
 
     /// Brings the file to the disk and returns its number of lines.
     pub fn sync(&mut self) -> anyhow::Result<u64> {
+        self.write()?;
         self.file.sync_data().with_context(|| format!("cannot write {} to the disk", self.path.display()))?;
         Ok(self.lines)
     }

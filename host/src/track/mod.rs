@@ -9,6 +9,7 @@ use std::path::Path;
 use console::Console;
 pub use console::StepReport;
 use jsonl::Jsonl;
+pub use jsonl::METRICS_FILE;
 
 /// All trackers of a run.
 pub struct Trackers {
@@ -22,7 +23,7 @@ impl Trackers {
     /// # Errors
     /// When the file cannot be opened.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
-        Ok(Trackers { jsonl: Jsonl::open(&directory.join(jsonl::FILE))?, console: Console::new() })
+        Ok(Trackers { jsonl: Jsonl::open(&directory.join(METRICS_FILE))?, console: Console::new() })
     }
 
     /// Shows that training goes from step `from` to step `to`.
@@ -40,13 +41,11 @@ impl Trackers {
         self.console.note(what);
     }
 
-    /// Records figures at a step; `epoch` counts with its fraction.
-    ///
-    /// # Errors
-    /// When `metrics.jsonl` cannot be written.
-    pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) -> anyhow::Result<()> {
+    /// Records figures at a step; `epoch` counts with its fraction. A disk that does not take them is reported, and
+    /// [`sync`](Trackers::sync) fails until it does.
+    pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
         self.console.log(step, epoch, figures);
-        self.jsonl.append(step, epoch, figures)
+        self.jsonl.append(step, epoch, figures);
     }
 
     /// Brings `metrics.jsonl` to the disk and returns how many lines it has.

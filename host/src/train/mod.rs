@@ -14,6 +14,6 @@ mod signal;
 pub use error::TrainError;
 pub use model::Model;
 pub use optimizer::Optimizer;
-pub use run::{Outcome, Resources, run};
-pub use schedule::{Progress, ema_momentum, learning_rate};
+pub use run::{Figures, Outcome, Resources, has_diverged, run};
+pub use schedule::{Progress, ema_momentum, learning_rate, steps_per_epoch};
 pub use signal::Signals;

@@ -1,21 +1,21 @@
 //! The training loop, to be read from top to bottom: [`run`], then an epoch, then a step, then what happens between.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use jepa_plugin_api::abi::Failure;
 use jepa_plugin_api::tch::{self, Device, Kind, no_grad};
 use jepa_plugin_api::{Batch, Rng};
 
 use super::meter::Meters;
 use super::schedule::{Progress, learning_rate};
 use super::{Model, Optimizer, Signals, TrainError};
-use crate::checkpoint::{Best, RunDir, State};
+use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Config, Precision};
-use crate::data::{self, Loader};
+use crate::data::{Batches, LoadedBatch, Loader};
 use crate::device::autocast_bf16;
-use crate::eval::Evaluation;
+use crate::eval::{EvalError, Evaluation};
 use crate::track::{StepReport, Trackers};
 
 /// Key of the numbers that libtorch's own generator starts from in each step: dropout, stochastic depth.
@@ -23,6 +23,9 @@ const TORCH_RANDOMNESS: u64 = 0x746f_7263_6800_0000;
 
 /// The epoch whose random numbers validation uses, every time: no training epoch has it.
 const VALIDATION_EPOCH: u64 = u64::MAX;
+
+/// Values by metric name.
+pub type Figures = BTreeMap<String, f64>;
 
 /// What a run works on and with.
 pub struct Resources {
@@ -48,6 +51,8 @@ pub struct Resources {
     pub signals: Signals,
     /// Where to begin: at zero, or where a checkpoint stopped.
     pub state: State,
+    /// Optimizer steps in an epoch, at least 1.
+    pub steps_per_epoch: u64,
 }
 
 /// How a run ended.
@@ -56,9 +61,9 @@ pub struct Outcome {
     /// Optimizer steps taken in all.
     pub steps: u64,
     /// The first evaluation: at random initialisation, when `eval.at_start` is on.
-    pub first: Option<BTreeMap<String, f64>>,
+    pub first: Option<Figures>,
     /// The last evaluation.
-    pub last: Option<BTreeMap<String, f64>>,
+    pub last: Option<Figures>,
     /// The last checkpoint.
     pub checkpoint: Option<PathBuf>,
 }
@@ -66,10 +71,9 @@ pub struct Outcome {
 /// Trains to the last epoch, or to `trainer.max_steps`.
 ///
 /// # Errors
-/// Whatever ends the run early. An interruption or a failing plugin leaves a checkpoint of where the run stands; NaN
-/// leaves the last good one.
+/// Whatever ends the run early. It leaves a checkpoint of where the run stands; NaN leaves the last good one.
 pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
-    let mut run = Run::new(resources)?;
+    let mut run = Run::new(resources);
     match run.until_done() {
         Ok(()) => Ok(Outcome {
             steps: run.state.step,
@@ -79,15 +83,19 @@ pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
         }),
         Err(error) => {
             run.trackers.finish();
-            let worth_saving = error.chain().any(|cause| {
-                matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. })) || cause.is::<Failure>()
-            });
-            if worth_saving && let Err(unsaved) = run.undo_step().and_then(|()| run.save()) {
+            let hopeless = error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause));
+            if !hopeless && let Err(unsaved) = run.undo_step().and_then(|()| run.save()) {
                 tracing::error!("no checkpoint of step {}: {unsaved:#}", run.state.step);
             }
             Err(error)
         }
     }
+}
+
+/// Whether `cause` says that the weights are no good any more.
+pub fn has_diverged(cause: &(dyn Error + 'static)) -> bool {
+    matches!(cause.downcast_ref(), Some(TrainError::Diverged { .. }))
+        || matches!(cause.downcast_ref(), Some(EvalError::NotFinite { .. } | EvalError::Diverged { .. }))
 }
 
 struct Run {
@@ -113,19 +121,13 @@ struct Run {
 }
 
 impl Run {
-    fn new(r: Resources) -> anyhow::Result<Self> {
-        let settings = &r.config.optimizer;
-        let accumulate = r.config.trainer.accumulate;
-        let steps_per_epoch = (r.train.batches_per_epoch() / accumulate) as u64;
-        if steps_per_epoch == 0 {
-            let (images, batch_size) = (r.train.dataset().len(), settings.batch_size);
-            return Err(TrainError::NoStep { images, batch_size, accumulate }.into());
-        }
+    fn new(r: Resources) -> Self {
+        let (settings, steps_per_epoch) = (&r.config.optimizer, r.steps_per_epoch);
         let progress = Progress {
             total_steps: r.config.trainer.epochs * steps_per_epoch,
             warmup_steps: (settings.warmup_epochs * steps_per_epoch as f64).round() as u64,
         };
-        Ok(Run {
+        Run {
             meters: Meters(r.state.meters.clone()),
             config: r.config,
             device: r.device,
@@ -144,13 +146,15 @@ impl Run {
             save_failed: None,
             clock: Clock::default(),
             gradients_checked: false,
-        })
+        }
     }
 
     fn until_done(&mut self) -> anyhow::Result<()> {
         self.trackers.start(self.state.step, self.last_step());
-        if self.state.first_eval.is_none() && self.config.eval.at_start {
-            self.evaluate()?;
+        if self.state.step == 0 && self.state.first_eval.is_none() && self.config.eval.at_start {
+            let figures = self.evaluate()?;
+            self.state.first_eval = self.state.last_eval.clone();
+            self.log(&figures);
         }
         while self.state.epoch < self.config.trainer.epochs && self.state.step < self.last_step() {
             self.train_epoch()?;
@@ -171,39 +175,27 @@ impl Run {
     }
 
     fn train_epoch(&mut self) -> anyhow::Result<()> {
-        let accumulate = self.config.trainer.accumulate as u64;
         let mut batches = self.train.batches(self.state.epoch, self.state.batch_in_epoch as usize);
         self.clock.restart();
-        while self.state.batch_in_epoch < self.steps_per_epoch * accumulate {
+        while !self.epoch_is_over() && self.state.step < self.last_step() {
             self.check_signals()?;
-            let mut waited = 0.0;
-            let mut micro_batches = Vec::with_capacity(accumulate as usize);
-            for _ in 0..accumulate {
-                let asked = Instant::now();
-                let Some(batch) = batches.next() else {
-                    anyhow::bail!("the pipeline ended {} batches into the epoch", self.state.batch_in_epoch);
-                };
-                waited += asked.elapsed().as_secs_f64();
-                micro_batches.push(batch?);
-            }
-            self.step(micro_batches, waited)?;
-            if self.state.step >= self.last_step() {
-                break;
-            }
-            let epoch_is_over = self.state.batch_in_epoch == self.steps_per_epoch * accumulate;
+            self.step(&mut batches)?;
             let due = self.config.checkpoint.every_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
-            if due && !epoch_is_over {
+            if due && !self.epoch_is_over() && self.state.step < self.last_step() {
                 self.save_or_warn();
             }
         }
         Ok(())
     }
 
-    /// One optimizer step: EMA, forward, backward, AdamW.
-    fn step(&mut self, micro_batches: Vec<data::Batch>, waited: f64) -> anyhow::Result<()> {
+    fn epoch_is_over(&self) -> bool {
+        self.state.batch_in_epoch >= self.steps_per_epoch * self.config.trainer.accumulate as u64
+    }
+
+    /// One optimizer step: EMA, then forward and backward for each of its batches, AdamW.
+    fn step(&mut self, batches: &mut Batches) -> anyhow::Result<()> {
         let (epoch, step) = (self.state.epoch, self.state.step);
-        let count = micro_batches.len();
-        let images: usize = micro_batches.iter().map(|batch| batch.indices.len()).sum();
+        let accumulate = self.config.trainer.accumulate;
 
         let momentum = self.model.ema_momentum(epoch, self.config.trainer.epochs);
         if !self.state.ema_is_ahead {
@@ -212,9 +204,16 @@ impl Run {
         }
         self.model.remember_buffers();
 
-        let mut loss_sum = 0.0;
+        let (mut loss_sum, mut images, mut waited) = (0.0, 0, 0.0);
         let mut figures = Vec::new();
-        for (i, batch) in micro_batches.into_iter().enumerate() {
+        for i in 0..accumulate {
+            let asked = Instant::now();
+            let Some(batch) = batches.next() else {
+                anyhow::bail!("the pipeline ended {} batches into the epoch", self.state.batch_in_epoch);
+            };
+            let batch = batch?;
+            waited += asked.elapsed().as_secs_f64();
+            images += batch.indices.len();
             figures.push(("train/replaced".to_owned(), batch.replaced as f64));
             let batch = self.to_device(batch, true);
             tch::manual_seed(Rng::keyed(self.state.seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
@@ -222,7 +221,7 @@ impl Run {
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
             let loss = output.loss.f_double_value(&[])?;
             self.require_finite("train/loss", loss)?;
-            (output.loss.f_to_kind(Kind::Float)? / count as f64).f_backward()?;
+            (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
             loss_sum += loss;
             for (name, value) in output.metrics {
                 let name = format!("train/{}/{name}", self.state.method);
@@ -246,16 +245,17 @@ impl Run {
         self.optimizer.step(&gradients, lr, self.config.trainer.clip)?;
 
         self.state.step += 1;
-        self.state.batch_in_epoch += count as u64;
+        self.state.batch_in_epoch += accumulate as u64;
         self.state.ema_is_ahead = false;
-        figures.push(("train/loss".to_owned(), loss_sum / count as f64));
+        figures.push(("train/loss".to_owned(), loss_sum / accumulate as f64));
         figures.push(("train/grad_norm".to_owned(), norm));
         figures.extend(momentum.map(|momentum| ("train/ema_momentum".to_owned(), momentum)));
         for (name, value) in figures {
             self.meters.add(&name, value);
         }
         self.clock.step(images, waited);
-        self.report_step(lr)
+        self.report_step(lr);
+        Ok(())
     }
 
     /// Puts back what a step that failed half-way has changed, but for the EMA update, which the state tells of.
@@ -267,7 +267,7 @@ impl Run {
     }
 
     /// Moves the progress bar, and every so many steps logs the means since the last time.
-    fn report_step(&mut self, lr: f64) -> anyhow::Result<()> {
+    fn report_step(&mut self, lr: f64) {
         self.trackers.step(&StepReport {
             step: self.state.step,
             epoch: self.state.epoch,
@@ -277,42 +277,43 @@ impl Run {
             data_wait: self.clock.data_wait(),
         });
         if !self.state.step.is_multiple_of(self.config.trainer.log_every_steps) {
-            return Ok(());
+            return;
         }
         let mut figures = self.meters.take();
         figures.insert("train/lr".to_owned(), lr);
         figures.insert("train/images_per_s".to_owned(), self.clock.images_per_s());
         figures.insert("train/data_wait".to_owned(), self.clock.data_wait());
         self.clock.restart();
-        self.log(&figures)
+        self.log(&figures);
     }
 
     /// Validation, evaluation and checkpoint at the end of an epoch or of the run.
     fn finish_epoch(&mut self) -> anyhow::Result<()> {
-        let ended = self.state.step >= self.last_step();
-        let complete =
-            self.state.batch_in_epoch == self.steps_per_epoch * self.config.trainer.accumulate as u64;
+        let complete = self.epoch_is_over();
         let epochs_done = self.state.epoch + u64::from(complete);
-        let last = ended || epochs_done >= self.config.trainer.epochs;
+        let last = self.state.step >= self.last_step() || epochs_done >= self.config.trainer.epochs;
         let due = |every: u64| every > 0 && (last || epochs_done.is_multiple_of(every));
 
-        self.validate()?;
+        // Logged together and at the end, so that a run that is stopped in here does both again and logs them once.
+        let mut figures = self.validate()?;
         if due(self.config.eval.every_epochs) {
-            self.evaluate()?;
+            figures.extend(self.evaluate()?);
         }
+        let best = self.note_best(&figures);
+        self.log(&figures);
         if complete {
             self.state.epoch += 1;
             self.state.batch_in_epoch = 0;
         }
-        if due(self.config.checkpoint.every_epochs) && !last {
+        if (best || due(self.config.checkpoint.every_epochs)) && !last {
             self.save_or_warn();
         }
         Ok(())
     }
 
     /// The method's loss on the validation set, with running statistics and the same random numbers each time.
-    fn validate(&mut self) -> anyhow::Result<()> {
-        let Some(loader) = self.validation.clone() else { return Ok(()) };
+    fn validate(&mut self) -> anyhow::Result<Figures> {
+        let Some(loader) = self.validation.clone() else { return Ok(Figures::new()) };
         let (mut sum, mut images) = (0.0, 0usize);
         for batch in loader.batches(VALIDATION_EPOCH, 0) {
             self.check_signals()?;
@@ -323,47 +324,48 @@ impl Run {
             sum += step.loss.f_double_value(&[])? * size as f64;
             images += size;
         }
-        if images == 0 {
-            return Ok(());
-        }
         let loss = sum / images as f64;
         self.require_finite("val/loss", loss)?;
-        self.log(&BTreeMap::from([("val/loss".to_owned(), loss)]))
+        Ok(Figures::from([("val/loss".to_owned(), loss)]))
     }
 
     /// The probes on frozen features.
-    fn evaluate(&mut self) -> anyhow::Result<()> {
-        let Some(evaluation) = &self.evaluation else { return Ok(()) };
+    fn evaluate(&mut self) -> anyhow::Result<Figures> {
+        let Some(evaluation) = &self.evaluation else { return Ok(Figures::new()) };
         self.trackers.note("evaluating");
-        let (device, signals) = (self.device, &self.signals);
+        let (device, signals, run) = (self.device, &self.signals, self.directory.path());
         let method = &mut self.model.method;
         let mut encode = |images: &tch::Tensor| -> anyhow::Result<tch::Tensor> {
-            if let Some(signal) = signals.pending() {
-                let run = self.directory.path().to_owned();
-                return Err(TrainError::Interrupted { signal, run }.into());
-            }
             Ok(no_grad(|| method.encode(&images.to_device(device)))?)
         };
-        let figures = evaluation.run(&mut encode)?;
-        self.note_best(&figures);
-        self.state.first_eval.get_or_insert_with(|| figures.clone());
+        let go_on = || match signals.pending() {
+            Some(signal) => Err(TrainError::Interrupted { signal, run: run.to_owned() }.into()),
+            None => Ok(()),
+        };
+        let figures = evaluation.run(device, &mut encode, &go_on)?;
         self.state.last_eval = Some(figures.clone());
-        self.log(&figures)
+        Ok(figures)
     }
 
-    fn note_best(&mut self, figures: &BTreeMap<String, f64>) {
-        let Some(metric) = self.config.checkpoint.best.clone() else { return };
-        // The first evaluation is of random weights: nothing to keep.
-        let (Some(&value), true) = (figures.get(&metric), self.state.step > 0) else { return };
-        if self.state.best.as_ref().is_none_or(|best| best.metric != metric || best.is_beaten_by(value)) {
+    /// Whether `figures` are the best so far by the metric of `checkpoint.best`.
+    fn note_best(&mut self, figures: &Figures) -> bool {
+        let Some(metric) = self.config.checkpoint.best.clone() else { return false };
+        let Some(&value) = figures.get(&metric) else { return false };
+        let best = &self.state.best;
+        let better = best.as_ref().is_none_or(|best| best.metric != metric || best.is_beaten_by(value));
+        if better {
             self.state.best = Some(Best { metric, value, step: self.state.step });
         }
+        better
     }
 
-    fn log(&mut self, figures: &BTreeMap<String, f64>) -> anyhow::Result<()> {
+    fn log(&mut self, figures: &Figures) {
+        if figures.is_empty() {
+            return;
+        }
         let per_epoch = self.steps_per_epoch * self.config.trainer.accumulate as u64;
         let epoch = self.state.epoch as f64 + self.state.batch_in_epoch as f64 / per_epoch as f64;
-        self.trackers.log(self.state.step, epoch, figures)
+        self.trackers.log(self.state.step, epoch, figures);
     }
 
     fn save(&mut self) -> anyhow::Result<()> {
@@ -401,7 +403,7 @@ impl Run {
         Err(TrainError::Diverged { step, metric, value, checkpoint: newest })
     }
 
-    fn to_device(&self, batch: data::Batch, train: bool) -> Batch {
+    fn to_device(&self, batch: LoadedBatch, train: bool) -> Batch {
         Batch {
             views: batch.views.into_iter().map(|view| view.to_device(self.device)).collect(),
             labels: batch.labels.to_device(self.device),

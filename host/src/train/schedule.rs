@@ -4,6 +4,8 @@ use std::f64::consts::PI;
 
 use jepa_plugin_api::EmaSchedule;
 
+use super::TrainError;
+
 /// How long a run is, and its warm-up, in optimizer steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
@@ -11,6 +13,17 @@ pub struct Progress {
     pub total_steps: u64,
     /// Steps of linear warm-up.
     pub warmup_steps: u64,
+}
+
+/// Optimizer steps in an epoch of `images`: full batches only, and full steps of `accumulate` batches only.
+///
+/// # Errors
+/// When there is none.
+pub fn steps_per_epoch(images: usize, batch_size: usize, accumulate: usize) -> Result<u64, TrainError> {
+    match images / batch_size / accumulate {
+        0 => Err(TrainError::NoStep { images, batch_size, accumulate }),
+        steps => Ok(steps as u64),
+    }
 }
 
 /// The learning rate of step `step` (from 0): linear from `base / warmup` to `base`, then a half cosine that reaches

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jepa_host::data::decode::Rgb;
-use jepa_host::data::{Batch, DataError, Dataset, Loader, LoaderOptions, OnError};
+use jepa_host::data::{DataError, Dataset, LoadedBatch, Loader, LoaderOptions, OnError};
 use jepa_plugin_api::{Interpolation, ViewSpec};
 use tch::{Kind, Tensor};
 
@@ -36,7 +36,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 /// Everything in a batch, to compare.
 type Contents = (Vec<Vec<f32>>, Vec<i64>, Vec<u64>, u64);
 
-fn contents(batch: Batch) -> Contents {
+fn contents(batch: LoadedBatch) -> Contents {
     let labels = Vec::try_from(&batch.labels).unwrap();
     (batch.views.iter().map(values).collect(), labels, batch.indices, batch.replaced)
 }

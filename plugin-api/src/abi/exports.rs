@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tch::{Kind, TchError, Tensor};
 
-use super::failure::{AbiFailure, guard, keep_panics_quiet};
+use super::failure::{AbiFailure, Contained, guard, keep_panics_quiet};
 use super::log::LogSink;
 use super::module::*;
 use super::tensor::TensorOwned;
@@ -129,10 +129,13 @@ extern "C" fn attach(log: LogSink) {
     keep_panics_quiet();
 }
 
-extern "C" fn offer_json<P: Exports>() -> RString {
-    let methods = P::methods().into_iter().map(|entry| entry.offer).collect();
-    let backbones = P::backbones().into_iter().flat_map(|entry| entry.offers).collect();
-    to_json(&Offer { methods, backbones })
+extern "C" fn offer_json<P: Exports>() -> RResult<RString, AbiFailure> {
+    // Schemas and defaults are the author's code too.
+    guard(P::NAME, &AtomicBool::new(false), || {
+        let methods = P::methods().into_iter().map(|entry| entry.offer).collect();
+        let backbones = P::backbones().into_iter().flat_map(|entry| entry.offers).collect();
+        Ok(to_json(&Offer { methods, backbones }))
+    })
 }
 
 extern "C" fn self_test<P: Exports>(x: TensorOwned) -> RResult<TensorOwned, AbiFailure> {
@@ -165,7 +168,7 @@ extern "C" fn build_method<P: Exports>(
             declaration_json: to_json(&declaration),
             tensors,
             poisoned: AtomicBool::new(false),
-            method,
+            method: Contained::new(method),
         };
         Ok(AbiMethod_TO::from_value(guarded, TD_Opaque))
     })
@@ -192,7 +195,7 @@ extern "C" fn build_backbone<P: Exports>(
 /// want of memory for one, or another plugin does.
 fn refusal(plugin: &str, error: anyhow::Error) -> Failure {
     let of_libtorch = error.chain().any(|cause| cause.is::<TchError>());
-    let passed_on = error.is::<Failure>();
+    let passed_on = error.chain().any(|cause| cause.is::<Failure>());
     let failure = Failure::from_error(plugin, error);
     let kind = if of_libtorch || passed_on { failure.kind } else { FailureKind::Options };
     Failure { kind, ..failure }
@@ -210,7 +213,7 @@ pub(super) fn backbone_object(
         declaration_json: to_json(&declaration),
         tensors: entries.into_iter().map(|entry| entry.tensor).collect(),
         poisoned: AtomicBool::new(false),
-        backbone,
+        backbone: Contained::new(backbone),
     };
     AbiBackbone_TO::from_value(guarded, TD_Opaque)
 }
@@ -221,7 +224,7 @@ struct GuardedMethod {
     declaration_json: RString,
     tensors: Vec<Tensor>,
     poisoned: AtomicBool,
-    method: Box<dyn ErasedMethod>,
+    method: Contained<dyn ErasedMethod>,
 }
 
 impl AbiMethod for GuardedMethod {
@@ -263,7 +266,7 @@ struct GuardedBackbone {
     declaration_json: RString,
     tensors: Vec<Tensor>,
     poisoned: AtomicBool,
-    backbone: Box<dyn ErasedBackbone>,
+    backbone: Contained<dyn ErasedBackbone>,
 }
 
 impl AbiBackbone for GuardedBackbone {

@@ -3,6 +3,8 @@
 use std::any::Any;
 use std::cell::RefCell;
 use std::fmt;
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -89,17 +91,20 @@ impl From<AbiFailure> for Failure {
 
 impl Failure {
     /// The failure that `error` means when it comes out of `plugin`. A failure that `plugin` merely passes on, from a
-    /// backbone of another plugin for one, keeps its origin.
+    /// backbone of another plugin for one, keeps its origin, and gets in front of its message what was said on the
+    /// way.
     pub(crate) fn from_error(plugin: &str, error: anyhow::Error) -> Self {
-        match error.downcast::<Failure>() {
-            Ok(failure) => failure,
-            Err(error) => Failure {
+        let Some(origin) = error.chain().find_map(|cause| cause.downcast_ref::<Failure>()) else {
+            return Failure {
                 plugin: plugin.to_owned(),
                 kind: FailureKind::Error,
                 message: error.to_string(),
                 chain: error.chain().skip(1).map(ToString::to_string).collect(),
-            },
-        }
+            };
+        };
+        let on_the_way = error.chain().take_while(|cause| !cause.is::<Failure>()).map(ToString::to_string);
+        let message = on_the_way.chain([origin.message.clone()]).collect::<Vec<_>>().join(": ");
+        Failure { message, ..origin.clone() }
     }
 }
 
@@ -144,6 +149,41 @@ pub(crate) fn guard<T, U: From<T>>(
             // A payload whose own destructor panics must not reach the boundary either.
             std::mem::forget(payload);
             RResult::RErr(panicked(message).into())
+        }
+    }
+}
+
+/// An object of the plugin's author, whose destructor may panic: that must not cross the boundary.
+pub(crate) struct Contained<T: ?Sized>(ManuallyDrop<Box<T>>);
+
+impl<T: ?Sized> Contained<T> {
+    /// Takes the object.
+    pub fn new(object: Box<T>) -> Self {
+        Contained(ManuallyDrop::new(object))
+    }
+}
+
+impl<T: ?Sized> Deref for Contained<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: ?Sized> DerefMut for Contained<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+impl<T: ?Sized> Drop for Contained<T> {
+    fn drop(&mut self) {
+        // SAFETY: this is the only place that takes the object out, and nothing uses it afterwards.
+        let object = unsafe { ManuallyDrop::take(&mut self.0) };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(object))) {
+            tracing::error!("a plugin panicked while it was let go of: {}", panic_text(payload.as_ref()));
+            std::mem::forget(payload);
         }
     }
 }

@@ -8,10 +8,10 @@ use abi_stable::library::{AbiHeaderRef, IsLayoutChecked};
 use abi_stable::sabi_trait::prelude::TD_Opaque;
 use abi_stable::std_types::{RResult, RString, RVec};
 use serde_json::Value;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::exports::{ErasedBackbone, Exports, backbone_object, module};
-use super::failure::{AbiFailure, Failure};
+use super::exports::{ErasedBackbone, backbone_object};
+use super::failure::{AbiFailure, Failure, FailureKind};
 use super::log::{LogSink, emit_in_host};
 use super::module::*;
 use super::tensor::TensorOwned;
@@ -54,17 +54,9 @@ impl Plugin {
         Self::connect(name, module)
     }
 
-    /// The plugin that `P` would be as a file, linked into this program.
-    ///
-    /// # Errors
-    /// When its offer cannot be read.
-    pub fn linked<P: Exports>() -> Result<Self> {
-        Self::connect(P::NAME, module::<P>())
-    }
-
     fn connect(name: &str, module: PluginModuleRef) -> Result<Self> {
         (module.attach())(LogSink::new(emit_in_host));
-        let offer = serde_json::from_str((module.offer_json())().as_str())?;
+        let offer = serde_json::from_str(unwrap((module.offer_json())())?.as_str())?;
         Ok(Plugin { name: name.to_owned(), module, offer })
     }
 
@@ -118,7 +110,7 @@ impl Plugin {
         let object = unwrap((self.module.build_method())(name.into(), options.as_str().into(), host))?;
         let declaration: MethodDeclaration = serde_json::from_str(object.declaration_json().as_str())?;
         let entries = named(&declaration.tensors, object.tensors())?;
-        Ok(MethodHandle { object, declaration, entries })
+        Ok(MethodHandle { plugin: self.name.clone(), object, declaration, entries })
     }
 }
 
@@ -164,6 +156,7 @@ impl AbiHost for HostSide {
 
 /// A method, wherever its code is.
 pub struct MethodHandle {
+    plugin: String,
     object: MethodObject,
     declaration: MethodDeclaration,
     entries: Vec<Entry>,
@@ -185,11 +178,13 @@ impl MethodHandle {
         &self.entries
     }
 
-    /// The loss of one batch, see [`Method::step`](crate::Method::step).
+    /// The loss of one batch, see [`Method::step`](crate::Method::step): a scalar, with a graph when the batch is for
+    /// training, and scalar metrics.
     ///
     /// # Errors
-    /// The plugin's [`Failure`].
+    /// The plugin's [`Failure`], also when it returns something else than that.
     pub fn step(&mut self, batch: Batch) -> Result<Step, Failure> {
+        let train = batch.train;
         let context =
             BatchContext { seed: batch.seed, epoch: batch.epoch, step: batch.step, train: batch.train };
         let batch = AbiBatch {
@@ -200,16 +195,57 @@ impl MethodHandle {
         };
         let AbiStep { loss, metrics } = unwrap(self.object.step(batch))?;
         let metric = |m: AbiMetric| (m.name.into(), m.value.into());
-        Ok(Step { loss: loss.into(), metrics: metrics.into_iter().map(metric).collect() })
+        let step = Step { loss: loss.into(), metrics: metrics.into_iter().map(metric).collect() };
+        self.check_step(&step, train)?;
+        Ok(step)
     }
 
-    /// Features of images, see [`Method::encode`](crate::Method::encode).
+    /// Features f32 `(B, D)` of images `(B, 3, S, S)`, see [`Method::encode`](crate::Method::encode).
     ///
     /// # Errors
-    /// The plugin's [`Failure`].
+    /// The plugin's [`Failure`], also when it returns something else than features.
     pub fn encode(&mut self, images: &Tensor) -> Result<Tensor, Failure> {
-        Ok(unwrap(self.object.encode(images.shallow_clone().into()))?.into())
+        let features = Tensor::from(unwrap(self.object.encode(images.shallow_clone().into()))?);
+        match *features.size() {
+            [rows, columns] if rows == images.size()[0] && columns > 0 && features.is_floating_point() => {
+                Ok(features.to_kind(Kind::Float))
+            }
+            _ => Err(self.wrong(format!(
+                "`encode` must return floating-point features ({}, D), and returned {}",
+                images.size()[0],
+                described(&features)
+            ))),
+        }
     }
+
+    fn check_step(&self, step: &Step, train: bool) -> Result<(), Failure> {
+        let scalar = |value: &Tensor| value.numel() == 1 && value.is_floating_point();
+        if !scalar(&step.loss) {
+            return Err(self
+                .wrong(format!("`step` must return a scalar loss, and returned {}", described(&step.loss))));
+        }
+        if train && !step.loss.requires_grad() {
+            return Err(self.wrong("no gradient flows from the loss that `step` returned".to_owned()));
+        }
+        match step.metrics.iter().find(|(_, value)| !scalar(value)) {
+            Some((name, value)) => Err(self.wrong(format!(
+                "`step` must return scalar metrics, and returned `{name}` as {}",
+                described(value)
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// What is wrong with a value that the plugin returned.
+    fn wrong(&self, message: String) -> Failure {
+        let plugin = self.plugin.clone();
+        Failure { plugin, kind: FailureKind::Error, message, chain: Vec::new() }
+    }
+}
+
+/// Kind and shape, for messages.
+fn described(tensor: &Tensor) -> String {
+    format!("{:?} of shape {:?}", tensor.kind(), tensor.size())
 }
 
 /// A backbone, wherever its code is.

@@ -153,7 +153,7 @@ pub struct PluginModule {
     /// Called once, first: takes over logging and panics.
     pub attach: extern "C" fn(log: LogSink),
     /// An [`Offer`].
-    pub offer_json: extern "C" fn() -> RString,
+    pub offer_json: extern "C" fn() -> RResult<RString, AbiFailure>,
     /// Returns the sum of 2 · x, with a graph.
     pub self_test: extern "C" fn(x: TensorOwned) -> RResult<TensorOwned, AbiFailure>,
     pub build_method: extern "C" fn(

@@ -12,7 +12,6 @@ use tch::{Kind, Tensor};
 #[derive(Debug)]
 pub struct Visible {
     cells: Tensor,
-    count: i64,
     levels: RefCell<BTreeMap<Size, Rc<Level>>>,
     strides: RefCell<BTreeMap<(Size, i64), Rc<Tensor>>>,
 }
@@ -45,19 +44,13 @@ impl Visible {
             "a mask of visible cells is bool (B, 1, f, f), not {:?} {shape:?}",
             cells.kind()
         );
-        let count = i64::try_from(cells.sum(Kind::Int64))?;
         ensure!(
-            count > 0,
+            bool::try_from(cells.any())?,
             "the mask shows no cell of any of the {} images: lower the share of hidden cells",
             shape[0]
         );
         let (levels, strides) = Default::default();
-        Ok(Visible { cells: cells.shallow_clone(), count, levels, strides })
-    }
-
-    /// Visible cells in the whole batch, at least 1.
-    pub fn count(&self) -> i64 {
-        self.count
+        Ok(Visible { cells: cells.shallow_clone(), levels, strides })
     }
 
     /// Checks that a map of this shape divides into the mask's cells.

@@ -21,6 +21,14 @@ pub struct FaultyOptions {
     pub infinite_metric_at_step: Option<u64>,
     /// Give gradients that are not numbers, behind a loss that is one, in this step.
     pub nan_gradient_at_step: Option<u64>,
+    /// Panic in this forward pass of training, counted from 0 over the accumulated batches.
+    pub panic_at_pass: Option<i64>,
+    /// Give a loss without a graph in this step.
+    pub detached_loss_at_step: Option<u64>,
+    /// Give a loss that is no scalar in this step.
+    pub vector_loss_at_step: Option<u64>,
+    /// What evaluation gets.
+    pub features: Features,
     /// Panic while the method is built.
     pub panic_in_new: bool,
     /// Register a parameter that takes no part in the loss.
@@ -29,6 +37,21 @@ pub struct FaultyOptions {
     pub ballast: i64,
     /// Declare an EMA pair whose subtrees do not exist.
     pub ema_of_nothing: bool,
+}
+
+/// What `encode` gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Features {
+    /// The pixels: features that a probe can learn from.
+    #[default]
+    Good,
+    /// A panic.
+    Panic,
+    /// A map that is not pooled.
+    Map,
+    /// Numbers that are none.
+    Nan,
 }
 
 /// Learns the mean colour of the images: one parameter, one that follows it, and a count of the steps.
@@ -78,6 +101,10 @@ impl Method for Faulty {
         let now = Some(batch.step);
         if batch.train {
             let _ = self.begun.g_add_scalar_(1.0);
+            let pass = i64::try_from(&self.begun)? - 1;
+            if self.options.panic_at_pass == Some(pass) {
+                panic!("the method gives up in pass {pass}");
+            }
         }
         if self.options.panic_at_step == now {
             panic!("the method gives up at step {}", batch.step);
@@ -97,6 +124,12 @@ impl Method for Faulty {
             // The derivative of √x at 0 is infinite, and infinity times 0 is no number.
             loss += (&self.colour * 0.0).square().sum(Kind::Float).sqrt();
         }
+        if self.options.detached_loss_at_step == now {
+            loss = loss.detach();
+        }
+        if self.options.vector_loss_at_step == now {
+            loss = loss * Tensor::ones([2], (Kind::Float, self.colour.device()));
+        }
         let distance = (&self.colour - &mean).abs().max();
         let infinite = self.options.infinite_metric_at_step == now;
         let distance = if infinite { distance * f64::INFINITY } else { distance };
@@ -104,7 +137,12 @@ impl Method for Faulty {
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
-        Ok(images.mean_dim([2i64, 3].as_slice(), false, Kind::Float))
+        Ok(match self.options.features {
+            Features::Good => images.flatten(1, 3),
+            Features::Panic => panic!("the method cannot look at it"),
+            Features::Map => images.shallow_clone(),
+            Features::Nan => images.flatten(1, 3) * f64::NAN,
+        })
     }
 }
 

@@ -1,0 +1,99 @@
+//! Whether a run may go on from a checkpoint: what has changed since, and what of it matters.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use super::state::{PluginRecord, State};
+
+/// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
+const FREE: [&str; 8] = [
+    "run.",
+    "checkpoint.",
+    "eval.",
+    "data.threads",
+    "data.train",
+    "data.val",
+    "trainer.log_every_steps",
+    "trainer.max_steps",
+];
+
+impl State {
+    /// What is not as it was when this state was saved, in a few words each: a run that goes on nevertheless may
+    /// differ from one that was never stopped.
+    pub fn changes(&self, now: &State) -> Vec<String> {
+        let mut changes = Vec::new();
+        let mut compare = |what: &str, saved: &str, now: &str| {
+            if saved != now {
+                changes.push(format!("{what} was {saved} when the checkpoint was saved and is {now} now"));
+            }
+        };
+        compare("the seed", &self.seed.to_string(), &now.seed.to_string());
+        compare("the method", &self.method, &now.method);
+        compare("the backbone", &self.backbone, &now.backbone);
+        compare("the training data's fingerprint", &self.data_fingerprint, &now.data_fingerprint);
+        compare("jepa-host", &self.host, &now.host);
+        compare("libtorch", &self.libtorch, &now.libtorch);
+        compare("the device", &self.device, &now.device);
+        compare("the number of compute threads", &self.threads.to_string(), &now.threads.to_string());
+        let short = |plugin: Option<&PluginRecord>| match plugin {
+            Some(plugin) => {
+                format!("{} ({})", plugin.version, plugin.sha256.get(..12).unwrap_or(&plugin.sha256))
+            }
+            None => "not loaded".to_owned(),
+        };
+        for saved in &self.plugins {
+            let present = now.plugins.iter().find(|plugin| plugin.name == saved.name);
+            compare(&format!("plugin {}", saved.name), &short(Some(saved)), &short(present));
+        }
+        changes.extend(changed_settings(&self.config, &now.config));
+        changes
+    }
+
+    /// The batches of the epoch under way that are done, counted in batches of `now`.
+    ///
+    /// # Errors
+    /// In words, when a step has another number of images now: schedules count steps, so that no place in the new run
+    /// is the one where this state stands.
+    pub fn batches_done(&self, now: &State) -> Result<u64, String> {
+        let sizes = |config: &Value| {
+            let number = |pointer: &str| config.pointer(pointer).and_then(Value::as_u64).unwrap_or(1);
+            (number("/optimizer/batch_size"), number("/trainer/accumulate"))
+        };
+        let ((batch, accumulate), (batch_now, accumulate_now)) = (sizes(&self.config), sizes(&now.config));
+        if batch * accumulate != batch_now * accumulate_now {
+            return Err(format!(
+                "a step had {batch} × {accumulate} images (optimizer.batch_size × trainer.accumulate) and would have \
+                 {batch_now} × {accumulate_now}: keep the product, or begin a new run"
+            ));
+        }
+        Ok(self.batch_in_epoch * batch / batch_now)
+    }
+}
+
+/// Settings that differ and on which the weights depend.
+fn changed_settings(saved: &Value, now: &Value) -> Vec<String> {
+    fn leaves(value: &Value, key: &str, out: &mut BTreeMap<String, Value>) {
+        match value {
+            Value::Object(map) => {
+                for (name, value) in map {
+                    leaves(value, &if key.is_empty() { name.clone() } else { format!("{key}.{name}") }, out);
+                }
+            }
+            value => {
+                out.insert(key.to_owned(), value.clone());
+            }
+        }
+    }
+    let (mut before, mut after) = (BTreeMap::new(), BTreeMap::new());
+    leaves(saved, "", &mut before);
+    leaves(now, "", &mut after);
+    let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let text = |value: Option<&Value>| value.map_or("not set".to_owned(), Value::to_string);
+    let free = |key: &str| FREE.iter().any(|f| key == *f || f.ends_with('.') && key.starts_with(f));
+    let changed = |key: &String| {
+        let (was, is) = (before.get(key), after.get(key));
+        (was != is && !free(key)).then(|| format!("{key} was {} and is {}", text(was), text(is)))
+    };
+    keys.into_iter().filter_map(changed).collect()
+}
