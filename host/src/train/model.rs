@@ -81,7 +81,7 @@ impl Model {
     /// Whatever libtorch reports, on a device that failed for one.
     pub fn restore_buffers(&mut self) -> Result<(), TrainError> {
         let copy = |(buffer, before): &mut (Tensor, Tensor)| buffer.f_copy_(before);
-        no_grad(|| self.buffers.iter_mut().try_for_each(|pair| copy(pair)))?;
+        no_grad(|| self.buffers.iter_mut().try_for_each(copy))?;
         Ok(())
     }
 }

@@ -128,7 +128,7 @@ impl Method for Faulty {
             loss = loss.detach();
         }
         if self.options.vector_loss_at_step == now {
-            loss = loss * Tensor::ones([2], (Kind::Float, self.colour.device()));
+            loss *= Tensor::ones([2], (Kind::Float, self.colour.device()));
         }
         let distance = (&self.colour - &mean).abs().max();
         let infinite = self.options.infinite_metric_at_step == now;
