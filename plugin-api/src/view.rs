@@ -44,6 +44,40 @@ pub enum Transform {
         /// Probability, in [0, 1].
         p: f64,
     },
+    /// With probability `p`, change brightness, contrast, saturation and hue in a random order, as torchvision's
+    /// `ColorJitter` does on 8-bit RGB: each of the first three by a factor drawn from [max(0, 1 − strength),
+    /// 1 + strength], hue by a turn drawn from [−hue, hue] of the whole circle.
+    ColorJitter {
+        /// Probability, in [0, 1].
+        p: f64,
+        /// Strength, ≥ 0.
+        brightness: f64,
+        /// Strength, ≥ 0.
+        contrast: f64,
+        /// Strength, ≥ 0.
+        saturation: f64,
+        /// Largest turn, in [0, 0.5].
+        hue: f64,
+    },
+    /// With probability `p`, give all three channels the luma of the pixel (ITU-R 601-2).
+    Grayscale {
+        /// Probability, in [0, 1].
+        p: f64,
+    },
+    /// With probability `p`, blur with a Gaussian whose standard deviation is drawn from `sigma`.
+    GaussianBlur {
+        /// Probability, in [0, 1].
+        p: f64,
+        /// Least and greatest standard deviation, in pixels of the view.
+        sigma: (f64, f64),
+    },
+    /// With probability `p`, invert every channel value at or above `threshold`.
+    Solarize {
+        /// Probability, in [0, 1].
+        p: f64,
+        /// The least value that is inverted.
+        threshold: u8,
+    },
     /// Scale to [0, 1], subtract `mean`, divide by `std`, per RGB channel. Last, and at most once.
     Normalize {
         /// Mean of each channel.
@@ -98,6 +132,27 @@ impl ViewSpec {
     /// Appends [`Transform::HorizontalFlip`].
     pub fn horizontal_flip(self, p: f64) -> Self {
         self.then(Transform::HorizontalFlip { p })
+    }
+
+    /// Appends [`Transform::ColorJitter`].
+    pub fn color_jitter(self, p: f64, brightness: f64, contrast: f64, saturation: f64, hue: f64) -> Self {
+        self.then(Transform::ColorJitter { p, brightness, contrast, saturation, hue })
+    }
+
+    /// Appends [`Transform::Grayscale`].
+    pub fn grayscale(self, p: f64) -> Self {
+        self.then(Transform::Grayscale { p })
+    }
+
+    /// Appends [`Transform::GaussianBlur`] with standard deviations of 0.1 to 2 pixels, as SimCLR, BYOL and VICReg
+    /// have it.
+    pub fn gaussian_blur(self, p: f64) -> Self {
+        self.then(Transform::GaussianBlur { p, sigma: (0.1, 2.0) })
+    }
+
+    /// Appends [`Transform::Solarize`] of values from 128 on.
+    pub fn solarize(self, p: f64) -> Self {
+        self.then(Transform::Solarize { p, threshold: 128 })
     }
 
     /// Appends [`Transform::Normalize`] with ImageNet's statistics.

@@ -115,6 +115,12 @@ impl Augmenter {
                     }
                     steps.push(Step::Flip { p });
                 }
+                Transform::ColorJitter { .. }
+                | Transform::Grayscale { .. }
+                | Transform::GaussianBlur { .. }
+                | Transform::Solarize { .. } => {
+                    return Err(refuse("this host cannot make colour steps yet".into()));
+                }
                 Transform::Normalize { mean, std } => {
                     if !mean.iter().all(|value| value.is_finite())
                         || !std.iter().all(|&value| value.is_finite() && value > 0.0)
