@@ -7,7 +7,7 @@ and timm's own blocks. The context encoder is a masked dense emulation: every co
 whole map and its output is multiplied by the mask of visible cells, and batch norm takes the visible positions out,
 normalises them, and puts them back. The input is one random batch, so no time goes into data.
 
-Prints one JSON object: `step_s`, the seconds of every step, the first ones included, and what was run.
+Prints one JSON object: `step_s`, the seconds of every step from the first on, and what was run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ARCHITECTURES = {
 
 def arguments():
     parser = argparse.ArgumentParser(description="Times CNN-JEPA training steps in PyTorch.")
-    parser.add_argument("--backbone", choices=ARCHITECTURES, default="resnet50")
+    parser.add_argument("--backbone", choices=list(ARCHITECTURES), default="resnet50")
     parser.add_argument("--stem", choices=("imagenet", "small"), default="imagenet")
     parser.add_argument("--width", type=int, default=64, help="channels of the stem and of the first stage")
     parser.add_argument("--depths", type=json.loads, help="blocks in each stage, such as [1,1,1]")
@@ -214,6 +214,7 @@ def main():
         seconds.append(time.perf_counter() - start)
     print(json.dumps({
         "step_s": seconds,
+        "arguments": vars(args),
         "loss": loss,
         "context_share": context_share,
         "trained_parameters": sum(p.numel() for p in trained),

@@ -140,6 +140,34 @@ fn features_are_collected_in_order_whatever_the_encoder_gives() {
 }
 
 #[test]
+fn descriptors_equal_torch_s_own_functions() {
+    // Correlated dimensions of different sizes, one of them constant, and fewer independent ones than there are.
+    let independent = noise(5, 300, 6);
+    let mixing = noise(6, 6, 10) * Tensor::from_slice(&[1.0f32, 2.0, 0.5, 3.0, 1.0, 1.0, 0.1, 4.0, 1.0, 1.0]);
+    let x = independent.matmul(&mixing) + 0.3;
+    let described = describe(&x).unwrap();
+    let singular = x.to_kind(Kind::Double).svd(true, false).1;
+    let number = |tensor: Tensor| f64::try_from(tensor).unwrap();
+    let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-6 * b.abs().max(1e-3), "{a} and {b}");
+
+    let correlation = x.transpose(0, 1).to_kind(Kind::Double).corrcoef().abs();
+    close(described.correlation, (number(correlation.sum(Kind::Double)) - 10.0) / 90.0);
+    close(described.anisotropy, number(singular.max().square() / singular.square().sum(Kind::Double)));
+    assert_eq!(described.rank, 7.0, "six, and the mean");
+    assert_eq!(described.rank_ratio, 0.7);
+    let share = &singular / singular.sum(Kind::Double) + 1e-7;
+    close(described.rankme, number((-(&share * share.log()).sum(Kind::Double)).exp()));
+    let unit = &x / x.norm_scalaropt_dim(2.0, [1i64].as_slice(), true);
+    let std = number(unit.std_dim([0i64].as_slice(), false, false).mean(Kind::Double));
+    assert!((described.std - std).abs() < 1e-5 * std);
+    close(described.spread, described.std * 10f64.sqrt());
+
+    let same = describe(&(Tensor::ones([50, 4], F32) * 3.0)).unwrap();
+    assert!(same.spread < 1e-6 && same.rank == 1.0 && same.correlation == 1.0, "{same:?}");
+    assert!((same.anisotropy - 1.0).abs() < 1e-9);
+}
+
+#[test]
 fn what_cannot_be_evaluated_is_an_error_that_says_why() {
     let y = Tensor::from_slice(&[0i64, 1, 2]);
     let x = Tensor::ones([3, 2], F32);

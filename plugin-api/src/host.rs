@@ -47,12 +47,21 @@ pub struct EmaPair {
     pub schedule: EmaSchedule,
 }
 
+/// What a method has registered and declared.
+pub(crate) struct HostParts {
+    pub params: Params,
+    pub ema: Vec<EmaPair>,
+    /// The names of its backbones.
+    pub backbones: Vec<String>,
+}
+
 /// The host, as a method sees it while it is built.
 pub struct Host<'a> {
     facts: RunFacts,
     device: Device,
     params: Params,
     ema: Vec<EmaPair>,
+    backbones: Vec<String>,
     build_backbone: &'a mut dyn FnMut() -> Result<BackboneHandle>,
 }
 
@@ -62,7 +71,14 @@ impl<'a> Host<'a> {
         build_backbone: &'a mut dyn FnMut() -> Result<BackboneHandle>,
     ) -> Result<Self> {
         let device = parse_device(&facts.device)?;
-        Ok(Host { facts, device, params: Params::new(device), ema: Vec::new(), build_backbone })
+        Ok(Host {
+            facts,
+            device,
+            params: Params::new(device),
+            ema: Vec::new(),
+            backbones: Vec::new(),
+            build_backbone,
+        })
     }
 
     /// The facts of the run.
@@ -87,6 +103,7 @@ impl<'a> Host<'a> {
     pub fn backbone(&mut self, name: &str) -> Result<BackboneHandle> {
         let backbone = (self.build_backbone)()?;
         self.params.sub(name).adopt(backbone.entries()?);
+        self.backbones.push(name.to_owned());
         Ok(backbone)
     }
 
@@ -95,8 +112,8 @@ impl<'a> Host<'a> {
         self.ema.push(EmaPair { online: online.to_owned(), target: target.to_owned(), schedule });
     }
 
-    pub(crate) fn into_parts(self) -> (Params, Vec<EmaPair>) {
-        (self.params, self.ema)
+    pub(crate) fn into_parts(self) -> HostParts {
+        HostParts { params: self.params, ema: self.ema, backbones: self.backbones }
     }
 }
 

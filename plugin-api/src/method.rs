@@ -15,6 +15,10 @@ pub trait Method: Send + Sized + 'static {
     /// The name in `method.name`, in `snake_case`.
     const NAME: &'static str;
 
+    /// Name of the backbone, as given to [`Host::backbone`], that holds the learned representation: the one that
+    /// [`encode`](Method::encode) uses. `jepa-host export` writes it, and `init.from` takes it up in another run.
+    const ENCODER: &'static str;
+
     /// The keys under `method.`: a struct with a serde default for every field. Its schema, its defaults and its doc
     /// comments are what `jepa-host plugin info` prints, and what the host validates a configuration against.
     type Options: DeserializeOwned + Serialize + JsonSchema;

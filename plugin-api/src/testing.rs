@@ -22,6 +22,7 @@
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use crate::host::HostParts;
 use crate::params::Entry;
 use crate::{
     Backbone, BackboneHandle, Batch, Context, EmaPair, Host, Method, Params, Result, RunFacts, parse_device,
@@ -84,7 +85,7 @@ pub fn method<M: Method, B: Backbone>(
     };
     let mut host = Host::new(facts, &mut build)?;
     let method = M::new(serde_json::from_value(options)?, &mut host)?;
-    let (params, ema) = host.into_parts();
+    let HostParts { params, ema, .. } = host.into_parts();
     Ok(LinkedMethod { method, entries: params.entries(), ema })
 }
 

@@ -2,3 +2,6 @@
 
 pub mod fixture;
 pub mod real;
+
+// Links the torch bridge's import library, which tch needs, into every test that uses this crate.
+use jepa_plugin_api as _;

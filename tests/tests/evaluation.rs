@@ -77,7 +77,12 @@ fn a_run_is_judged_before_and_after_every_epoch() {
         "eval/linear_top5_final",
         "eval/knn_top1",
         "eval/knn_top5",
+        "eval/anisotropy",
+        "eval/correlation",
+        "eval/rank",
+        "eval/rank_ratio",
         "eval/rankme",
+        "eval/spread",
         "eval/std",
     ];
     for record in &judged {
@@ -160,6 +165,20 @@ fn what_fails_in_an_evaluation_has_its_exit_code_and_costs_no_epoch() {
         ended.error_says(says);
         assert_eq!(names(&room).last().unwrap(), last, "{setting}:\n{}", ended.stderr);
     }
+}
+
+#[test]
+fn collapsed_features_are_told_or_end_the_run() {
+    let warning = "features have collapsed at step 4: eval/spread is ";
+    let run = |settings: &[&str], code: i32| {
+        let room = Room::new();
+        train(&room, settings).expect(code)
+    };
+    let (collapsed, one) = ("method.features=collapsed", "trainer.epochs=1");
+    assert_eq!(run(&[collapsed, one], 0).stderr.matches(warning).count(), 1);
+    assert_eq!(run(&[collapsed, one, "eval.collapse=off"], 0).stderr.matches(warning).count(), 0);
+    assert_eq!(run(&[one], 0).stderr.matches("collapsed").count(), 0, "healthy features");
+    run(&[collapsed, "eval.collapse=stop"], 5).error_says(&[warning, "eval.collapse_below = 0.01"]);
 }
 
 #[test]

@@ -113,6 +113,17 @@ fn a_loss_that_is_none_is_told_with_the_plugin() {
 }
 
 #[test]
+fn a_panic_in_tch_is_told_in_libtorch_s_first_line() {
+    let room = Room::new();
+    let ended = train(&room, &["method.misfit_at_step=7"]).expect(PLUGIN_FAILED);
+    ended.error_says(&[
+        "plugin `faulty-plugin` panicked: libtorch: The size of tensor a (2) must match",
+        "(at ",
+    ]);
+    assert!(!ended.stderr.contains("frame #"), "{}", ended.stderr);
+}
+
+#[test]
 fn an_error_is_told_with_its_causes() {
     let room = Room::new();
     let ended = train(&room, &["method.error_at_step=7"]).expect(PLUGIN_FAILED);

@@ -72,7 +72,7 @@ pub enum CheckpointError {
         supported: u32,
     },
     /// Saved tensors that are not those of the model or optimizer they should go into.
-    #[error("the saved tensors do not fit: {}. Use the method, backbone and options of the saved run", .0.join("; "))]
+    #[error("the saved tensors do not fit: {}. Use the method, backbone and options that they were saved with", .0.join("; "))]
     Mismatch(Vec<String>),
     /// A tensor that cannot be saved or rebuilt.
     #[error("tensor {name}: {why}")]

@@ -5,6 +5,7 @@
 //! under another name, synced to the disk, and renamed. What a run saves and when is the training loop's business.
 
 mod changes;
+mod encoder;
 mod error;
 mod resume;
 mod run_dir;
@@ -12,9 +13,10 @@ mod state;
 mod store;
 mod tensors;
 
+pub use encoder::{encoder_of, read_encoder};
 pub use error::CheckpointError;
 pub use resume::{Resume, resolve_resume};
 pub use run_dir::RunDir;
 pub use state::{Best, FORMAT, PluginRecord, State};
-pub use store::{Checkpoint, latest, list, load, load_state, replace_file};
+pub use store::{Checkpoint, latest, list, load, load_model, load_state, replace_file};
 pub use tensors::{NamedTensors, read_tensors, restore, write_tensors};

@@ -28,6 +28,8 @@ pub struct State {
     pub method: String,
     /// Name of the backbone.
     pub backbone: String,
+    /// Where in the model the backbone lies that is learned for: the names of its tensors begin with this and a point.
+    pub encoder: String,
     /// The best evaluation so far.
     pub best: Option<Best>,
     /// The first evaluation: of random weights, when `eval.at_start` is on.
@@ -40,6 +42,10 @@ pub struct State {
     pub metrics_lines: u64,
     /// The resolved configuration.
     pub config: Value,
+    /// Classes of the training set; 0 without labels.
+    pub classes: u64,
+    /// Optimizer steps in an epoch.
+    pub steps_per_epoch: u64,
     /// Tells one set of training images from another: [`Dataset::fingerprint`](crate::data::Dataset::fingerprint).
     pub data_fingerprint: String,
     /// The plugins in use.

@@ -190,6 +190,14 @@ pub fn load(path: &Path) -> Result<Checkpoint, CheckpointError> {
     Ok(Checkpoint { path: path.to_owned(), state, model, optimizer })
 }
 
+/// Loads a checkpoint's parameters and buffers only, with its state.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_model(path: &Path) -> Result<(State, NamedTensors), CheckpointError> {
+    Ok((load_state(path)?, tensors::read_of_checkpoint(&path.join(MODEL), &others(path))?))
+}
+
 /// Loads a checkpoint's state only.
 pub fn load_state(path: &Path) -> Result<State, CheckpointError> {
     let file = path.join(STATE);

@@ -66,6 +66,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         TrainError::Interrupted { signal, .. } => Some(128 + *signal as u8),
         TrainError::Declaration { .. } => Some(6),
         TrainError::NoStep { .. } => Some(2),
-        TrainError::Diverged { .. } | TrainError::Device(_) | TrainError::Torch(_) => None,
+        TrainError::Diverged { .. }
+        | TrainError::Collapsed { .. }
+        | TrainError::Device(_)
+        | TrainError::Torch(_) => None,
     }
 }

@@ -2,9 +2,13 @@
 
 mod data;
 mod doctor;
+mod embed;
+mod eval;
 mod exit;
+mod export;
 mod output;
 mod plugin;
+mod session;
 mod train;
 
 use std::path::PathBuf;
@@ -67,6 +71,11 @@ enum Command {
     /// Pack, inspect and verify image data sets
     #[command(subcommand)]
     Data(data::DataCommand),
+    /// Judge a trained model
+    #[command(subcommand)]
+    Eval(eval::EvalCommand),
+    Embed(embed::EmbedArgs),
+    Export(export::ExportArgs),
     /// Show what is installed and what is missing
     Doctor(doctor::DoctorArgs),
     /// Print a completion script for a shell
@@ -95,6 +104,9 @@ pub fn main() -> ExitCode {
         Some(Command::Train(args)) => args.run(&search),
         Some(Command::Plugin(command)) => command.run(&search),
         Some(Command::Data(command)) => command.run(),
+        Some(Command::Eval(command)) => command.run(&search),
+        Some(Command::Embed(args)) => args.run(&search),
+        Some(Command::Export(args)) => args.run(),
         Some(Command::Doctor(args)) => args.run(&search),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -2,32 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::abi::MethodHandle;
-use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
-use serde_json::json;
+use jepa_plugin_api::{ViewSpec, tch};
 
 use super::exit::Usage;
 use super::output::print_text;
+use super::session::{Session, evaluation_view};
 use crate::checkpoint::{
-    self, Checkpoint, FORMAT, PluginRecord, Resume, RunDir, State, resolve_resume, restore,
+    self, Checkpoint, FORMAT, PluginRecord, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume,
+    restore,
 };
-use crate::config::{Config, Layers, ResolvedConfig};
+use crate::config::Config;
 use crate::data::{Dataset, Loader, LoaderOptions};
-use crate::device::{self, check_native, cpu_capability, device_text, libtorch};
+use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
-use crate::plugin::{Registry, SearchPath};
+use crate::plugin::SearchPath;
 use crate::provenance;
 use crate::track::{METRICS_FILE, Trackers};
 use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
-
-/// Key of the number that libtorch's generator starts from when weights are drawn.
-const INITIAL_WEIGHTS: u64 = 0x696e_6974_0000_0000;
 
 #[derive(Debug, Default, PartialEq, Args)]
 pub(super) struct TrainArgs {
@@ -60,39 +58,29 @@ impl TrainArgs {
 
     pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
         let signals = Signals::install().context("cannot take over signals")?;
-        let torch = libtorch();
-        check_native()?;
-
-        let mut registry = Registry::new(&torch.version);
-        for name in &self.plugin {
-            registry.load(search.find(name)?)?;
-        }
-        let mut settings = self.settings()?;
-        let method_name = self.choose_method(&settings.config, &registry)?;
-        settings.config.method.name = Some(method_name.clone());
-        let backbone_name = settings.config.backbone_name()?.to_owned();
-        registry.require_backbone(&backbone_name, search)?;
-        let (owner, offer) = registry.method(&method_name)?;
-        settings.adopt_plugin_options("method", &owner.manifest.name, offer.options.as_value())?;
-        let (owner, offer) = registry.backbone(&backbone_name)?;
-        settings.adopt_plugin_options("backbone", &owner.manifest.name, offer.options.as_value())?;
+        let session = self.session(search)?;
         if self.print_config {
-            return print_text(|out| out.write_all(settings.print().as_bytes()));
+            return print_text(|out| out.write_all(session.settings.print().as_bytes()));
         }
-        let config = &settings.config;
+        let config = session.config();
 
-        let device = device::choose(config.trainer.device)?;
-        if config.trainer.threads > 0 {
-            tch::set_num_threads(config.trainer.threads as i32);
-        }
+        let device = session.device()?;
         let train_set = Arc::new(Dataset::open(config.train_file()?)?);
         let val_set = config.data.val.as_ref().map(Dataset::open).transpose()?.map(Arc::new);
 
         let steps_per_epoch =
             steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
-        let method = build_method(config, &registry, device, &train_set, steps_per_epoch)?;
+        let method = session.build_method(device, train_set.classes() as u64, steps_per_epoch)?;
+        let resume = match &self.resume {
+            Some(request) => resolve_resume(request, &config.run.dir, config.run_name(&session.method))?,
+            None => None,
+        };
+        if let (Some(from), None) = (&config.init.from, &resume) {
+            initialise(&method, from)?;
+        }
         let views = method.views().to_vec();
-        let model = Model::adopt(method, &registry.method(&method_name)?.0.manifest.name)?;
+        let encoder = method.encoder().to_owned();
+        let model = Model::adopt(method, &session.registry.method(&session.method)?.0.manifest.name)?;
         let optimizer = Optimizer::new(&config.optimizer, model.trained());
 
         let mut state = State {
@@ -102,16 +90,20 @@ impl TrainArgs {
             batch_in_epoch: 0,
             ema_is_ahead: false,
             seed: config.seed,
-            method: method_name.clone(),
-            backbone: backbone_name,
+            method: session.method.clone(),
+            backbone: session.backbone.clone(),
+            encoder,
             best: None,
             first_eval: None,
             last_eval: None,
             meters: BTreeMap::new(),
             metrics_lines: 0,
             config: serde_json::to_value(config)?,
+            classes: train_set.classes() as u64,
+            steps_per_epoch,
             data_fingerprint: train_set.fingerprint()?,
-            plugins: registry
+            plugins: session
+                .registry
                 .plugins()
                 .iter()
                 .map(|p| PluginRecord {
@@ -121,7 +113,7 @@ impl TrainArgs {
                 })
                 .collect(),
             host: env!("CARGO_PKG_VERSION").to_owned(),
-            libtorch: torch.version,
+            libtorch: libtorch().version,
             device: match device {
                 tch::Device::Cpu => format!("cpu ({})", cpu_capability()?),
                 _ => "cuda".to_owned(),
@@ -146,10 +138,6 @@ impl TrainArgs {
         };
 
         let runs = &config.run.dir;
-        let resume = match &self.resume {
-            Some(request) => resolve_resume(request, runs, config.run_name(&method_name))?,
-            None => None,
-        };
         let directory = match resume {
             Some(Resume { run, checkpoint }) => {
                 let directory = RunDir::open(&run)?;
@@ -164,16 +152,16 @@ impl TrainArgs {
                 directory
             }
             None => {
-                let directory = RunDir::create(runs, config.run_name(&method_name))?;
+                let directory = RunDir::create(runs, config.run_name(&session.method))?;
                 tracing::info!("run {}", directory.path().display());
                 directory
             }
         };
-        provenance::write(directory.path(), &settings, &state)?;
+        provenance::write(directory.path(), &session.settings, &state)?;
 
         let path = directory.path().to_owned();
         let trackers = Trackers::open(&path)?;
-        let (config, started) = (settings.config, Instant::now());
+        let (config, started) = (session.settings.config, Instant::now());
         let outcome = run(Resources {
             config,
             device,
@@ -191,7 +179,7 @@ impl TrainArgs {
         print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))
     }
 
-    fn settings(&self) -> anyhow::Result<ResolvedConfig> {
+    fn session(&self, search: &SearchPath) -> anyhow::Result<Session> {
         // A run that is resumed by path brings its own configuration.
         let file = match (&self.config, self.resume.as_deref()) {
             (Some(file), _) => Some(file.clone()),
@@ -200,25 +188,7 @@ impl TrainArgs {
                 .filter(|file| file.is_file()),
             _ => None,
         };
-        let layers = Layers { file, overrides: self.overrides.clone(), ..Layers::default() };
-        Ok(layers.with_process_environment().load()?)
-    }
-
-    /// `method.name`, or the only method there is.
-    fn choose_method(&self, config: &Config, registry: &Registry) -> anyhow::Result<String> {
-        if let Some(name) = &config.method.name {
-            return Ok(name.clone());
-        }
-        match registry.method_names().as_slice() {
-            [only] => Ok((*only).to_owned()),
-            [] => Err(Usage(
-                "no method is loaded: name its plugin with --plugin, such as --plugin cnn_jepa; `jepa-host plugin \
-                 list` shows what there is"
-                    .to_owned(),
-            )
-            .into()),
-            several => Err(Usage(format!("set method.name to one of {}", several.join(", "))).into()),
-        }
+        Session::open(&self.plugin, file, &self.overrides, search)
     }
 
     /// Refuses to go on with something else than what the run began with, unless that is allowed.
@@ -250,30 +220,20 @@ fn resumed(saved: Checkpoint, now: State) -> State {
     }
 }
 
-fn build_method(
-    config: &Config,
-    registry: &Registry,
-    device: tch::Device,
-    train_set: &Dataset,
-    steps_per_epoch: u64,
-) -> anyhow::Result<MethodHandle> {
-    let (method_plugin, method) = registry.method(config.method.name.as_deref().unwrap_or_default())?;
-    let (backbone_plugin, backbone) = registry.backbone(config.backbone_name()?)?;
-    let facts = RunFacts {
-        device: device_text(device),
-        image_size: config.data.size as i64,
-        batch_size: config.optimizer.batch_size as i64,
-        epochs: config.trainer.epochs,
-        steps_per_epoch,
-        classes: train_set.classes() as i64,
-        seed: config.seed,
-    };
-    let (plugin, name) = (backbone_plugin.plugin.clone(), backbone.name.clone());
-    let options = json!(config.backbone.options);
-    let on = facts.device.clone();
-    let build_backbone = Box::new(move || plugin.build_backbone(&name, &options, &on));
-    tch::manual_seed(Rng::keyed(config.seed, 0, 0, INITIAL_WEIGHTS).bits() as i64);
-    method_plugin.plugin.build_method(&method.name, &json!(config.method.options), facts, build_backbone)
+/// Gives every backbone of `method` the weights in `from`.
+fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
+    let weights = read_encoder(from).context("init.from")?;
+    for backbone in method.backbones() {
+        let entries = method.entries().iter().map(|entry| (entry.name.clone(), entry.tensor.shallow_clone()));
+        restore(&encoder_of(entries.collect(), backbone), &weights).map_err(|error| {
+            Usage(format!(
+                "init.from = {} does not fit backbone.name and its options: {error}",
+                from.display()
+            ))
+        })?;
+    }
+    tracing::info!("{} tensors of the backbone come from {}", weights.len(), from.display());
+    Ok(())
 }
 
 fn loader(config: &Config, set: &Arc<Dataset>, views: Vec<ViewSpec>, train: bool) -> anyhow::Result<Loader> {
@@ -287,17 +247,6 @@ fn loader(config: &Config, set: &Arc<Dataset>, views: Vec<ViewSpec>, train: bool
         ..LoaderOptions::new(views, config.data.size as u32)
     };
     Ok(Loader::new(Arc::clone(set), options)?)
-}
-
-/// What the probes see: a centre crop, normalised as the method's own views are.
-fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
-    let crop =
-        ViewSpec::new("evaluation").resize_center_crop(config.eval.crop_ratio, Interpolation::Bilinear);
-    let transforms = views.iter().flat_map(|view| &view.transforms);
-    match transforms.into_iter().find(|transform| matches!(transform, Transform::Normalize { .. })) {
-        Some(normalize) => crop.then(normalize.clone()),
-        None => crop,
-    }
 }
 
 /// The table that a run ends with.

@@ -36,6 +36,8 @@ pub struct Config {
     pub checkpoint: Checkpoint,
     /// How representations are judged while training.
     pub eval: Eval,
+    /// What the backbone begins with.
+    pub init: Init,
 }
 
 /// Where results go: `<dir>/<name>/version_<n>`.
@@ -231,6 +233,26 @@ pub struct Checkpoint {
     pub best: Option<String>,
 }
 
+/// What the backbone begins with. A resumed run has its own weights and does not look here.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Init {
+    /// Weights for the backbone: a run, a checkpoint, or a safetensors file with timm's names. Default: random.
+    pub from: Option<PathBuf>,
+}
+
+/// What to do when features collapse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Collapse {
+    /// Nothing.
+    Off,
+    /// Say so.
+    Warn,
+    /// Stop the run, with exit code 5.
+    Stop,
+}
+
 /// How representations are judged while training, on `data.val`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -248,6 +270,11 @@ pub struct Eval {
     /// How many training images the probes learn from, drawn at random by the seed. Default: all.
     #[schemars(range(min = 1))]
     pub train_limit: Option<usize>,
+    /// What to do when features collapse: when `eval/spread` falls below `collapse_below`. Default `warn`.
+    pub collapse: Collapse,
+    /// The least spread of healthy features: 1 when they point everywhere, 0 when all are the same. Default 0.01.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub collapse_below: f64,
     /// The linear probe.
     pub linear: LinearProbe,
     /// The nearest-neighbour vote.
@@ -297,6 +324,7 @@ impl Default for Config {
             trainer: Trainer::default(),
             checkpoint: Checkpoint::default(),
             eval: Eval::default(),
+            init: Init::default(),
         }
     }
 }
@@ -363,6 +391,8 @@ impl Default for Eval {
             batch_size: 256,
             crop_ratio: 0.875,
             train_limit: None,
+            collapse: Collapse::Warn,
+            collapse_below: 0.01,
             linear: LinearProbe::default(),
             knn: Knn::default(),
         }

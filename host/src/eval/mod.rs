@@ -13,4 +13,4 @@ mod topk;
 
 pub use error::{EvalError, GoOn};
 pub use features::{Features, extract};
-pub use online::{Evaluation, FIGURES};
+pub use online::{Evaluation, FIGURES, feature_loader};

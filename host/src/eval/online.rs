@@ -11,14 +11,19 @@ use crate::config::{self, Config};
 use crate::data::{DataError, Dataset, Loader, LoaderOptions};
 
 /// Every figure that an [`Evaluation`] can give.
-pub const FIGURES: [&str; 8] = [
+pub const FIGURES: [&str; 13] = [
     "eval/linear_top1",
     "eval/linear_top5",
     "eval/linear_top1_final",
     "eval/linear_top5_final",
     "eval/knn_top1",
     "eval/knn_top5",
+    "eval/anisotropy",
+    "eval/correlation",
+    "eval/rank",
+    "eval/rank_ratio",
     "eval/rankme",
+    "eval/spread",
     "eval/std",
 ];
 
@@ -30,6 +35,29 @@ pub struct Evaluation {
     classes: i64,
     seed: u64,
     settings: config::Eval,
+}
+
+/// Batches of `eval.batch_size` images of `set`, all of them, as `view` shows them; in the file's order, or in one
+/// that the seed gives.
+///
+/// # Errors
+/// A view that makes no sense.
+pub fn feature_loader(
+    config: &Config,
+    view: ViewSpec,
+    set: &Arc<Dataset>,
+    shuffle: bool,
+) -> Result<Loader, DataError> {
+    let options = LoaderOptions {
+        batch_size: config.eval.batch_size,
+        seed: config.seed,
+        threads: config.data.threads,
+        on_error: config.data.on_error,
+        shuffle,
+        drop_last: false,
+        ..LoaderOptions::new(vec![view], config.data.size as u32)
+    };
+    Loader::new(Arc::clone(set), options)
 }
 
 impl Evaluation {
@@ -45,18 +73,7 @@ impl Evaluation {
     ) -> Result<Self, DataError> {
         train_set.require_labels("evaluation")?;
         val_set.require_labels("evaluation")?;
-        let loader = |set: &Arc<Dataset>, shuffle: bool| {
-            let options = LoaderOptions {
-                batch_size: config.eval.batch_size,
-                seed: config.seed,
-                threads: config.data.threads,
-                on_error: config.data.on_error,
-                shuffle,
-                drop_last: false,
-                ..LoaderOptions::new(vec![view.clone()], config.data.size as u32)
-            };
-            Loader::new(Arc::clone(set), options)
-        };
+        let loader = |set, shuffle| feature_loader(config, view.clone(), set, shuffle);
         Ok(Evaluation {
             // A part of the training set is a random part: files are often sorted by class.
             bank: loader(train_set, config.eval.train_limit.is_some())?,
@@ -115,7 +132,12 @@ impl Evaluation {
             note("knn_top5", result.top5);
         }
         let described = descriptors::describe(&queries.x)?;
+        note("anisotropy", described.anisotropy);
+        note("correlation", described.correlation);
+        note("rank", described.rank);
+        note("rank_ratio", described.rank_ratio);
         note("rankme", described.rankme);
+        note("spread", described.spread);
         note("std", described.std);
         Ok(figures)
     }

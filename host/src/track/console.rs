@@ -129,7 +129,9 @@ impl Console {
         if training && self.bar.is_some() {
             return;
         }
-        let shown = |name: &&String| !name.starts_with("train/") || MAIN.contains(&name.as_str());
+        let shown = |name: &&String| {
+            MAIN.contains(&name.as_str()) || !name.starts_with("train/") && !name.starts_with("eval/")
+        };
         let text: Vec<String> = figures
             .iter()
             .filter(|(name, _)| shown(name))
@@ -145,8 +147,17 @@ impl Console {
     }
 }
 
-/// The training figures that fit on a line.
-const MAIN: [&str; 4] = ["train/loss", "train/lr", "train/images_per_s", "train/data_wait"];
+/// The figures of training and evaluation that fit on a line.
+const MAIN: [&str; 8] = [
+    "train/loss",
+    "train/lr",
+    "train/images_per_s",
+    "train/data_wait",
+    "eval/linear_top1",
+    "eval/knn_top1",
+    "eval/rankme",
+    "eval/spread",
+];
 
 fn short(name: &str) -> &str {
     name.strip_prefix("train/").or_else(|| name.strip_prefix("eval/")).unwrap_or(name)

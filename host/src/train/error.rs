@@ -25,6 +25,19 @@ pub enum TrainError {
         /// What can be resumed from.
         checkpoint: Option<PathBuf>,
     },
+    /// All features have become the same. Exit code 5.
+    #[error(
+        "features have collapsed at step {step}: eval/spread is {spread:.2e}, below eval.collapse_below = {limit}. Try \
+         a lower optimizer.lr, or a slower EMA; eval.collapse = \"warn\" goes on nevertheless"
+    )]
+    Collapsed {
+        /// Optimizer steps taken.
+        step: u64,
+        /// What is left of it.
+        spread: f64,
+        /// Configured.
+        limit: f64,
+    },
     /// A signal asked for the end. Exit code 128 + signal.
     #[error("interrupted by {}; continue with --resume {}", signal_name(*signal), run.display())]
     Interrupted {

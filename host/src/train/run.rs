@@ -12,7 +12,7 @@ use super::meter::Meters;
 use super::schedule::{Progress, learning_rate};
 use super::{Model, Optimizer, Signals, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
-use crate::config::{Config, Precision};
+use crate::config::{Collapse, Config, Precision};
 use crate::data::{Batches, LoadedBatch, Loader};
 use crate::device::autocast_bf16;
 use crate::eval::{EvalError, Evaluation};
@@ -94,7 +94,7 @@ pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
 
 /// Whether `cause` says that the weights are no good any more.
 pub fn has_diverged(cause: &(dyn Error + 'static)) -> bool {
-    matches!(cause.downcast_ref(), Some(TrainError::Diverged { .. }))
+    matches!(cause.downcast_ref(), Some(TrainError::Diverged { .. } | TrainError::Collapsed { .. }))
         || matches!(cause.downcast_ref(), Some(EvalError::NotFinite { .. } | EvalError::Diverged { .. }))
 }
 
@@ -301,6 +301,7 @@ impl Run {
         }
         let best = self.note_best(&figures);
         self.log(&figures);
+        self.check_collapse(&figures)?;
         if complete {
             self.state.epoch += 1;
             self.state.batch_in_epoch = 0;
@@ -311,22 +312,28 @@ impl Run {
         Ok(())
     }
 
-    /// The method's loss on the validation set, with running statistics and the same random numbers each time.
+    /// The method's loss and metrics on the validation set, with running statistics and the same random numbers each time.
     fn validate(&mut self) -> anyhow::Result<Figures> {
         let Some(loader) = self.validation.clone() else { return Ok(Figures::new()) };
-        let (mut sum, mut images) = (0.0, 0usize);
+        let (mut sums, mut images) = (Figures::new(), 0usize);
         for batch in loader.batches(VALIDATION_EPOCH, 0) {
             self.check_signals()?;
             let batch = self.to_device(batch?, false);
             let size = batch.len();
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let step = no_grad(|| autocast_bf16(bf16, self.device, || self.model.method.step(batch)))??;
-            sum += step.loss.f_double_value(&[])? * size as f64;
+            let metrics =
+                step.metrics.iter().map(|(name, value)| (format!("val/{}/{name}", self.state.method), value));
+            for (name, value) in metrics.chain([("val/loss".to_owned(), &step.loss)]) {
+                *sums.entry(name).or_default() += value.f_double_value(&[])? * size as f64;
+            }
             images += size;
         }
-        let loss = sum / images as f64;
-        self.require_finite("val/loss", loss)?;
-        Ok(Figures::from([("val/loss".to_owned(), loss)]))
+        let figures: Figures = sums.into_iter().map(|(name, sum)| (name, sum / images as f64)).collect();
+        for (name, value) in &figures {
+            self.require_finite(name, *value)?;
+        }
+        Ok(figures)
     }
 
     /// The probes on frozen features.
@@ -345,6 +352,23 @@ impl Run {
         let figures = evaluation.run(device, &mut encode, &go_on)?;
         self.state.last_eval = Some(figures.clone());
         Ok(figures)
+    }
+
+    /// Applies `eval.collapse`.
+    fn check_collapse(&self, figures: &Figures) -> Result<(), TrainError> {
+        let (step, limit) = (self.state.step, self.config.eval.collapse_below);
+        let Some(&spread) = figures.get("eval/spread").filter(|spread| **spread < limit) else {
+            return Ok(());
+        };
+        let error = TrainError::Collapsed { step, spread, limit };
+        match self.config.eval.collapse {
+            Collapse::Off => Ok(()),
+            Collapse::Warn => {
+                tracing::warn!("{error}");
+                Ok(())
+            }
+            Collapse::Stop => Err(error),
+        }
     }
 
     /// Whether `figures` are the best so far by the metric of `checkpoint.best`.

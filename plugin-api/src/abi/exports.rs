@@ -6,7 +6,7 @@ use abi_stable::library::{__call_root_module_loader, CheckTypeLayout, LibHeader,
 use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::sabi_trait::prelude::TD_Opaque;
 use abi_stable::std_types::{ROption, RResult, RStr, RString, RVec};
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use schemars::schema_for;
 use serde::Serialize;
 use serde_json::Value;
@@ -17,6 +17,7 @@ use super::log::LogSink;
 use super::module::*;
 use super::tensor::TensorOwned;
 use super::{BackboneHandle, Failure, FailureKind};
+use crate::host::HostParts;
 use crate::params::Entry;
 use crate::{Backbone, BackboneInfo, Batch, Host, Method, Params, Result, Step, ViewSpec, parse_device};
 
@@ -56,6 +57,7 @@ pub(super) fn module<P: Exports>() -> PluginModuleRef {
 
 /// How a plugin builds one of its methods.
 pub struct MethodEntry {
+    encoder: &'static str,
     offer: MethodOffer,
     build: fn(Value, &mut Host<'_>) -> Result<Box<dyn ErasedMethod>>,
 }
@@ -64,6 +66,7 @@ impl MethodEntry {
     /// The entry of method `M`.
     pub fn of<M: Method>() -> Self {
         MethodEntry {
+            encoder: M::ENCODER,
             offer: MethodOffer { name: M::NAME.to_owned(), options: schema_for!(M::Options) },
             build: |options, host| Ok(Box::new(M::new(serde_json::from_value(options)?, host)?)),
         }
@@ -159,9 +162,13 @@ extern "C" fn build_method<P: Exports>(
         let mut safe_host = Host::new(facts, &mut backbone)?;
         let options = serde_json::from_str(options_json.as_str())?;
         let method = (entry.build)(options, &mut safe_host).map_err(|error| refusal(P::NAME, error))?;
-        let (params, ema) = safe_host.into_parts();
-        let entries = params.entries();
-        let declaration = MethodDeclaration { views: method.views(), tensors: names(&entries), ema };
+        let HostParts { params, ema, backbones } = safe_host.into_parts();
+        let encoder = entry.encoder.to_owned();
+        if !backbones.is_empty() && !backbones.contains(&encoder) {
+            bail!("its encoder is `{encoder}`, and its backbones are {}", backbones.join(", "));
+        }
+        let (views, entries) = (method.views(), params.entries());
+        let declaration = MethodDeclaration { views, tensors: names(&entries), ema, backbones, encoder };
         let tensors = entries.into_iter().map(|entry| entry.tensor).collect();
         let guarded = GuardedMethod {
             plugin: P::NAME,

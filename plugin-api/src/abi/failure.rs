@@ -98,8 +98,8 @@ impl Failure {
             return Failure {
                 plugin: plugin.to_owned(),
                 kind: FailureKind::Error,
-                message: error.to_string(),
-                chain: error.chain().skip(1).map(ToString::to_string).collect(),
+                message: without_frames(error.to_string()),
+                chain: error.chain().skip(1).map(|cause| without_frames(cause.to_string())).collect(),
             };
         };
         let on_the_way = error.chain().take_while(|cause| !cause.is::<Failure>()).map(ToString::to_string);
@@ -190,5 +190,19 @@ impl<T: ?Sized> Drop for Contained<T> {
 
 fn panic_text(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|s| (*s).to_owned());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+    let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
+    without_frames(text.unwrap_or_else(|| "no message".to_owned()))
+}
+
+/// What libtorch says, without the frames of its C++ that follow. tch's functions without `f_` panic with such a
+/// message in quotes.
+fn without_frames(text: String) -> String {
+    let Some(end) =
+        ["\\nException raised from", "\nException raised from"].iter().find_map(|mark| text.find(mark))
+    else {
+        return text;
+    };
+    let text = &text[..end];
+    let unwrapped = text.strip_prefix("called `Result::unwrap()` on an `Err` value: Torch(\"");
+    unwrapped.map_or(text.to_owned(), |message| format!("libtorch: {message}"))
 }

@@ -173,6 +173,16 @@ impl MethodHandle {
         &self.declaration.ema
     }
 
+    /// The names of its backbones.
+    pub fn backbones(&self) -> &[String] {
+        &self.declaration.backbones
+    }
+
+    /// The backbone that is learned for, see [`Method::ENCODER`](crate::Method::ENCODER).
+    pub fn encoder(&self) -> &str {
+        &self.declaration.encoder
+    }
+
     /// All its tensors, backbones' included.
     pub fn entries(&self) -> &[Entry] {
         &self.entries

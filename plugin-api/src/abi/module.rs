@@ -56,6 +56,12 @@ pub struct MethodDeclaration {
     pub tensors: Vec<TensorName>,
     #[serde(default)]
     pub ema: Vec<EmaPair>,
+    /// The names of its backbones.
+    #[serde(default)]
+    pub backbones: Vec<String>,
+    /// The one of them that is learned for.
+    #[serde(default)]
+    pub encoder: String,
 }
 
 /// What a built backbone declares.

@@ -96,6 +96,7 @@ pub struct Output {
 
 impl Method for CnnJepa {
     const NAME: &'static str = "cnn_jepa";
+    const ENCODER: &'static str = "target";
 
     type Options = CnnJepaOptions;
 

@@ -27,6 +27,8 @@ pub struct FaultyOptions {
     pub detached_loss_at_step: Option<u64>,
     /// Give a loss that is no scalar in this step.
     pub vector_loss_at_step: Option<u64>,
+    /// Add tensors whose shapes do not fit in this step.
+    pub misfit_at_step: Option<u64>,
     /// What evaluation gets.
     pub features: Features,
     /// Panic while the method is built.
@@ -52,6 +54,8 @@ pub enum Features {
     Map,
     /// Numbers that are none.
     Nan,
+    /// Nearly the same for all images.
+    Collapsed,
 }
 
 /// Learns the mean colour of the images: one parameter, one that follows it, and a count of the steps.
@@ -65,6 +69,7 @@ pub struct Faulty {
 
 impl Method for Faulty {
     const NAME: &'static str = "faulty";
+    const ENCODER: &'static str = "none";
 
     type Options = FaultyOptions;
 
@@ -124,11 +129,14 @@ impl Method for Faulty {
             // The derivative of √x at 0 is infinite, and infinity times 0 is no number.
             loss += (&self.colour * 0.0).square().sum(Kind::Float).sqrt();
         }
+        if self.options.misfit_at_step == now {
+            let _ = Tensor::zeros([2], (Kind::Float, self.colour.device())) + &self.colour;
+        }
         if self.options.detached_loss_at_step == now {
             loss = loss.detach();
         }
         if self.options.vector_loss_at_step == now {
-            loss *= Tensor::ones([2], (Kind::Float, self.colour.device()));
+            loss = loss.repeat([2]);
         }
         let distance = (&self.colour - &mean).abs().max();
         let infinite = self.options.infinite_metric_at_step == now;
@@ -141,6 +149,7 @@ impl Method for Faulty {
             Features::Good => images.flatten(1, 3),
             Features::Panic => panic!("the method cannot look at it"),
             Features::Map => images.shallow_clone(),
+            Features::Collapsed => images.flatten(1, 3) * 1e-6 + 1.0,
             Features::Nan => images.flatten(1, 3) * f64::NAN,
         })
     }

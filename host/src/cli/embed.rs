@@ -1,0 +1,71 @@
+//! `jepa-host embed`: the features of a data set as an HDF5 file.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use jepa_plugin_api::tch::{Device, no_grad};
+use serde_json::json;
+
+use super::exit::Usage;
+use super::output::{Format, print};
+use super::session::{SavedArgs, evaluation_view};
+use crate::data::{Dataset, FeatureFile};
+use crate::eval::{Features, feature_loader};
+use crate::plugin::SearchPath;
+
+/// Write the features of a data set as HDF5: `features` f32 (N, D), `labels` i64 (N), `indices` i64 (N)
+#[derive(Debug, Args)]
+pub(super) struct EmbedArgs {
+    /// The file to write
+    #[arg(long, short, value_name = "FILE")]
+    out: PathBuf,
+    /// The images; by default data.val of the run
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+    /// Replace the file when it is there
+    #[arg(long)]
+    force: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    #[command(flatten)]
+    saved: SavedArgs,
+}
+
+impl EmbedArgs {
+    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+        let mut saved = self.saved.open(search)?;
+        let config = saved.session.config();
+        let Some(data) = self.data.as_ref().or(config.data.val.as_ref()) else {
+            return Err(Usage("the run has no data.val: name the images with --data".to_owned()).into());
+        };
+        let set = Arc::new(Dataset::open(data)?);
+        let view = evaluation_view(config, saved.model.method.views());
+        let loader = feature_loader(config, view, &set, false)?;
+        let mut file: Option<FeatureFile> = None;
+        for batch in loader.batches(0, 0) {
+            let batch = batch?;
+            let images = batch.views[0].to_device(saved.device);
+            let x = no_grad(|| saved.model.method.encode(&images))?.to_device(Device::Cpu);
+            let features = Features::new(&x, &batch.labels)?;
+            let file = match &mut file {
+                Some(file) => file,
+                None => {
+                    let columns = features.dimensions() as usize;
+                    file.insert(FeatureFile::create(&self.out, set.len(), columns, self.force)?)
+                }
+            };
+            let values = Vec::<f32>::try_from(features.x.contiguous().view(-1))?;
+            file.append(&values, &Vec::<i64>::try_from(&features.y)?, &batch.indices)?;
+        }
+        let Some(file) = file else {
+            return Err(Usage(format!("{} has no images", data.display())).into());
+        };
+        let columns = file.finish()?;
+        let report = json!({ "file": self.out, "images": set.len(), "dimensions": columns });
+        print(self.format, &report, |_, out| {
+            writeln!(out, "{}: features ({}, {columns})", self.out.display(), set.len())
+        })
+    }
+}

@@ -1,0 +1,53 @@
+//! `jepa-host export`: the learned backbone as a safetensors file.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use serde_json::json;
+
+use super::exit::Usage;
+use super::output::{Format, print};
+use super::session::find_checkpoint;
+use crate::checkpoint::{encoder_of, load_model, write_tensors};
+
+/// Write the learned backbone as safetensors, with timm's names: no plugin is needed
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    /// A run directory (the newest checkpoint is taken), or a checkpoint
+    #[arg(value_name = "RUN|CHECKPOINT")]
+    run: PathBuf,
+    /// The file to write, such as resnet50.safetensors
+    out: PathBuf,
+    /// Replace the file when it is there
+    #[arg(long)]
+    force: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl ExportArgs {
+    pub fn run(self) -> anyhow::Result<()> {
+        if self.out.exists() && !self.force {
+            return Err(Usage(format!("{} exists: add --force to replace it", self.out.display())).into());
+        }
+        let (_, checkpoint) = find_checkpoint(&self.run)?;
+        let (state, model) = load_model(&checkpoint)?;
+        let tensors = encoder_of(model, &state.encoder);
+        if tensors.is_empty() {
+            return Err(Usage(format!("the method {} has no backbone to export", state.method)).into());
+        }
+        let temporary = self.out.with_extension("tmp");
+        write_tensors(&temporary, &tensors)?;
+        std::fs::rename(&temporary, &self.out)
+            .with_context(|| format!("cannot write {}", self.out.display()))?;
+        let report = json!({
+            "file": self.out, "backbone": state.backbone, "checkpoint": checkpoint, "tensors": tensors.len(),
+        });
+        print(self.format, &report, |_, out| {
+            writeln!(out, "{}: {} of {}", self.out.display(), state.backbone, checkpoint.display())?;
+            writeln!(out, "{} tensors, from the method's `{}`", tensors.len(), state.encoder)
+        })
+    }
+}

@@ -1,0 +1,186 @@
+//! What every command that works with a method puts together: its plugins, its settings, and the method itself.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Args;
+use jepa_plugin_api::abi::MethodHandle;
+use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
+use serde_json::json;
+
+use super::exit::Usage;
+use crate::checkpoint::{CheckpointError, State, load_model, resolve_resume, restore};
+use crate::config::{Config, Layers, ResolvedConfig};
+use crate::device::{self, check_native, device_text, libtorch};
+use crate::plugin::{Registry, SearchPath};
+use crate::train::Model;
+
+/// Key of the number that libtorch's generator starts from when weights are drawn.
+const INITIAL_WEIGHTS: u64 = 0x696e_6974_0000_0000;
+
+/// The plugins of a command, and its settings with the options of method and backbone checked and complete.
+pub(super) struct Session {
+    pub registry: Registry,
+    pub settings: ResolvedConfig,
+    /// Name of the method.
+    pub method: String,
+    /// Name of the backbone.
+    pub backbone: String,
+}
+
+impl Session {
+    /// Loads `plugins`, and one with the backbone should they lack it; reads the configuration `file` and `overrides`.
+    pub fn open(
+        plugins: &[PathBuf],
+        file: Option<PathBuf>,
+        overrides: &[String],
+        search: &SearchPath,
+    ) -> anyhow::Result<Session> {
+        check_native()?;
+        let mut registry = Registry::new(&libtorch().version);
+        for name in plugins {
+            registry.load(search.find(name)?)?;
+        }
+        let layers = Layers { file, overrides: overrides.to_vec(), ..Layers::default() };
+        let mut settings = layers.with_process_environment().load()?;
+
+        let method = choose_method(&settings.config, &registry)?;
+        settings.config.method.name = Some(method.clone());
+        let (owner, offer) = registry.method(&method)?;
+        let backbone = settings.config.backbone_name()?.to_owned();
+        settings.adopt_plugin_options("method", &owner.manifest.name, offer.options.as_value())?;
+        registry.require_backbone(&backbone, search)?;
+        let (owner, offer) = registry.backbone(&backbone)?;
+        settings.adopt_plugin_options("backbone", &owner.manifest.name, offer.options.as_value())?;
+        Ok(Session { registry, settings, method, backbone })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.settings.config
+    }
+
+    /// Builds the method on `device` for a training set of so many `classes` and steps an epoch. Its weights are
+    /// random, by the seed.
+    pub fn build_method(
+        &self,
+        device: tch::Device,
+        classes: u64,
+        steps_per_epoch: u64,
+    ) -> anyhow::Result<MethodHandle> {
+        let config = self.config();
+        let (method_plugin, method) = self.registry.method(&self.method)?;
+        let (backbone_plugin, backbone) = self.registry.backbone(&self.backbone)?;
+        let facts = RunFacts {
+            device: device_text(device),
+            image_size: config.data.size as i64,
+            batch_size: config.optimizer.batch_size as i64,
+            epochs: config.trainer.epochs,
+            steps_per_epoch,
+            classes: classes as i64,
+            seed: config.seed,
+        };
+        let (plugin, name) = (backbone_plugin.plugin.clone(), backbone.name.clone());
+        let options = json!(config.backbone.options);
+        let on = facts.device.clone();
+        let build_backbone = Box::new(move || plugin.build_backbone(&name, &options, &on));
+        tch::manual_seed(Rng::keyed(config.seed, 0, 0, INITIAL_WEIGHTS).bits() as i64);
+        let options = json!(config.method.options);
+        method_plugin.plugin.build_method(&method.name, &options, facts, build_backbone)
+    }
+
+    /// The device that `trainer.device` asks for, with the threads that `trainer.threads` asks for.
+    pub fn device(&self) -> anyhow::Result<tch::Device> {
+        let trainer = &self.config().trainer;
+        let device = device::choose(trainer.device)?;
+        if trainer.threads > 0 {
+            tch::set_num_threads(trainer.threads as i32);
+        }
+        Ok(device)
+    }
+}
+
+/// `method.name`, or the only method there is.
+fn choose_method(config: &Config, registry: &Registry) -> anyhow::Result<String> {
+    if let Some(name) = &config.method.name {
+        return Ok(name.clone());
+    }
+    match registry.method_names().as_slice() {
+        [only] => Ok((*only).to_owned()),
+        [] => Err(Usage(
+            "no method is loaded: name its plugin with --plugin, such as --plugin cnn_jepa; `jepa-host plugin list` \
+             shows what there is"
+                .to_owned(),
+        )
+        .into()),
+        several => Err(Usage(format!("set method.name to one of {}", several.join(", "))).into()),
+    }
+}
+
+/// What the probes see: a centre crop, normalised as the method's own views are.
+pub(super) fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
+    let crop =
+        ViewSpec::new("evaluation").resize_center_crop(config.eval.crop_ratio, Interpolation::Bilinear);
+    let transforms = views.iter().flat_map(|view| &view.transforms);
+    match transforms.into_iter().find(|transform| matches!(transform, Transform::Normalize { .. })) {
+        Some(normalize) => crop.then(normalize.clone()),
+        None => crop,
+    }
+}
+
+/// A trained model to work with, on the command line.
+#[derive(Debug, Args)]
+pub(super) struct SavedArgs {
+    /// A run directory (the newest checkpoint is taken), or a checkpoint
+    #[arg(value_name = "RUN|CHECKPOINT")]
+    run: PathBuf,
+    /// Plugin to load; by default those that the run was trained with, by their names
+    #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
+    plugin: Vec<PathBuf>,
+    /// Settings that differ from the run's, such as data.val=other.h5
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+/// A trained model, with what it was trained by.
+pub(super) struct Saved {
+    pub session: Session,
+    pub device: tch::Device,
+    /// With the weights of the checkpoint.
+    pub model: Model,
+    pub state: State,
+    pub checkpoint: PathBuf,
+}
+
+impl SavedArgs {
+    /// Builds the method as the run did, and gives it the weights of the checkpoint.
+    pub fn open(&self, search: &SearchPath) -> anyhow::Result<Saved> {
+        let (run, checkpoint) = find_checkpoint(&self.run)?;
+        let (state, weights) = load_model(&checkpoint)?;
+        let names = || state.plugins.iter().map(|plugin| plugin.name.clone().into());
+        let plugins = if self.plugin.is_empty() { names().collect() } else { self.plugin.clone() };
+        let session = Session::open(&plugins, Some(run.join("config.toml")), &self.overrides, search)?;
+        for plugin in session.registry.plugins() {
+            let then = state.plugins.iter().find(|then| then.name == plugin.manifest.name);
+            if then.is_some_and(|then| then.sha256 != plugin.sha256) {
+                tracing::warn!(
+                    "{} is not the file that the run was trained with: results may differ",
+                    plugin.path.display()
+                );
+            }
+        }
+        let device = session.device()?;
+        let method = session.build_method(device, state.classes, state.steps_per_epoch)?;
+        let model = Model::adopt(method, &session.registry.method(&session.method)?.0.manifest.name)?;
+        restore(&model.tensors(), &weights).with_context(|| format!("{}", checkpoint.display()))?;
+        Ok(Saved { session, device, model, state, checkpoint })
+    }
+}
+
+/// The run directory and the checkpoint that `path` means.
+pub(super) fn find_checkpoint(path: &Path) -> Result<(PathBuf, PathBuf), CheckpointError> {
+    let nothing =
+        || CheckpointError::NotACheckpoint { path: path.to_owned(), why: "there is none in it".to_owned() };
+    let found = resolve_resume(&path.to_string_lossy(), "".as_ref(), "")?.ok_or_else(nothing)?;
+    Ok((found.run, found.checkpoint))
+}

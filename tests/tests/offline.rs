@@ -1,0 +1,154 @@
+//! What can be done with a finished run: judge it again, export its backbone, begin another run with it, embed images.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+use jepa_tests::fixture::Fixture;
+use jepa_tests::real::{Room, TINY_BACKBONE, checkpoints, demo_images, held_out_images, setting};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+const RUN: &str = "runs/cnn_jepa/version_0";
+
+/// The arguments of 5 steps of CNN-JEPA, judged before and after.
+fn arguments(settings: &[&str]) -> Vec<String> {
+    let fixed = [
+        "data.size=16",
+        "method.mask.min_keep=1",
+        "optimizer.batch_size=64",
+        "optimizer.warmup_epochs=0",
+        "trainer.max_steps=5",
+        "trainer.threads=1",
+        "trainer.device=cpu",
+        "eval.train_limit=1500",
+        "eval.linear.epochs=5",
+    ];
+    let images = [setting("data.train", &demo_images()), setting("data.val", &held_out_images())];
+    let arguments = ["--plugin", "cnn_jepa"].into_iter().chain(TINY_BACKBONE).chain(fixed);
+    let arguments = arguments.map(str::to_owned).chain(images);
+    arguments.chain(settings.iter().map(|setting| (*setting).to_owned())).collect()
+}
+
+fn trained() -> Room {
+    let room = Room::new();
+    room.run(arguments(&[])).expect(0);
+    room
+}
+
+/// The newest checkpoint's state.
+fn state(room: &Room, run: &str) -> Value {
+    let newest = checkpoints(&room.file(run).join("checkpoints")).pop().unwrap();
+    serde_json::from_slice(&fs::read(newest.join("state.json")).unwrap()).unwrap()
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+/// Names and bytes of a safetensors file.
+fn tensors(file: &PathBuf) -> Vec<(String, Vec<u8>)> {
+    let bytes = fs::read(file).unwrap();
+    let content = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: Vec<_> =
+        content.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect();
+    tensors.sort();
+    tensors
+}
+
+#[test]
+fn offline_figures_are_the_online_ones_to_the_last_digit() {
+    let room = trained();
+    let online = &state(&room, RUN)["last_eval"];
+    for (protocol, names) in [
+        ("linear", &["eval/linear_top1", "eval/linear_top1_final", "eval/linear_top5", "eval/rankme"][..]),
+        ("knn", &["eval/knn_top1", "eval/knn_top5", "eval/spread", "eval/correlation"]),
+    ] {
+        let ended = room.run(["eval", protocol, RUN, "--format", "json"]).expect(0);
+        let offline = json(&ended.stdout);
+        for &name in names {
+            assert!(offline[name].is_f64(), "{name} in {offline}");
+            assert_eq!(offline[name], online[name], "{name}");
+        }
+        assert_eq!(offline.get("eval/knn_top1").is_some(), protocol == "knn", "only what was asked for");
+    }
+    let text = room.run(["eval", "knn", RUN, "eval.knn.k=5"]).expect(0).stdout;
+    assert!(text.contains("step_00000005 of step 5") && text.contains("eval/knn_top1 "), "{text}");
+
+    room.run(["eval", "knn", "runs/nothing"]).expect(1).error_says(&["runs/nothing is no checkpoint"]);
+}
+
+#[test]
+fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
+    let room = trained();
+    let ended = room.run(["export", RUN, "backbone.safetensors", "--format", "json"]).expect(0);
+    assert_eq!(json(&ended.stdout)["backbone"], "resnet18");
+    let file = room.file("backbone.safetensors");
+    let exported = tensors(&file);
+
+    // Of timm's own resnet18 with the small stem; it has a block for each of ours here.
+    let timm = Fixture::read("resnet_small_stem");
+    let known: BTreeSet<&str> =
+        timm.under("param.").into_iter().chain(timm.under("after.")).map(|(name, _)| name).collect();
+    // PyTorch's counters of batches are not in the fixture.
+    for (name, _) in exported.iter().filter(|(name, _)| !name.ends_with("num_batches_tracked")) {
+        assert!(known.contains(name.as_str()), "{name} is no name of timm's");
+    }
+    assert!(exported.iter().any(|(name, _)| name == "layer2.0.downsample.1.running_var"));
+
+    room.run(["export", RUN, "backbone.safetensors"]).expect(2).error_says(&["exists", "--force"]);
+    room.run(["export", RUN, "backbone.safetensors", "--force"]).expect(0);
+
+    // From the file and from the run itself, the first judgement is the last of the run that was exported.
+    let last = &state(&room, RUN)["last_eval"];
+    for (version, from) in [("version_1", "backbone.safetensors"), ("version_2", RUN)] {
+        let ended = room.run(arguments(&[&format!("init.from={from}")])).expect(0);
+        assert!(
+            ended.stderr.contains(&format!("tensors of the backbone come from {from}")),
+            "{}",
+            ended.stderr
+        );
+        let state = state(&room, &format!("runs/cnn_jepa/{version}"));
+        assert_eq!(&state["first_eval"], last, "{from}");
+    }
+}
+
+#[test]
+fn weights_of_another_backbone_are_refused_before_anything_begins() {
+    let room = trained();
+    room.run(["export", RUN, "small.safetensors"]).expect(0);
+    let ended = room.run(arguments(&["init.from=small.safetensors", "backbone.width=8"])).expect(2);
+    ended.error_says(&[
+        "init.from = small.safetensors does not fit backbone.name",
+        "conv1.weight is [4, 3, 3, 3]",
+    ]);
+    let ended = room.run(arguments(&["init.from=small.safetensors", "backbone.depths=[1,1,1]"])).expect(2);
+    ended.error_says(&["init.from", "missing: ", "layer3.0.conv1.weight"]);
+    assert!(!room.file("runs/cnn_jepa/version_1").exists());
+
+    fs::write(room.file("text.safetensors"), "no tensors").unwrap();
+    let ended = room.run(arguments(&["init.from=text.safetensors"])).expect(1);
+    ended.error_says(&["init.from", "text.safetensors", "not a whole safetensors file"]);
+}
+
+#[test]
+fn embedded_images_come_with_their_labels() {
+    let room = trained();
+    room.run(["embed", RUN, "--out", "features.h5"]).expect(0);
+    let file = hdf5::File::open(room.file("features.h5")).unwrap();
+    let features = file.dataset("features").unwrap();
+    assert_eq!(features.shape(), [2000, 8]);
+    let values: Vec<f32> = features.read_raw().unwrap();
+    assert!(values.iter().all(|value| value.is_finite()) && values.iter().any(|value| *value != values[0]));
+    let indices: Vec<i64> = file.dataset("indices").unwrap().read_raw().unwrap();
+    assert_eq!(indices, (0..2000).collect::<Vec<i64>>());
+    let labels: Vec<i64> = file.dataset("labels").unwrap().read_raw().unwrap();
+    let held_out = hdf5::File::open(held_out_images()).unwrap();
+    let truth: Vec<i64> = held_out.dataset("labels").unwrap().read_raw().unwrap();
+    assert_eq!(labels, truth);
+
+    room.run(["embed", RUN, "--out", "features.h5"]).expect(4).error_says(&["features.h5", "exists"]);
+    let train = demo_images();
+    let ended = room.run(["embed", RUN, "--out", "train.h5", "--data", train.to_str().unwrap()]).expect(0);
+    assert_eq!(ended.stdout, "train.h5: features (8000, 8)\n");
+}
