@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint data
+.PHONY: help setup build demo test bench lint data
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
@@ -22,6 +22,9 @@ test: build  ## run all tests
 	tests/setup.sh
 	cargo test --release --workspace
 	cargo test --release -p jepa-host --test data -- --ignored
+
+bench: build  ## time PyTorch and jepa-host side by side
+	scripts/bench.sh
 
 lint: setup  ## check formatting and lints
 	cargo fmt --all --check

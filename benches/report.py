@@ -2,7 +2,7 @@
 
 scripts/bench.sh leaves in FOLDER, for each case and round:
 
-    CASE.ROUND.pytorch.json          printed by peer_step.py or peer_loader.py
+    CASE.ROUND.pytorch.json          printed by peer_step.py
     CASE.ROUND.channels_last.json    the same, in that memory format
     CASE.ROUND.ours.jsonl            metrics.jsonl of the run of jepa-host
 
@@ -93,12 +93,6 @@ def step_row(folder, case, rounds, warmup):
     return cells
 
 
-def loader_rows(folder, rounds):
-    runs = [json.loads((folder / f"loader.{i}.pytorch.json").read_text())["images_per_s"] for i in rounds]
-    names = {"decode": "read and decode", "cnn_jepa": "the CNN-JEPA view"}
-    return [[words, f"{statistics.median(run[name] for run in runs):.0f}"] for name, words in names.items()]
-
-
 def print_table(header, rows):
     for cells in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(cells)} |")
@@ -113,17 +107,13 @@ def main():
         case, number, *_ = path.name.split(".")
         rounds.setdefault(case, []).append(int(number))
     versions = json.loads(files[0].read_text())
-    packages = [f"{name} {versions[name]}" for name in ("torch", "timm", "torchvision", "lightly") if name in versions]
+    packages = [f"{name} {versions[name]}" for name in ("torch", "timm")]
     print(f"{datetime.date.today()} · {cpu()} · jepa-host {args.version} · {', '.join(packages)}\n")
     print(f"    {args.command}\n")
 
-    steps = [step_row(args.folder, case, rounds[case], args.warmup) for case in rounds if case != "loader"]
-    if steps:
-        header = ["training step", "PyTorch", "channels-last PyTorch", "jepa-host"]
-        header += ["jepa-host / PyTorch", "jepa-host / channels-last", "of which waiting for data"]
-        print_table(header, steps)
-    if "loader" in rounds:
-        print_table(["loader, images/s per core", "PyTorch"], loader_rows(args.folder, rounds["loader"]))
+    header = ["training step", "PyTorch", "channels-last PyTorch", "jepa-host"]
+    header += ["jepa-host / PyTorch", "jepa-host / channels-last", "of which waiting for data"]
+    print_table(header, [step_row(args.folder, case, rounds[case], args.warmup) for case in rounds])
 
 
 if __name__ == "__main__":

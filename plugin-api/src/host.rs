@@ -1,5 +1,6 @@
 //! What the host tells a method while it is built, and what the method asks of it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
@@ -21,18 +22,32 @@ pub struct RunFacts {
     pub steps_per_epoch: u64,
     /// Classes of the training set; 0 without labels.
     pub classes: i64,
+    /// Training images without a label.
+    #[serde(default)]
+    pub unlabelled: u64,
     /// The run's seed.
     pub seed: u64,
 }
 
 /// How the momentum of an EMA pair moves: a half cosine from `from` to `to` over the epochs, constant within one.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+///
+/// It can be an option of a method as it is; by default it goes from 0.996 to 1.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct EmaSchedule {
     /// Momentum in the first epoch, in [0, 1].
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub from: f64,
     /// Momentum in the last epoch, all of it, in [0, 1]. At 1 targets do not move any more; a run of a single epoch
     /// is its own last one.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub to: f64,
+}
+
+impl Default for EmaSchedule {
+    fn default() -> Self {
+        EmaSchedule { from: 0.996, to: 1.0 }
+    }
 }
 
 /// Two subtrees of parameters of which one follows the other.

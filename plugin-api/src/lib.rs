@@ -8,6 +8,7 @@
 #![deny(missing_docs)]
 
 pub mod abi;
+mod augment;
 mod backbone;
 mod host;
 mod method;
@@ -24,6 +25,7 @@ pub use tch;
 pub use tracing;
 
 pub use abi::BackboneHandle;
+pub use augment::Augmentation;
 pub use backbone::{Backbone, BackboneInfo, NormKind};
 pub use host::{EmaPair, EmaSchedule, Host, RunFacts, parse_device};
 pub use method::{Batch, Method, Step};

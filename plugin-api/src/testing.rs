@@ -98,6 +98,7 @@ pub fn facts() -> RunFacts {
         epochs: 10,
         steps_per_epoch: 100,
         classes: 10,
+        unlabelled: 0,
         seed: 0,
     }
 }

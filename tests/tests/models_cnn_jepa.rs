@@ -95,7 +95,6 @@ fn the_loss_equals_pytorch_also_where_it_is_linear_or_empty() {
     }
 }
 
-/// The demo's network at a smaller width.
 /// What `draw` makes of libtorch's generator, which all threads share.
 fn seeded<T>(seed: i64, draw: impl FnOnce() -> T) -> T {
     static GENERATOR: Mutex<()> = Mutex::new(());
@@ -104,6 +103,7 @@ fn seeded<T>(seed: i64, draw: impl FnOnce() -> T) -> T {
     draw()
 }
 
+/// The demo's network at a smaller width.
 fn small() -> LinkedMethod<CnnJepa> {
     let backbone = json!({ "stem": "small", "width": 8, "depths": [1, 1, 1] });
     seeded(3, || build(json!({}), backbone, testing::facts()))
@@ -174,7 +174,6 @@ fn bad_options_are_refused_by_name() {
     assert!(refused(json!({ "predictor": { "kernel": 4 } }), 224).contains("method.predictor.kernel"));
     assert!(refused(json!({ "predictor": { "depth": 0 } }), 224).contains("method.predictor.depth"));
     assert!(refused(json!({ "crop_scale": [0.0, 1.0] }), 224).contains("method.crop_scale"));
-    assert!(refused(json!({ "ema": { "to": 1.1 } }), 224).contains("method.ema.to"));
     assert!(refused(json!({}), 32).contains("data.size"), "one cell has no room for context and targets");
     assert!(refused(json!({}), 100).contains("multiple of 32"));
 }

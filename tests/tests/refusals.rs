@@ -231,7 +231,7 @@ fn a_plugin_that_is_not_there_names_the_places() {
 #[test]
 fn settings_that_make_no_sense_are_refused() {
     let images = setting("data.train", &demo_images());
-    let cases: [(&str, &[&str]); 11] = [
+    let cases: [(&str, &[&str]); 12] = [
         ("optimizer.lrr=1", &["optimizer.lrr (command line): unknown key", "did you mean optimizer.lr"]),
         ("method.predictor.depht=3", &["method.predictor.depht (command line)", "method.predictor.depth?"]),
         ("backbone.widht=8", &["backbone.widht (command line): unknown key", "did you mean backbone.width?"]),
@@ -239,6 +239,7 @@ fn settings_that_make_no_sense_are_refused() {
         ("optimizer.batch_size=0", &["optimizer.batch_size (command line)", "1"]),
         ("trainer.precision=fp61", &["trainer.precision (command line)", "fp32"]),
         ("method.mask.strategy=fog", &["method.mask.strategy (command line)", "random"]),
+        ("method.ema.to=1.1", &["method.ema.to (command line)", "out of range: must be at most 1"]),
         ("trainer.device=toaster", &["trainer.device", "toaster"]),
         ("checkpoint.best=eval/knn_top", &["checkpoint.best (command line)", "did you mean eval/knn_top1?"]),
         ("trainer.accumulate=501", &["8000 images", "batch_size 128", "accumulate 501"]),

@@ -60,12 +60,13 @@ impl Session {
         &self.settings.config
     }
 
-    /// Builds the method on `device` for a training set of so many `classes` and steps an epoch. Its weights are
-    /// random, by the seed.
+    /// Builds the method on `device` for a training set of so many `classes`, images without a label, and steps an
+    /// epoch. Its weights are random, by the seed.
     pub fn build_method(
         &self,
         device: tch::Device,
         classes: u64,
+        unlabelled: u64,
         steps_per_epoch: u64,
     ) -> anyhow::Result<MethodHandle> {
         let config = self.config();
@@ -78,6 +79,7 @@ impl Session {
             epochs: config.trainer.epochs,
             steps_per_epoch,
             classes: classes as i64,
+            unlabelled,
             seed: config.seed,
         };
         let (plugin, name) = (backbone_plugin.plugin.clone(), backbone.name.clone());
@@ -170,7 +172,7 @@ impl SavedArgs {
             }
         }
         let device = session.device()?;
-        let method = session.build_method(device, state.classes, state.steps_per_epoch)?;
+        let method = session.build_method(device, state.classes, 0, state.steps_per_epoch)?;
         let model = Model::adopt(method, &session.registry.method(&session.method)?.0.manifest.name)?;
         restore(&model.tensors(), &weights).with_context(|| format!("{}", checkpoint.display()))?;
         Ok(Saved { session, device, model, state, checkpoint })

@@ -70,7 +70,8 @@ impl TrainArgs {
 
         let steps_per_epoch =
             steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
-        let method = session.build_method(device, train_set.classes() as u64, steps_per_epoch)?;
+        let classes = train_set.classes() as u64;
+        let method = session.build_method(device, classes, train_set.unlabelled() as u64, steps_per_epoch)?;
         let resume = match &self.resume {
             Some(request) => resolve_resume(request, &config.run.dir, config.run_name(&session.method))?,
             None => None,
@@ -99,7 +100,7 @@ impl TrainArgs {
             meters: BTreeMap::new(),
             metrics_lines: 0,
             config: serde_json::to_value(config)?,
-            classes: train_set.classes() as u64,
+            classes,
             steps_per_epoch,
             data_fingerprint: train_set.fingerprint()?,
             plugins: session

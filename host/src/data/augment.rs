@@ -5,6 +5,7 @@
 
 use jepa_plugin_api::{Interpolation, Rng, Transform, ViewSpec};
 
+use super::color::{self, BlurScratch};
 use super::decode::Rgb;
 use super::error::DataError;
 use super::resample::{CropBox, Resampler};
@@ -38,6 +39,10 @@ enum Crop {
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Flip { p: f64 },
+    Jitter { p: f64, brightness: f64, contrast: f64, saturation: f64, hue: f64 },
+    Grayscale { p: f64 },
+    Blur { p: f64, sigma: (f64, f64) },
+    Solarize { p: f64, threshold: u8 },
 }
 
 /// Memory that one thread needs to make views; used again from image to image.
@@ -45,6 +50,7 @@ enum Step {
 pub struct Scratch {
     resampler: Resampler,
     pixels: Rgb,
+    blur: BlurScratch,
 }
 
 /// Checks every view and prepares it for `size × size` pixels.
@@ -99,6 +105,10 @@ impl Augmenter {
             }
             _ => return Err(refuse("its first step is not a crop, so its size is unknown".into())),
         };
+        let probability = |what: &str, p: f64| match p {
+            0.0..=1.0 => Ok(p),
+            _ => Err(refuse(format!("{what} probability {p} is not in [0, 1]"))),
+        };
         let mut steps = Vec::new();
         let mut values = None;
         for step in rest {
@@ -110,16 +120,30 @@ impl Augmenter {
                     return Err(refuse("it crops twice; only its first step can be a crop".into()));
                 }
                 Transform::HorizontalFlip { p } => {
-                    if !(0.0..=1.0).contains(&p) {
-                        return Err(refuse(format!("flip probability {p} is not in [0, 1]")));
-                    }
-                    steps.push(Step::Flip { p });
+                    steps.push(Step::Flip { p: probability("flip", p)? });
                 }
-                Transform::ColorJitter { .. }
-                | Transform::Grayscale { .. }
-                | Transform::GaussianBlur { .. }
-                | Transform::Solarize { .. } => {
-                    return Err(refuse("this host cannot make colour steps yet".into()));
+                Transform::ColorJitter { p, brightness, contrast, saturation, hue } => {
+                    let strengths = [brightness, contrast, saturation];
+                    if !strengths.iter().all(|strength| strength.is_finite() && *strength >= 0.0) {
+                        return Err(refuse(format!("jitter strengths {strengths:?} are not all at least 0")));
+                    }
+                    if !(0.0..=0.5).contains(&hue) {
+                        return Err(refuse(format!("jitter of the hue by {hue} is not in [0, 0.5]")));
+                    }
+                    let p = probability("jitter", p)?;
+                    steps.push(Step::Jitter { p, brightness, contrast, saturation, hue });
+                }
+                Transform::Grayscale { p } => {
+                    steps.push(Step::Grayscale { p: probability("grey", p)? });
+                }
+                Transform::GaussianBlur { p, sigma } => {
+                    if !(0.0 < sigma.0 && sigma.0 <= sigma.1 && sigma.1 <= 100.0) {
+                        return Err(refuse(format!("blur sigma {sigma:?} is not a range within (0, 100]")));
+                    }
+                    steps.push(Step::Blur { p: probability("blur", p)?, sigma });
+                }
+                Transform::Solarize { p, threshold } => {
+                    steps.push(Step::Solarize { p: probability("solarise", p)?, threshold });
                 }
                 Transform::Normalize { mean, std } => {
                     if !mean.iter().all(|value| value.is_finite())
@@ -153,7 +177,7 @@ impl Augmenter {
     /// When `out` does not have [`len`](Self::len) elements or the image is empty.
     pub fn apply(&self, image: &Rgb, rng: &mut Rng, scratch: &mut Scratch, out: &mut [f32]) {
         assert_eq!(out.len(), self.len(), "a view's place in the batch has its size");
-        let Scratch { resampler, pixels } = scratch;
+        let Scratch { resampler, pixels, blur } = scratch;
         match self.crop {
             Crop::Random { scale, ratio, interpolation } => {
                 let crop = random_crop(image.width, image.height, scale, ratio, rng);
@@ -173,6 +197,26 @@ impl Augmenter {
                         flip(pixels);
                     }
                 }
+                Step::Jitter { p, brightness, contrast, saturation, hue } => {
+                    if rng.chance(p) {
+                        jitter(&mut pixels.pixels, [brightness, contrast, saturation, hue], rng);
+                    }
+                }
+                Step::Grayscale { p } => {
+                    if rng.chance(p) {
+                        color::grayscale(&mut pixels.pixels);
+                    }
+                }
+                Step::Blur { p, sigma } => {
+                    if rng.chance(p) {
+                        color::gaussian_blur(pixels, rng.uniform(sigma.0, sigma.1), blur);
+                    }
+                }
+                Step::Solarize { p, threshold } => {
+                    if rng.chance(p) {
+                        color::solarize(&mut pixels.pixels, threshold);
+                    }
+                }
             }
         }
         let (pixels, _) = pixels.pixels.as_chunks::<3>();
@@ -180,6 +224,28 @@ impl Augmenter {
             for (value, pixel) in plane.iter_mut().zip(pixels) {
                 *value = values[usize::from(pixel[channel])];
             }
+        }
+    }
+}
+
+/// torchvision's `ColorJitter`: the parts with a strength above 0, in a random order, each with a factor of its own.
+fn jitter(pixels: &mut [u8], strengths: [f64; 4], rng: &mut Rng) {
+    let mut order = [0, 1, 2, 3];
+    rng.shuffle(&mut order);
+    for part in order {
+        let strength = strengths[part];
+        if strength == 0.0 {
+            continue;
+        }
+        if part == 3 {
+            color::adjust_hue(pixels, rng.uniform(-strength, strength));
+            continue;
+        }
+        let factor = rng.uniform((1.0 - strength).max(0.0), 1.0 + strength) as f32;
+        match part {
+            0 => color::adjust_brightness(pixels, factor),
+            1 => color::adjust_contrast(pixels, factor),
+            _ => color::adjust_saturation(pixels, factor),
         }
     }
 }

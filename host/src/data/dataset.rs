@@ -181,6 +181,11 @@ impl Dataset {
         self.class_names.as_deref()
     }
 
+    /// Images without a label.
+    pub fn unlabelled(&self) -> usize {
+        self.labels().map_or(self.len(), |labels| labels.iter().filter(|&&label| label < 0).count())
+    }
+
     /// Number of classes: of names, or the largest label plus one; 0 without labels.
     pub fn classes(&self) -> usize {
         let largest = self.labels().and_then(|labels| labels.iter().max()).map_or(0, |&label| label + 1);

@@ -81,7 +81,7 @@ pub fn inspect(dataset: &Dataset) -> Result<Summary, DataError> {
         images: dataset.len(),
         image_bytes: (0..dataset.len()).map(|index| dataset.encoded_len(index)).sum(),
         classes,
-        unlabelled: dataset.labels().map_or(0, |labels| labels.iter().filter(|&&label| label < 0).count()),
+        unlabelled: dataset.labels().map_or(0, |_| dataset.unlabelled()),
         sample: sample(dataset)?,
         fingerprint: dataset.fingerprint()?,
         provenance: dataset.provenance().cloned(),

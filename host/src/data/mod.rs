@@ -7,6 +7,7 @@
 pub mod augment;
 mod batch;
 mod chunked;
+pub mod color;
 mod dataset;
 pub mod decode;
 mod error;

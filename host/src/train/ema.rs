@@ -39,6 +39,10 @@ impl Ema {
                 target.len()
             ));
         }
+        let EmaSchedule { from, to } = pair.schedule;
+        if ![from, to].iter().all(|momentum| (0.0..=1.0).contains(momentum)) {
+            return Err(format!("an EMA pair with momentum from {from} to {to}, not in [0, 1]"));
+        }
         let mut ema = Ema { schedule: pair.schedule, online: Vec::new(), target: Vec::new() };
         no_grad(|| {
             for ((_, online), (_, target)) in online.into_iter().zip(target) {

@@ -24,6 +24,13 @@ impl Tensors {
         Tensors(tensors.tensors().into_iter().map(entry).collect())
     }
 
+    /// The `config` of a fixture.
+    pub fn config(name: &str) -> serde_json::Value {
+        let bytes = std::fs::read(path(name)).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        serde_json::from_str(&header.metadata().as_ref().unwrap()["config"]).unwrap()
+    }
+
     /// Names that match `{prefix}NAME{suffix}`, without both.
     pub fn names(&self, prefix: &str, suffix: &str) -> Vec<String> {
         let mut names: Vec<_> = self

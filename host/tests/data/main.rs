@@ -1,5 +1,6 @@
 //! The data room against other people's code: Pillow, torchvision, h5py, and the HDF5 library.
 
+mod color;
 mod files;
 mod fixtures;
 mod loading;

@@ -17,3 +17,50 @@ pub fn masked_mean(values: &Tensor, mask: &Tensor) -> Tensor {
     let mask = mask.to_kind(values.kind());
     (values * &mask).sum(Kind::Float) / (mask.sum(Kind::Float) + 1e-8)
 }
+
+/// The mean over rows of −cos(a, b), for `(B, D)` and `(B, D)`: a scalar in [−1, 1].
+pub fn negative_cosine(a: &Tensor, b: &Tensor) -> Tensor {
+    -Tensor::cosine_similarity(a, b, 1, 1e-8).mean(Kind::Float)
+}
+
+/// NT-Xent (SimCLR, arXiv 2002.05709, eq. 1) of two views `(B, D)` and `(B, D)`: the cross-entropy, averaged over all
+/// 2 B views, of finding the other view of the same image among the 2 B − 1 others by cosine similarity / temperature.
+/// Also returns how often the other view is the most similar one. Two scalars.
+pub fn nt_xent(a: &Tensor, b: &Tensor, temperature: f64) -> (Tensor, Tensor) {
+    let images = a.size()[0];
+    let z = l2_normalize(&Tensor::cat(&[a, b], 0), 1);
+    let itself = Tensor::eye(2 * images, (Kind::Bool, z.device()));
+    let logits = (z.matmul(&z.transpose(0, 1)) / temperature).masked_fill(&itself, f64::NEG_INFINITY);
+    let number = Tensor::arange(images, (Kind::Int64, z.device()));
+    let other = Tensor::cat(&[&number + images, number], 0);
+    let found = logits.argmax(1, false).eq_tensor(&other);
+    (logits.cross_entropy_for_logits(&other), found.to_kind(Kind::Float).mean(Kind::Float))
+}
+
+/// VICReg's variance term (arXiv 2105.04906, eq. 1) of `(B, D)`, B > 1: the mean over dimensions of
+/// max(0, 1 − √(var + 10⁻⁴)), with the unbiased variance. A scalar in [0, 1].
+pub fn variance_loss(x: &Tensor) -> Tensor {
+    let deviation = (x.var_dim([0i64].as_slice(), true, false) + 1e-4).sqrt();
+    (deviation.neg() + 1.0).relu().mean(Kind::Float)
+}
+
+/// VICReg's covariance term (arXiv 2105.04906, eq. 4) of `(B, D)`, B > 1: the squared covariances of different
+/// dimensions, summed and divided by D. A scalar.
+pub fn covariance_loss(x: &Tensor) -> Tensor {
+    let [rows, columns] = *x.size() else { panic!("features are (B, D), not {:?}", x.size()) };
+    let centred = x - x.mean_dim([0i64].as_slice(), true, Kind::Float);
+    let covariance = centred.transpose(0, 1).matmul(&centred) / (rows - 1) as f64;
+    let squares = covariance.square();
+    (squares.sum(Kind::Float) - squares.diagonal(0, 0, 1).sum(Kind::Float)) / columns as f64
+}
+
+/// How far the rows of `(B, D)` differ in direction: the standard deviation of each dimension of the unit vectors,
+/// averaged, times √D. Near 0 where they have collapsed to one, near 1 where they point everywhere. A scalar without a
+/// graph.
+pub fn spread(x: &Tensor) -> Tensor {
+    tch::no_grad(|| {
+        let columns = x.size()[1] as f64;
+        let unit = l2_normalize(&x.to_kind(Kind::Float), 1);
+        unit.std_dim([0i64].as_slice(), false, false).mean(Kind::Float) * columns.sqrt()
+    })
+}

@@ -18,10 +18,14 @@ mod conv;
 mod init;
 mod linear;
 mod loss;
+mod mlp;
 mod norm;
 
 pub use conv::{Conv2d, ConvOptions};
 pub use init::{Init, truncated_normal};
 pub use linear::Linear;
-pub use loss::{l2_normalize, masked_mean, smooth_l1};
+pub use loss::{
+    covariance_loss, l2_normalize, masked_mean, negative_cosine, nt_xent, smooth_l1, spread, variance_loss,
+};
+pub use mlp::Mlp;
 pub use norm::{BatchNorm, LayerNorm2d, Norm};

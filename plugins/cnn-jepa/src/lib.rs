@@ -39,7 +39,7 @@ pub struct CnnJepaOptions {
     /// Put a projection head (1×1 convolution, norm, ReLU) behind the encoders.
     pub projection: bool,
     /// How the target encoder follows the context encoder.
-    pub ema: EmaOptions,
+    pub ema: EmaSchedule,
 }
 
 impl Default for CnnJepaOptions {
@@ -50,24 +50,8 @@ impl Default for CnnJepaOptions {
             mask: MaskOptions::default(),
             predictor: PredictorOptions::default(),
             projection: false,
-            ema: EmaOptions::default(),
+            ema: EmaSchedule::default(),
         }
-    }
-}
-
-/// The keys under `method.ema.`: momentum by a half cosine over the epochs.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct EmaOptions {
-    /// Momentum in the first epoch.
-    pub from: f64,
-    /// Momentum at the end.
-    pub to: f64,
-}
-
-impl Default for EmaOptions {
-    fn default() -> Self {
-        EmaOptions { from: 0.996, to: 1.0 }
     }
 }
 
@@ -104,8 +88,7 @@ impl Method for CnnJepa {
         options.check()?;
         let context = host.backbone("context")?;
         let target = host.backbone("target")?;
-        let EmaOptions { from, to } = options.ema;
-        host.ema("context", "target", EmaSchedule { from, to });
+        host.ema("context", "target", options.ema);
 
         let info = context.info();
         let (channels, norm) = (info.channels, info.norm);
@@ -123,7 +106,7 @@ impl Method for CnnJepa {
             |name: &str| options.projection.then(|| Projection::new(&params.sub(name), channels, norm));
         let (projection, target_projection) = (head("projection"), head("target_projection"));
         if options.projection {
-            host.ema("projection", "target_projection", EmaSchedule { from, to });
+            host.ema("projection", "target_projection", options.ema);
         }
         Ok(CnnJepa { options, masks, context, projection, mask_token, predictor, target, target_projection })
     }
@@ -206,9 +189,6 @@ impl CnnJepaOptions {
             "method.crop_scale is [{low}, {high}], but must be two rising shares in (0, 1]"
         );
         ensure!((0.0..=1.0).contains(&self.flip), "method.flip is {}, but must lie in [0, 1]", self.flip);
-        for (key, value) in [("from", self.ema.from), ("to", self.ema.to)] {
-            ensure!((0.0..=1.0).contains(&value), "method.ema.{key} is {value}, but must lie in [0, 1]");
-        }
         Ok(())
     }
 }
