@@ -16,7 +16,7 @@ pub struct ConvOptions {
     pub groups: i64,
     /// Whether a bias is added.
     pub bias: bool,
-    /// How the weight begins.
+    /// How weight and bias begin.
     pub init: Init,
 }
 
@@ -54,7 +54,7 @@ impl Conv2d {
         let per_group = channels_in / groups;
         let weight = init.weight(&[channels_out, per_group, kernel, kernel], params.device());
         let weight = params.parameter("weight", weight);
-        let initial_bias = || Init::bias(channels_out, per_group * kernel * kernel, params.device());
+        let initial_bias = || init.bias(channels_out, per_group * kernel * kernel, params.device());
         let bias = bias.then(|| params.parameter("bias", initial_bias()));
         Conv2d { weight, bias, stride, padding, groups }
     }

@@ -10,6 +10,8 @@ pub enum Init {
     Uniform,
     /// Normal with variance 2 / fan_out, for convolutions followed by ReLU: timm's ResNet.
     KaimingFanOut,
+    /// Normal with standard deviation 0.02, and no bias at first: timm's ConvNeXt, which cuts at ±2, where nothing is.
+    Normal,
 }
 
 impl Init {
@@ -23,13 +25,20 @@ impl Init {
                 weight.uniform_(-bound, bound)
             }
             Init::KaimingFanOut => weight.normal_(0.0, (2.0 / (shape[0] * receptive) as f64).sqrt()),
+            Init::Normal => weight.normal_(0.0, 0.02),
         }
     }
 
-    /// The bias `(out)` f32 that PyTorch gives to a layer whose units have `fan_in` inputs.
-    pub(super) fn bias(out: i64, fan_in: i64, device: Device) -> Tensor {
-        let bound = uniform_bound(fan_in);
-        Tensor::empty([out], (Kind::Float, device)).uniform_(-bound, bound)
+    /// The bias `(out)` f32 of a layer whose units have `fan_in` inputs: PyTorch's, or zero.
+    pub(super) fn bias(self, out: i64, fan_in: i64, device: Device) -> Tensor {
+        let mut bias = Tensor::zeros([out], (Kind::Float, device));
+        match self {
+            Init::Uniform | Init::KaimingFanOut => {
+                let bound = uniform_bound(fan_in);
+                bias.uniform_(-bound, bound)
+            }
+            Init::Normal => bias,
+        }
     }
 }
 

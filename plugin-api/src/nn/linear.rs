@@ -17,9 +17,14 @@ pub struct Linear {
 impl Linear {
     /// Registers `weight` and, if asked, `bias`.
     pub fn new(params: &Params, features_in: i64, features_out: i64, bias: bool) -> Self {
-        let weight = Init::Uniform.weight(&[features_out, features_in], params.device());
+        Self::with_init(params, features_in, features_out, bias, Init::Uniform)
+    }
+
+    /// The same with other initial values.
+    pub fn with_init(params: &Params, features_in: i64, features_out: i64, bias: bool, init: Init) -> Self {
+        let weight = init.weight(&[features_out, features_in], params.device());
         let weight = params.parameter("weight", weight);
-        let initial_bias = || Init::bias(features_out, features_in, params.device());
+        let initial_bias = || init.bias(features_out, features_in, params.device());
         let bias = bias.then(|| params.parameter("bias", initial_bias()));
         Linear { weight, bias }
     }

@@ -6,7 +6,7 @@
 use std::rc::Rc;
 
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, LayerNorm2d, Norm};
-use jepa_plugin_api::{Result, ensure};
+use jepa_plugin_api::{Result, bail, ensure};
 use tch::Tensor;
 
 use crate::Visible;
@@ -39,6 +39,31 @@ impl FeatureMap {
             None => Ok(Self::dense(map)),
             Some(mask) => Self::sparse(map, &Rc::new(Visible::new(mask)?)),
         }
+    }
+
+    /// The pixels of `images` `(B, 3, S, S)` at the entrance of a network with downsample ratio r; the mask, if any, is
+    /// bool `(B, 1, S / r, S / r)`.
+    ///
+    /// # Errors
+    /// When the images do not divide into cells of r pixels, and those of [`new`](Self::new).
+    pub fn images(images: &Tensor, mask: Option<&Tensor>, downsample: i64) -> Result<Self> {
+        let (shape, r) = (images.size(), downsample);
+        let &[batch, 3, height, width] = shape.as_slice() else {
+            bail!("a backbone takes images (B, 3, S, S), not {shape:?}");
+        };
+        ensure!(
+            height > 0 && width > 0 && height % r == 0 && width % r == 0,
+            "images of {height} × {width} px do not divide into this backbone's cells of {r} px: set data.size to a \
+             multiple of {r}, or change backbone.stem or backbone.depths"
+        );
+        if let Some(mask) = mask {
+            let (wanted, given) = ([batch, 1, height / r, width / r], mask.size());
+            ensure!(
+                given == wanted,
+                "the mask of visible cells has shape {given:?}, but must have {wanted:?}"
+            );
+        }
+        Self::new(images, mask)
     }
 
     /// All of `map` `(B, C, H, W)`.
@@ -119,11 +144,37 @@ impl FeatureMap {
 
     /// Layer norm over the channels of each position.
     pub fn layer_norm(&self, norm: &LayerNorm2d) -> Self {
+        self.each_position(|x| norm.last_dimension(x))
+    }
+
+    /// What `operation` makes of the channels of each position: it takes `(…, C)` to `(…, C')`, and mixes no positions.
+    pub fn each_position(&self, operation: impl FnOnce(&Tensor) -> Tensor) -> Self {
         let Some(visible) = &self.visible else {
-            return self.with(Values::Map(norm.forward(&self.map())));
+            let last = operation(&self.map().permute([0, 2, 3, 1]));
+            return self.with(Values::Map(last.permute([0, 3, 1, 2])));
         };
         let (rows, size) = self.rows(visible);
-        self.with(Values::Rows(norm.last_dimension(&rows), size))
+        self.with(Values::Rows(operation(&rows), size))
+    }
+
+    /// Stochastic depth (Huang et al., arXiv 1603.09382) for the branch of a residual block: with probability `rate`,
+    /// in [0, 1), an image's features are zero, else they are divided by 1 − `rate`. One draw for each image, from
+    /// torch's global generator.
+    pub fn drop_path(&self, rate: f64) -> Self {
+        let keep = 1.0 - rate;
+        let factors = |batch: i64, x: &Tensor| {
+            Tensor::empty([batch], (x.kind(), x.device())).bernoulli_float_(keep) / keep
+        };
+        self.with(match (&self.values, &self.visible) {
+            (Values::Rows(rows, size), Some(visible)) => {
+                let level = visible.at(*size);
+                let of_rows = factors(level.batch, rows).index_select(0, &level.images());
+                Values::Rows(rows * of_rows.unsqueeze(-1), *size)
+            }
+            (Values::Map(map) | Values::Rows(map, _), _) => {
+                Values::Map(map * factors(map.size()[0], map).view([-1, 1, 1, 1]))
+            }
+        })
     }
 
     /// max(x, 0).

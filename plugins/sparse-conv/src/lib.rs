@@ -4,7 +4,7 @@
 //! make visible positions only. A network written once over [`FeatureMap`] runs both ways with the same parameters.
 //!
 //! How visible positions are stored and computed is this crate's own affair: networks touch tensors only when they
-//! enter ([`FeatureMap::new`]) and leave ([`FeatureMap::into_map`]).
+//! enter ([`FeatureMap::images`]) and leave ([`FeatureMap::into_map`]).
 
 mod feature_map;
 mod visible;

@@ -105,6 +105,11 @@ impl Level {
         map.permute([0, 2, 3, 1]).reshape([-1, channels]).index_select(0, &self.positions)
     }
 
+    /// i64 `(N)`: of which image of the batch each visible position is.
+    pub fn images(&self) -> Tensor {
+        self.positions.divide_scalar_mode(self.size.0 * self.size.1, "floor")
+    }
+
     /// The map `(B, C, H, W)`, channels last in memory, with `rows` `(N, C)` at visible positions and zero elsewhere.
     pub fn scatter(&self, rows: &Tensor) -> Tensor {
         let (height, width) = self.size;

@@ -172,28 +172,6 @@ pub struct ResNet {
     info: BackboneInfo,
 }
 
-impl ResNet {
-    fn check(&self, images: &Tensor, mask: Option<&Tensor>) -> Result<()> {
-        let (shape, r) = (images.size(), self.info.downsample);
-        let &[batch, 3, height, width] = shape.as_slice() else {
-            bail!("a ResNet takes images (B, 3, S, S), not {shape:?}");
-        };
-        ensure!(
-            height > 0 && width > 0 && height % r == 0 && width % r == 0,
-            "images of {height} × {width} px do not divide into this ResNet's cells of {r} px: set data.size to a \
-             multiple of {r}, or change backbone.stem or backbone.depths"
-        );
-        if let Some(mask) = mask {
-            let (wanted, given) = ([batch, 1, height / r, width / r], mask.size());
-            ensure!(
-                given == wanted,
-                "the mask of visible cells has shape {given:?}, but must have {wanted:?}"
-            );
-        }
-        Ok(())
-    }
-}
-
 impl Backbone for ResNet {
     const NAMES: &'static [&'static str] =
         &["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"];
@@ -252,8 +230,8 @@ impl Backbone for ResNet {
     }
 
     fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
-        self.check(images, mask)?;
-        let mut x = self.stem.forward(&FeatureMap::new(images, mask)?, train)?.relu();
+        let images = FeatureMap::images(images, mask, self.info.downsample)?;
+        let mut x = self.stem.forward(&images, train)?.relu();
         if self.max_pool {
             x = x.max_pool(3, 2, 1);
         }
