@@ -12,14 +12,15 @@ setup:  ## fetch libtorch and cmake, compile the torch bridge; LIBTORCH=/path us
 	@scripts/setup.sh
 
 build: setup  ## build the host and all plugins
-	cargo build --release --workspace
+	cargo build --release
 
 demo: build  ## pretrain CNN-JEPA on real images and show what it has learnt
 	scripts/demo.sh
 
-# Tests run the built host and plugins, so these come first, in the profile that the demo shares.
-test: build  ## run all tests
+# Tests run the built host and plugins, so these come first, with one that fails on request, in the demo's profile.
+test: setup  ## run all tests
 	tests/setup.sh
+	cargo build --release --workspace
 	cargo test --release --workspace
 	cargo test --release -p jepa-host --test data -- --ignored
 

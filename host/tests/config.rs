@@ -171,7 +171,7 @@ fn wrong_types_and_ranges_are_refused_in_one_form() {
     assert!(refusal(&["run.name=a/b"]).starts_with("run.name (command line): \"a/b\" is no directory name"));
     assert_eq!(
         refusal(&["optimizer.lr"]),
-        "`optimizer.lr` is not of the form key=value, such as optimizer.lr=0.02"
+        "`optimizer.lr` is neither a subcommand nor of the form key=value, such as optimizer.lr=0.02"
     );
 }
 

@@ -149,8 +149,7 @@ fn names_shapes_and_order_are_timms() {
     assert_eq!(models.len(), ConvNeXt::NAMES.len());
     for (architecture, theirs) in models {
         let (_, entries) = build(architecture, json!({}));
-        let ours: Vec<Value> =
-            entries.iter().map(|entry| json!([entry.name, entry.tensor.size()])).collect();
+        let ours: Vec<Value> = entries.iter().map(|entry| json!([entry.name, entry.tensor.size()])).collect();
         assert_eq!(theirs, &Value::Array(ours), "{architecture}");
     }
 }

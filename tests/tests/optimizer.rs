@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use jepa_host::config;
+use jepa_host::config::{self, Algorithm, LrScale};
 use jepa_host::device::ema_update;
-use jepa_host::train::{Optimizer, Progress, ema_momentum, learning_rate};
+use jepa_host::train::{Optimizer, Progress, StepSettings, ema_momentum, learning_rate, weight_decay};
 use jepa_plugin_api::EmaSchedule;
 use jepa_tests::fixture::{Fixture, assert_close, path};
 use serde_json::Value;
@@ -45,12 +45,63 @@ fn three_adamw_steps_equal_torch() {
             give(param, &fixture.tensor(&format!("input.step{step}.grad.{name}")));
         }
         let gradients = optimizer.gradients().expect("gradients");
-        optimizer.step(&gradients, lr, None).expect("a step");
+        let weight_decay = config["weight_decay"].as_f64().expect("a number");
+        optimizer.step(&gradients, StepSettings { lr, weight_decay, max_norm: None }).expect("a step");
         for (name, param) in &params {
             assert!(!param.grad().defined(), "gradients are dropped after a step");
             assert_close(name, param, &fixture.tensor(&format!("after.step{step}.{name}")), TOLERANCE);
         }
     }
+}
+
+#[test]
+fn four_steps_of_sgd_and_lars_equal_torch_and_lightly() {
+    let fixture = Fixture::read("momentum");
+    let config = fixture.json("config");
+    let rates: Vec<f64> = serde_json::from_value(config["lr"].clone()).expect("rates");
+    for (name, options) in config["optimizers"].as_object().expect("optimizers") {
+        let number = |key: &str| options[key].as_f64();
+        let settings = config::Optimizer {
+            algorithm: if name.starts_with("lars") { Algorithm::Lars } else { Algorithm::Sgd },
+            momentum: number("momentum").expect("a momentum"),
+            nesterov: options["nesterov"].as_bool().unwrap_or(false),
+            trust_coefficient: number("trust_coefficient").unwrap_or(1e-3),
+            exclude_norm_and_bias: true,
+            ..config::Optimizer::default()
+        };
+        let (params, mut optimizer) = leaves(&fixture.under("param."), &settings);
+        for (step, &lr) in rates.iter().enumerate() {
+            for (param, tensor) in &params {
+                give(tensor, &fixture.tensor(&format!("input.step{step}.grad.{param}")));
+            }
+            let gradients = optimizer.gradients().expect("gradients");
+            let weight_decay = number("weight_decay").expect("a number");
+            optimizer.step(&gradients, StepSettings { lr, weight_decay, max_norm: None }).expect("a step");
+            for (param, tensor) in &params {
+                let theirs = fixture.tensor(&format!("after.{name}.step{step}.{param}"));
+                assert_close(&format!("{name} {param}"), tensor, &theirs, TOLERANCE);
+            }
+        }
+        let state = optimizer.tensors();
+        assert_eq!(state.len(), params.len());
+        assert!(state.iter().all(|(name, _)| name.starts_with("momentum.")));
+    }
+}
+
+#[test]
+fn rates_and_decays_follow_their_settings() {
+    let peak = |lr_scale, batch_size, accumulate| {
+        let optimizer = config::Optimizer { lr: 0.1, lr_scale, batch_size, ..config::Optimizer::default() };
+        let trainer = config::Trainer { accumulate, ..config::Trainer::default() };
+        config::Config { optimizer, trainer, ..config::Config::default() }.peak_lr()
+    };
+    assert_eq!(peak(LrScale::None, 1024, 4), 0.1);
+    assert_eq!(peak(LrScale::Linear, 128, 4), 0.2);
+    assert_eq!(peak(LrScale::Sqrt, 1024, 1), 0.2);
+
+    assert_eq!(weight_decay(3, 10, 0.05, None), 0.05);
+    assert_eq!((weight_decay(0, 11, 0.05, Some(0.5)), weight_decay(10, 11, 0.05, Some(0.5))), (0.05, 0.5));
+    assert!((weight_decay(5, 11, 0.05, Some(0.5)) - 0.275).abs() < 1e-12, "half-way");
 }
 
 #[test]
@@ -90,7 +141,8 @@ fn the_cnn_jepa_update_equals_torch() {
         }
         let lr = config["optimizer"]["lr"].as_f64().expect("a number");
         let all = optimizer.gradients().expect("gradients");
-        optimizer.step(&all, lr, None).expect("a step");
+        let weight_decay = config["optimizer"]["weight_decay"].as_f64().expect("a number");
+        optimizer.step(&all, StepSettings { lr, weight_decay, max_norm: None }).expect("a step");
         for (name, param) in &params {
             assert_close(name, param, &fixture.tensor(&format!("after.{name}")), TOLERANCE);
         }

@@ -224,6 +224,9 @@ fn a_plugin_that_is_not_there_names_the_places() {
         "--plugin-dir",
     ]);
 
+    let ended = room.run(["--plugin", "cnn-jeppa"]).expect(PLUGIN_REFUSED);
+    ended.error_says(&["no plugin `cnn-jeppa`, did you mean `cnn_jepa`?"]);
+
     let ended = room.run(["--plugin", "./libnowhere.so"]).expect(PLUGIN_REFUSED);
     ended.error_says(&["no plugin `./libnowhere.so`", "looked for ./libnowhere.so;"]);
 }
@@ -243,7 +246,7 @@ fn settings_that_make_no_sense_are_refused() {
         ("trainer.device=toaster", &["trainer.device", "toaster"]),
         ("checkpoint.best=eval/knn_top", &["checkpoint.best (command line)", "did you mean eval/knn_top1?"]),
         ("trainer.accumulate=501", &["8000 images", "batch_size 128", "accumulate 501"]),
-        ("nonsense", &["`nonsense` is not of the form key=value"]),
+        ("nonsense", &["`nonsense` is neither a subcommand nor of the form key=value"]),
     ];
     let room = Room::new();
     for (argument, says) in cases {

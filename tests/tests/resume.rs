@@ -154,6 +154,16 @@ fn killed_runs_end_with_the_same_bytes() {
 }
 
 #[test]
+fn lars_and_sgd_are_resumed_to_the_byte() {
+    for algorithm in ["optimizer.algorithm=lars", "optimizer.algorithm=sgd"] {
+        let more =
+            [algorithm, "optimizer.lr=0.1", "optimizer.weight_decay_end=0.1", "optimizer.nesterov=true"];
+        let arguments = with(arguments(), &more);
+        assert_same_checkpoints(&killed_twice(&arguments, 15, 40), &whole(arguments));
+    }
+}
+
+#[test]
 fn the_number_of_loader_threads_changes_nothing() {
     let one = whole(arguments());
     let four = with(arguments(), &["data.threads=4"]);

@@ -40,7 +40,7 @@ pub enum ConfigError {
         message: String,
     },
     /// An argument that is no override.
-    #[error("`{0}` is not of the form key=value, such as optimizer.lr=0.02")]
+    #[error("`{0}` is neither a subcommand nor of the form key=value, such as optimizer.lr=0.02")]
     Override(String),
     /// Settings that are unknown, of the wrong type or out of range: all of them.
     #[error("{}", list(.0))]

@@ -22,6 +22,6 @@ pub use layers::RESERVED_VARIABLES;
 pub use nearest::nearest;
 pub use resolve::{Layers, ResolvedConfig, Source, Sources};
 pub use schema::{
-    Algorithm, Backbone, Checkpoint, Collapse, Config, Data, Device, Eval, Init, Knn, LinearProbe, Method,
-    Optimizer, Precision, Run, Trainer,
+    Algorithm, Backbone, Checkpoint, Collapse, Config, Data, Device, Eval, Init, Knn, LinearProbe, LrScale,
+    Method, Optimizer, Precision, Run, Trainer,
 };

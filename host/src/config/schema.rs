@@ -98,13 +98,28 @@ pub struct Optimizer {
     /// Peak learning rate, reached at the end of the warm-up. Default 0.001.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub lr: f64,
-    /// Decoupled weight decay: each step multiplies parameters by 1 − lr × weight_decay. Default 0.01.
+    /// What `lr` is multiplied by: with `linear` by the images in a step / 256, with `sqrt` by the root of that.
+    /// Default `none`.
+    pub lr_scale: LrScale,
+    /// Weight decay. AdamW's is decoupled: each step multiplies parameters by 1 − lr × weight_decay; LARS and SGD add
+    /// weight_decay × parameter to the gradient. Default 0.01.
     #[schemars(range(min = 0.0))]
     pub weight_decay: f64,
-    /// Decay rates of the averages of gradients and of squared gradients. Default [0.9, 0.999].
+    /// Weight decay of the last step, reached by a half cosine. Default: it stays as it is.
+    #[schemars(range(min = 0.0))]
+    pub weight_decay_end: Option<f64>,
+    /// Share of the last update in the next one, for LARS and SGD. Default 0.9.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
+    pub momentum: f64,
+    /// Nesterov's momentum, for LARS and SGD. Default false.
+    pub nesterov: bool,
+    /// LARS: size of an update relative to its tensor, at learning rate 1. Default 0.001.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub trust_coefficient: f64,
+    /// AdamW: decay rates of the averages of gradients and of squared gradients. Default [0.9, 0.999].
     #[schemars(extend("items" = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}))]
     pub betas: [f64; 2],
-    /// Added to the denominator of an update. Default 1e-8.
+    /// Added to the denominator of an update, for AdamW and LARS. Default 1e-8.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub eps: f64,
     /// Images in one forward pass on one device. Default 128.
@@ -116,7 +131,8 @@ pub struct Optimizer {
     /// The half cosine after the warm-up ends at this share of `lr`. Default 0.001.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub final_lr_ratio: f64,
-    /// Whether parameters of norm layers and biases stay without weight decay. Default false.
+    /// Whether parameters of norm layers and biases stay without weight decay, and without LARS's scaling. Default
+    /// false.
     pub exclude_norm_and_bias: bool,
 }
 
@@ -126,6 +142,22 @@ pub struct Optimizer {
 pub enum Algorithm {
     /// Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
     AdamW,
+    /// Layer-wise adaptive rate scaling over SGD (You et al., arXiv 1708.03888).
+    Lars,
+    /// Stochastic gradient descent with momentum.
+    Sgd,
+}
+
+/// How the learning rate depends on the number of images in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LrScale {
+    /// Not at all.
+    None,
+    /// In proportion (Goyal et al., arXiv 1706.02677).
+    Linear,
+    /// As the square root.
+    Sqrt,
 }
 
 /// How long and on what the loop runs.
@@ -346,7 +378,12 @@ impl Default for Optimizer {
         Optimizer {
             algorithm: Algorithm::AdamW,
             lr: 1e-3,
+            lr_scale: LrScale::None,
             weight_decay: 0.01,
+            weight_decay_end: None,
+            momentum: 0.9,
+            nesterov: false,
+            trust_coefficient: 1e-3,
             betas: [0.9, 0.999],
             eps: 1e-8,
             batch_size: 128,
@@ -438,6 +475,18 @@ impl Config {
         self.run.name.as_deref().unwrap_or(method)
     }
 
+    /// The peak learning rate, scaled as `optimizer.lr_scale` says.
+    pub fn peak_lr(&self) -> f64 {
+        let images = (self.optimizer.batch_size * self.trainer.accumulate) as f64;
+        let share = images / 256.0;
+        self.optimizer.lr
+            * match self.optimizer.lr_scale {
+                LrScale::None => 1.0,
+                LrScale::Linear => share,
+                LrScale::Sqrt => share.sqrt(),
+            }
+    }
+
     /// What a schema cannot say: (key, message) of each setting that is wrong in itself or beside another one.
     pub(super) fn faults(&self) -> Vec<(&'static str, String)> {
         let mut faults = Vec::new();
@@ -448,6 +497,10 @@ impl Config {
                 "run.name",
                 format!("{name:?} is no directory name: leave out slashes and a leading dot, or set run.dir"),
             ));
+        }
+        if self.optimizer.nesterov && self.optimizer.momentum == 0.0 {
+            faults
+                .push(("optimizer.nesterov", "needs a momentum: set optimizer.momentum above 0".to_owned()));
         }
         let metrics = || FIGURES.into_iter().chain(["val/loss"]);
         if let Some(best) = &self.checkpoint.best

@@ -9,10 +9,14 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum PluginError {
     /// No file of that name in any place.
-    #[error("no plugin `{name}`: looked for {tried}; give its path, or name its folder with --plugin-dir")]
+    #[error(
+        "no plugin `{name}`{nearest}: looked for {tried}; give its path, or name its folder with --plugin-dir"
+    )]
     NotFound {
         /// As the user wrote it.
         name: String,
+        /// `, did you mean …?`, or nothing.
+        nearest: String,
         /// The paths that were tried.
         tried: String,
     },

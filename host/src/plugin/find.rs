@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::PluginError;
+use crate::config::nearest;
 
 /// The environment variable with further folders, separated by colons.
 pub const PATH_VARIABLE: &str = "JEPA_PLUGIN_PATH";
@@ -50,7 +51,13 @@ impl SearchPath {
             return Ok(found.canonicalize().unwrap_or_else(|_| found.clone()));
         }
         let tried = tried.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
-        Err(PluginError::NotFound { name: name.display().to_string(), tried })
+        let there = plugin_files(&self.0);
+        let bare = |path: &PathBuf| Some(path.file_stem()?.to_str()?.strip_prefix("lib")?.to_owned());
+        let there: Vec<String> = there.iter().filter_map(bare).collect();
+        let name = name.display().to_string();
+        let nearest = nearest(&name.replace('-', "_"), there.iter().map(String::as_str));
+        let nearest = nearest.map(|nearest| format!(", did you mean `{nearest}`?")).unwrap_or_default();
+        Err(PluginError::NotFound { name, nearest, tried })
     }
 }
 

@@ -13,7 +13,7 @@ mod signal;
 
 pub use error::TrainError;
 pub use model::Model;
-pub use optimizer::Optimizer;
+pub use optimizer::{Optimizer, StepSettings};
 pub use run::{Figures, Outcome, Resources, has_diverged, run};
-pub use schedule::{Progress, ema_momentum, learning_rate, steps_per_epoch};
+pub use schedule::{Progress, ema_momentum, learning_rate, steps_per_epoch, weight_decay};
 pub use signal::Signals;

@@ -1,30 +1,50 @@
-//! AdamW over named parameters, with its state by name so that a checkpoint can hold it.
+//! AdamW, LARS and SGD over named parameters, with their state by name so that a checkpoint can hold it.
 
-use jepa_plugin_api::tch::{Kind, Tensor};
+use jepa_plugin_api::tch::{Kind, TchError, Tensor, no_grad};
 
-use crate::config;
+use crate::config::{self, Algorithm};
 use crate::device::{AdamW, DeviceError, adamw_step, clip_gradients, gradients, total_norm, zero_gradients};
 
 /// The optimizer of a run.
 pub struct Optimizer {
     settings: config::Optimizer,
-    groups: Vec<Group>,
+    groups: [Group; 2],
     params: Vec<Tensor>,
     names: Vec<String>,
 }
 
-/// Parameters with one weight decay.
+/// Parameters that are decayed, or that are not.
 struct Group {
-    weight_decay: f64,
+    decayed: bool,
     members: Vec<Member>,
 }
 
 /// A parameter and its state.
 struct Member {
     index: usize,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    steps: Tensor,
+    state: State,
+}
+
+/// What an update rule remembers of a parameter.
+enum State {
+    AdamW {
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        steps: Tensor,
+    },
+    /// Of LARS and SGD.
+    Momentum(Tensor),
+}
+
+/// What changes from step to step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSettings {
+    /// Learning rate.
+    pub lr: f64,
+    /// Weight decay, of parameters that are decayed.
+    pub weight_decay: f64,
+    /// The norm that gradients are clipped to.
+    pub max_norm: Option<f64>,
 }
 
 /// The gradients of a step, measured before they are used.
@@ -44,31 +64,40 @@ impl Gradients {
 }
 
 impl Optimizer {
-    /// AdamW for `params`. With `exclude_norm_and_bias`, parameters of one dimension are not decayed.
+    /// An optimizer of `params`, by the configured algorithm. With `exclude_norm_and_bias`, parameters of one dimension
+    /// are not decayed (and not scaled by LARS).
     pub fn new(settings: &config::Optimizer, params: &[(String, Tensor)]) -> Self {
         let decayed = |tensor: &Tensor| !settings.exclude_norm_and_bias || tensor.dim() > 1;
-        let mut groups: Vec<Group> = Vec::new();
+        let mut groups = [true, false].map(|decayed| Group { decayed, members: Vec::new() });
         for (index, (_, param)) in params.iter().enumerate() {
-            let weight_decay = if decayed(param) { settings.weight_decay } else { 0.0 };
-            let group = match groups.iter_mut().find(|group| group.weight_decay == weight_decay) {
-                Some(group) => group,
-                None => groups.push_mut(Group { weight_decay, members: Vec::new() }),
-            };
             let zeros = || param.detach().zeros_like();
-            let steps = Tensor::zeros([], (Kind::Float, param.device()));
-            group.members.push(Member { index, exp_avg: zeros(), exp_avg_sq: zeros(), steps });
+            let state = match settings.algorithm {
+                Algorithm::AdamW => State::AdamW {
+                    exp_avg: zeros(),
+                    exp_avg_sq: zeros(),
+                    steps: Tensor::zeros([], (Kind::Float, param.device())),
+                },
+                Algorithm::Lars | Algorithm::Sgd => State::Momentum(zeros()),
+            };
+            groups[usize::from(!decayed(param))].members.push(Member { index, state });
         }
         let (names, params) =
             params.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).unzip();
         Optimizer { settings: settings.clone(), groups, params, names }
     }
 
-    /// State by name, as a checkpoint holds it: `exp_avg.<parameter>` and so on.
+    /// State by name, as a checkpoint holds it: `exp_avg.<parameter>`, `momentum.<parameter>` and so on.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let named = |member: &Member| {
+            let state = match &member.state {
+                State::AdamW { exp_avg, exp_avg_sq, steps } => {
+                    vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("step", steps)]
+                }
+                State::Momentum(momentum) => vec![("momentum", momentum)],
+            };
             let name = &self.names[member.index];
-            [("exp_avg", &member.exp_avg), ("exp_avg_sq", &member.exp_avg_sq), ("step", &member.steps)]
-                .map(|(kind, tensor)| (format!("{kind}.{name}"), tensor.shallow_clone()))
+            let entry = |(kind, tensor): (&str, &Tensor)| (format!("{kind}.{name}"), tensor.shallow_clone());
+            state.into_iter().map(entry).collect::<Vec<_>>()
         };
         self.groups.iter().flat_map(|group| group.members.iter().flat_map(named)).collect()
     }
@@ -90,41 +119,95 @@ impl Optimizer {
         pairs.filter(|(_, gradient)| gradient.is_none()).map(|(name, _)| name.as_str())
     }
 
-    /// One step with learning rate `lr`, after clipping to `max_norm` if given. Parameters without a gradient stay as
-    /// they are. All gradients are dropped afterwards.
+    /// One step, after clipping if that is asked for. Parameters without a gradient stay as they are. All gradients are
+    /// dropped afterwards.
     ///
     /// # Errors
     /// Whatever libtorch reports.
-    pub fn step(&mut self, gradients: &Gradients, lr: f64, max_norm: Option<f64>) -> Result<(), DeviceError> {
-        if let Some(max_norm) = max_norm {
+    pub fn step(&mut self, gradients: &Gradients, settings: StepSettings) -> Result<(), DeviceError> {
+        if let Some(max_norm) = settings.max_norm {
             let present: Vec<Tensor> = gradients.all.iter().flatten().map(Tensor::shallow_clone).collect();
             clip_gradients(&present, &gradients.norm, max_norm)?;
         }
-        let config::Optimizer { betas, eps, .. } = self.settings;
         for group in &self.groups {
-            let (mut params, mut grads) = (Vec::new(), Vec::new());
-            let (mut exp_avgs, mut exp_avg_sqs, mut steps) = (Vec::new(), Vec::new(), Vec::new());
-            for member in &group.members {
-                if let Some(gradient) = &gradients.all[member.index] {
-                    params.push(self.params[member.index].shallow_clone());
-                    grads.push(gradient.shallow_clone());
-                    exp_avgs.push(member.exp_avg.shallow_clone());
-                    exp_avg_sqs.push(member.exp_avg_sq.shallow_clone());
-                    steps.push(member.steps.shallow_clone());
+            let settings = StepSettings {
+                weight_decay: if group.decayed { settings.weight_decay } else { 0.0 },
+                ..settings
+            };
+            match self.settings.algorithm {
+                Algorithm::AdamW => self.step_adamw(group, gradients, settings)?,
+                Algorithm::Lars | Algorithm::Sgd => {
+                    no_grad(|| self.step_momentum(group, gradients, settings))
+                        .map_err(|error| DeviceError::Torch(error.to_string()))?
                 }
             }
-            if params.is_empty() {
-                continue;
-            }
-            let lists = AdamW {
-                params: &params,
-                grads: &grads,
-                exp_avgs: &exp_avgs,
-                exp_avg_sqs: &exp_avg_sqs,
-                steps: &steps,
-            };
-            adamw_step(&lists, lr, betas, group.weight_decay, eps)?;
         }
         zero_gradients(&self.params)
+    }
+
+    fn step_adamw(
+        &self,
+        group: &Group,
+        gradients: &Gradients,
+        StepSettings { lr, weight_decay, .. }: StepSettings,
+    ) -> Result<(), DeviceError> {
+        let (mut params, mut grads) = (Vec::new(), Vec::new());
+        let (mut exp_avgs, mut exp_avg_sqs, mut all_steps) = (Vec::new(), Vec::new(), Vec::new());
+        for member in &group.members {
+            if let (Some(gradient), State::AdamW { exp_avg, exp_avg_sq, steps }) =
+                (&gradients.all[member.index], &member.state)
+            {
+                params.push(self.params[member.index].shallow_clone());
+                grads.push(gradient.shallow_clone());
+                exp_avgs.push(exp_avg.shallow_clone());
+                exp_avg_sqs.push(exp_avg_sq.shallow_clone());
+                all_steps.push(steps.shallow_clone());
+            }
+        }
+        if params.is_empty() {
+            return Ok(());
+        }
+        let lists = AdamW {
+            params: &params,
+            grads: &grads,
+            exp_avgs: &exp_avgs,
+            exp_avg_sqs: &exp_avg_sqs,
+            steps: &all_steps,
+        };
+        adamw_step(&lists, lr, self.settings.betas, weight_decay, self.settings.eps)
+    }
+
+    /// SGD with momentum, and LARS (You et al., arXiv 1708.03888), which scales the decayed gradient of each tensor to
+    /// its own size first: by trust · ‖p‖ / (‖g‖ + decay · ‖p‖). Where nothing is decayed, LARS is SGD.
+    fn step_momentum(
+        &self,
+        group: &Group,
+        gradients: &Gradients,
+        StepSettings { lr, weight_decay, .. }: StepSettings,
+    ) -> Result<(), TchError> {
+        let config::Optimizer { algorithm, momentum, nesterov, trust_coefficient, eps, .. } = self.settings;
+        for member in &group.members {
+            let (Some(gradient), State::Momentum(buffer)) = (&gradients.all[member.index], &member.state)
+            else {
+                continue;
+            };
+            let (mut param, mut buffer) = (self.params[member.index].shallow_clone(), buffer.shallow_clone());
+            let mut direction = gradient.shallow_clone();
+            if weight_decay != 0.0 {
+                direction = direction.f_add(&param.f_mul_scalar(weight_decay)?)?;
+            }
+            if weight_decay != 0.0 && algorithm == Algorithm::Lars {
+                let (size, slope) = (param.f_norm()?, gradient.f_norm()?);
+                let decayed_slope = slope.f_add(&size.f_mul_scalar(weight_decay)?)?.f_add_scalar(eps)?;
+                let scale = size.f_div(&decayed_slope)?.f_mul_scalar(trust_coefficient)?;
+                // A tensor of zeros, or one whose gradient is, has no size to be scaled to.
+                let sized = size.f_ne(0.0)?.f_logical_and(&slope.f_ne(0.0)?)?;
+                direction = direction.f_mul(&scale)?.f_where_self(&sized, gradient)?;
+            }
+            let _ = buffer.f_mul_scalar_(momentum)?.f_add_(&direction)?;
+            let update = if nesterov { direction.f_add(&buffer.f_mul_scalar(momentum)?)? } else { buffer };
+            let _ = param.f_sub_(&update.f_mul_scalar(lr)?)?;
+        }
+        Ok(())
     }
 }

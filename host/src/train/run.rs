@@ -9,8 +9,8 @@ use jepa_plugin_api::tch::{self, Device, Kind, no_grad};
 use jepa_plugin_api::{Batch, Rng};
 
 use super::meter::Meters;
-use super::schedule::{Progress, learning_rate};
-use super::{Model, Optimizer, Signals, TrainError};
+use super::schedule::{Progress, learning_rate, weight_decay};
+use super::{Model, Optimizer, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
 use crate::data::{Batches, LoadedBatch, Loader};
@@ -192,7 +192,7 @@ impl Run {
         self.state.batch_in_epoch >= self.steps_per_epoch * self.config.trainer.accumulate as u64
     }
 
-    /// One optimizer step: EMA, then forward and backward for each of its batches, AdamW.
+    /// One optimizer step: EMA, then forward and backward for each of its batches, update.
     fn step(&mut self, batches: &mut Batches) -> anyhow::Result<()> {
         let (epoch, step) = (self.state.epoch, self.state.step);
         let accumulate = self.config.trainer.accumulate;
@@ -241,8 +241,11 @@ impl Run {
             }
         }
         let settings = &self.config.optimizer;
-        let lr = learning_rate(self.progress, step, settings.lr, settings.final_lr_ratio);
-        self.optimizer.step(&gradients, lr, self.config.trainer.clip)?;
+        let lr = learning_rate(self.progress, step, self.config.peak_lr(), settings.final_lr_ratio);
+        let (base, end) = (settings.weight_decay, settings.weight_decay_end);
+        let weight_decay = weight_decay(step, self.progress.total_steps, base, end);
+        self.optimizer
+            .step(&gradients, StepSettings { lr, weight_decay, max_norm: self.config.trainer.clip })?;
 
         self.state.step += 1;
         self.state.batch_in_epoch += accumulate as u64;

@@ -36,6 +36,11 @@ pub fn learning_rate(progress: Progress, step: u64, base: f64, final_ratio: f64)
     base * half_cosine(step - warmup_steps, total_steps.saturating_sub(warmup_steps), 1.0, final_ratio)
 }
 
+/// The weight decay of step `step` (from 0) of `steps`: a half cosine from `base` to `end`, where there is an end.
+pub fn weight_decay(step: u64, steps: u64, base: f64, end: Option<f64>) -> f64 {
+    end.map_or(base, |end| half_cosine(step, steps, base, end))
+}
+
 /// The momentum of an EMA pair in epoch `epoch` (from 0) of `epochs`: `from` in the first, `to` in the last.
 pub fn ema_momentum(schedule: EmaSchedule, epoch: u64, epochs: u64) -> f64 {
     half_cosine(epoch, epochs, schedule.from, schedule.to)
