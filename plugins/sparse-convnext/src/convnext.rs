@@ -191,10 +191,7 @@ impl Backbone for ConvNeXt {
             (1..=4).contains(&depths.len()) && depths.iter().all(|depth| (1..=1000).contains(depth)),
             "backbone.depths is {depths:?}, but must list 1 to 4 stages of 1 block or more"
         );
-        ensure!(
-            (0.0..1.0).contains(&drop_path),
-            "backbone.drop_path is {drop_path}, but must lie in [0, 1)"
-        );
+        ensure!((0.0..1.0).contains(&drop_path), "backbone.drop_path is {drop_path}, but must lie in [0, 1)");
         ensure!(
             layer_scale.is_finite(),
             "backbone.layer_scale is {layer_scale}, but must be a finite number"
