@@ -1,0 +1,31 @@
+//! Every configuration that is shipped can be used as it is.
+
+use std::fs;
+use std::path::Path;
+
+use jepa_tests::real::Room;
+
+const METHODS: [&str; 5] = ["cnn_jepa", "byol", "simclr", "vicreg", "supervised"];
+
+#[test]
+fn every_shipped_configuration_is_valid_and_trains_what_its_name_says() {
+    let room = Room::new();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut seen = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.is_file() {
+            continue;
+        }
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        let method = METHODS.iter().find(|method| name.starts_with(*method)).unwrap_or(&"cnn_jepa");
+        let plugins = METHODS.iter().flat_map(|method| ["--plugin", method]);
+        let arguments = plugins.chain(["--print-config", "--config", path.to_str().unwrap()]);
+        // The demo's fixes no method.
+        let named = (name == "demo").then_some("method.name=cnn_jepa");
+        let printed = room.run(arguments.chain(named)).expect(0).stdout;
+        assert!(printed.contains(&format!("[method]\nname = \"{method}\" ")), "{name}:\n{printed}");
+        seen += 1;
+    }
+    assert_eq!(seen, 11, "the demo, and two data sets for each of five methods");
+}
