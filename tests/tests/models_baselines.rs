@@ -1,16 +1,19 @@
 //! Steps of BYOL, SimCLR, VICReg and supervised learning equal those of lightly's heads and losses on timm's ResNet.
 
 use byol::Byol;
+use jepa_host::config;
+use jepa_host::device::{autocast_bf16, ema_update};
+use jepa_host::train::Optimizer;
 use jepa_plugin_api::nn::{covariance_loss, negative_cosine, nt_xent, spread, variance_loss};
 use jepa_plugin_api::testing::{self, LinkedMethod};
-use jepa_plugin_api::{Backbone, Batch, Method, RunFacts};
+use jepa_plugin_api::{Backbone, Batch, Method, RunFacts, params};
 use jepa_tests::fixture::{Fixture, assert_close};
 use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, fixture, held_out_images, setting};
 use serde_json::{Value, json};
 use simclr::SimClr;
 use sparse_resnet::ResNet;
 use supervised::Supervised;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 use vicreg::VicReg;
 
 const OUTPUT: f64 = 1e-5;
@@ -27,18 +30,24 @@ fn build<M: Method>(options: Value, facts: RunFacts) -> jepa_plugin_api::Result<
     })
 }
 
-/// The loss, its gradients and the running statistics of one step, and the figures that the fixture has too.
-fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
-    let fixture = Fixture::read(&format!("{}_step", M::NAME));
-    let mut built = build::<M>(fixture.json("config")["options"].clone(), facts()).expect("a method");
+/// A method as the fixture has it, with its weights and its batch.
+fn at_fixture<M: Method>(fixture: &Fixture, views: &[&str]) -> (LinkedMethod<M>, Batch) {
+    let built = build::<M>(fixture.json("config")["options"].clone(), facts()).expect("a method");
     for (name, value) in fixture.under("param.") {
         testing::set_tensor(&built.entries, name, &value).expect("the fixture's name and shape");
     }
+    let views: Vec<Tensor> = views.iter().map(|name| fixture.tensor(&format!("input.{name}"))).collect();
+    let batch = Batch { labels: fixture.tensor("input.labels"), ..testing::batch(views) };
+    (built, batch)
+}
+
+/// The loss, its gradients and the running statistics of one step, and the figures that the fixture has too.
+fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
+    let fixture = Fixture::read(&format!("{}_step", M::NAME));
+    let (mut built, batch) = at_fixture::<M>(&fixture, views);
     let counters = built.entries.iter().filter(|entry| entry.name.ends_with("num_batches_tracked")).count();
     assert_eq!(built.entries.len() - counters, fixture.under("param.").len());
 
-    let views: Vec<Tensor> = views.iter().map(|name| fixture.tensor(&format!("input.{name}"))).collect();
-    let batch = Batch { labels: fixture.tensor("input.labels"), ..testing::batch(views) };
     let step = built.method.step(&batch).expect("a step");
     assert_close("loss", &step.loss, &fixture.tensor("output.loss"), OUTPUT);
     for name in metrics {
@@ -64,6 +73,60 @@ fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
         assert!(!target.tensor.grad().defined(), "{} has a gradient", target.name);
     }
     assert!(built.entries.iter().any(|entry| entry.name.starts_with(&format!("{}.", M::ENCODER))));
+}
+
+/// The losses of three steps with AdamW and EMA, and every tensor afterwards.
+fn training_equals_lightly<M: Method>(views: &[&str]) {
+    let fixture = Fixture::read(&format!("{}_training", M::NAME));
+    let (mut built, batch) = at_fixture::<M>(&fixture, views);
+    let config = fixture.json("config");
+    let number = |value: &Value| value.as_f64().expect("a number");
+    let settings = config::Optimizer {
+        weight_decay: number(&config["optimizer"]["weight_decay"]),
+        eps: number(&config["optimizer"]["eps"]),
+        ..config::Optimizer::default()
+    };
+
+    let tensors = |under: &str| -> Vec<(String, Tensor)> {
+        let prefix = format!("{under}.");
+        let parameters = built.entries.iter().filter(|entry| entry.kind == params::Kind::Parameter);
+        parameters
+            .filter(|entry| entry.name.starts_with(&prefix))
+            .map(|entry| (entry.name.clone(), entry.tensor.shallow_clone()))
+            .collect()
+    };
+    let (mut online, mut targets) = (Vec::new(), Vec::new());
+    for pair in &built.ema {
+        online.extend(tensors(&pair.online).into_iter().map(|(_, tensor)| tensor));
+        targets.extend(tensors(&pair.target).into_iter().map(|(_, tensor)| tensor));
+    }
+    let trained: Vec<_> =
+        ["backbone", "projector", "predictor", "classifier"].into_iter().flat_map(tensors).collect();
+    let mut optimizer = Optimizer::new(&settings, &trained);
+
+    let mut losses = Vec::new();
+    for _ in 0..3 {
+        let loss = built.method.step(&batch).expect("a step").loss;
+        loss.backward();
+        let gradients = optimizer.gradients().expect("gradients");
+        optimizer.step(&gradients, number(&config["optimizer"]["lr"]), None).expect("an update");
+        ema_update(&targets, &online, number(&config["ema_momentum"])).expect("an update");
+        losses.push(loss.detach());
+    }
+    assert_close("losses", &Tensor::stack(&losses, 0), &fixture.tensor("output.losses"), OUTPUT);
+    let after = fixture.under("after.");
+    assert!(after.len() > 40);
+    for (name, value) in after {
+        assert_close(name, built.tensor(name).expect("a tensor"), &value, OUTPUT);
+    }
+}
+
+#[test]
+fn three_steps_of_training_equal_lightly() {
+    training_equals_lightly::<Byol>(&["a", "b"]);
+    training_equals_lightly::<SimClr>(&["a", "b"]);
+    training_equals_lightly::<VicReg>(&["a", "b"]);
+    training_equals_lightly::<Supervised>(&["a"]);
 }
 
 #[test]
@@ -102,6 +165,8 @@ fn losses_equal_lightly_s() {
         let [a, b] = ["input.a", "input.b"].map(|name| fixture.tensor(name).copy().set_requires_grad(true));
         let value = loss(&a, &b);
         assert_close(name, &value, &fixture.tensor(&format!("output.{name}")), OUTPUT);
+        let in_bf16 = autocast_bf16(true, Device::Cpu, || loss(&a, &b)).expect("autocast");
+        assert_close(name, &in_bf16, &value, 1e-6);
         value.backward();
         for (side, tensor) in [("a", &a), ("b", &b)] {
             assert_close(name, &tensor.grad(), &fixture.tensor(&format!("grad.{name}.{side}")), OUTPUT);
@@ -123,6 +188,44 @@ fn figures_tell_a_healthy_run_from_a_collapsed_one() {
 }
 
 #[test]
+fn in_bf16_losses_stay_in_f32_and_near_those_of_fp32() {
+    fn check<M: Method>(views: &[&str], tolerance: f64) {
+        let fixture = Fixture::read(&format!("{}_step", M::NAME));
+        let (mut built, batch) = at_fixture::<M>(&fixture, views);
+        let step = autocast_bf16(true, Device::Cpu, || built.method.step(&batch));
+        let step = step.expect("autocast").expect("a step");
+        assert_eq!(step.loss.kind(), Kind::Float);
+        assert_close(M::NAME, &step.loss, &fixture.tensor("output.loss"), tolerance);
+        step.loss.backward();
+        let weight = built.tensor("backbone.conv1.weight").expect("a weight").grad();
+        assert!(bool::try_from(weight.isfinite().all()).expect("a truth") && weight.kind() == Kind::Float);
+    }
+    check::<Byol>(&["a", "b"], 0.05);
+    check::<SimClr>(&["a", "b"], 0.05);
+    check::<VicReg>(&["a", "b"], 0.05);
+    check::<Supervised>(&["a"], 0.05);
+}
+
+#[test]
+fn a_last_validation_batch_of_one_image_has_a_finite_loss() {
+    fn check<M: Method>(views: &[&str]) {
+        let fixture = Fixture::read(&format!("{}_step", M::NAME));
+        let (mut built, batch) = at_fixture::<M>(&fixture, views);
+        let views = batch.views.iter().map(|view| view.narrow(0, 3, 1)).collect();
+        let labels = batch.labels.narrow(0, 3, 1);
+        let one = Batch { labels, train: false, ..testing::batch(views) };
+        let step = built.method.step(&one).expect("a step");
+        for (name, value) in [("loss".to_owned(), step.loss)].into_iter().chain(step.metrics) {
+            assert!(f64::try_from(value).expect("a number").is_finite(), "{} {name}", M::NAME);
+        }
+    }
+    check::<Byol>(&["a", "b"]);
+    check::<SimClr>(&["a", "b"]);
+    check::<VicReg>(&["a", "b"]);
+    check::<Supervised>(&["a"]);
+}
+
+#[test]
 fn what_cannot_be_learned_from_is_refused_with_the_key_to_change() {
     let refusal = |error: Option<jepa_plugin_api::Error>| error.expect("a refusal").to_string();
     let one = RunFacts { batch_size: 1, ..facts() };
@@ -137,11 +240,20 @@ fn what_cannot_be_learned_from_is_refused_with_the_key_to_change() {
         let message = refusal(build::<Supervised>(json!({}), facts).err());
         assert!(message.contains("a label for every image of data.train"), "{message}");
     }
+    let one = RunFacts { classes: 1, ..facts() };
+    let message = refusal(build::<Supervised>(json!({}), one).err());
+    assert!(message.contains("the same label"), "{message}");
     let mut built = build::<Supervised>(json!({}), facts()).expect("a method");
-    let images = Tensor::zeros([2, 3, 16, 16], (Kind::Float, tch::Device::Cpu));
-    let batch = Batch { labels: Tensor::from_slice(&[1i64, 7]), ..testing::batch(vec![images]) };
-    let message = refusal(built.method.step(&batch).err());
-    assert!(message.contains("labels from 1 to 7 do not fit the 7 classes"), "{message}");
+    for (labels, train, words) in [
+        ([1, 7], true, "labels from 1 to 7 in data.train do not fit the 7 classes"),
+        ([-1, 3], false, "labels from -1 to 3 in data.val do not fit the 7 classes"),
+    ] {
+        let images = Tensor::zeros([2, 3, 16, 16], (Kind::Float, Device::Cpu));
+        let labels = Tensor::from_slice(&labels.map(i64::from));
+        let batch = Batch { labels, train, ..testing::batch(vec![images]) };
+        let message = refusal(built.method.step(&batch).err());
+        assert!(message.contains(words), "{message}");
+    }
 }
 
 #[test]

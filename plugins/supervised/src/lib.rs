@@ -45,6 +45,7 @@ impl Method for Supervised {
             "supervised learning needs a label for every image of data.train, and {} have none",
             if classes == 0 { "they".to_owned() } else { format!("{unlabelled} of them") }
         );
+        ensure!(classes > 1, "all images of data.train have the same label: there is nothing to tell apart");
         let backbone = host.backbone("backbone")?;
         let channels = backbone.info().channels;
         let classifier = Linear::new(&host.params().sub("classifier"), channels, classes, true);
@@ -62,7 +63,8 @@ impl Method for Supervised {
         let (low, high) = (i64::try_from(batch.labels.min())?, i64::try_from(batch.labels.max())?);
         ensure!(
             0 <= low && high < self.classes,
-            "labels from {low} to {high} do not fit the {} classes of data.train",
+            "labels from {low} to {high} in data.{} do not fit the {} classes of data.train (-1 stands for none)",
+            if batch.train { "train" } else { "val" },
             self.classes
         );
         let features = self.backbone.pooled(images, batch.train)?;

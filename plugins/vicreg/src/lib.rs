@@ -78,11 +78,6 @@ impl Method for VicReg {
         let [first, second] = batch.views.as_slice() else {
             bail!("VICReg declares two views, but the batch has {}", batch.views.len());
         };
-        let images = batch.len();
-        ensure!(
-            images > 1,
-            "a batch of {images} has no variance: let the last batch of data.val have more images"
-        );
         let project = |images: &Tensor| -> Result<Tensor> {
             let features = self.backbone.pooled(images, batch.train)?;
             Ok(self.projector.forward(&features, batch.train).to_kind(Kind::Float))
