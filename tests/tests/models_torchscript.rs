@@ -116,6 +116,7 @@ struct Even(BackboneHandle);
 
 impl Method for Even {
     const NAME: &'static str = "even";
+    const ENCODER: &'static str = "online";
     type Options = ();
 
     fn new((): (), host: &mut Host) -> Result<Self> {
@@ -246,4 +247,45 @@ fn the_binary_shows_it_and_cnn_jepa_refuses_it() {
     train("net.pt").error_says(&["`cnn-jepa`", "needs a backbone with a sparse mode", "backbone.name"]);
     train("gone.pt").error_says(&["`torchscript-backbone`", "backbone.file `gone.pt`", "it cannot be read"]);
     assert!(!room.file("runs").exists(), "a refused set-up begins no run");
+}
+
+/// The last checkpoint of runs of BYOL on a script, one after the other in one folder, each up to so many steps.
+fn trained(steps: &[u32], more: &[&str]) -> [Vec<u8>; 2] {
+    let room = Room::new();
+    std::fs::copy(fixture::path("torchscript_gated.pt"), room.file("gated.pt")).expect("a copy");
+    let images = setting("data.train", &demo_images());
+    let fixed = [
+        "--plugin",
+        "byol",
+        "--resume",
+        "auto",
+        "backbone.name=torchscript",
+        "backbone.file=gated.pt",
+        "method.hidden=16",
+        "method.output=8",
+        "data.size=16",
+        "data.threads=1",
+        "optimizer.batch_size=8",
+        "optimizer.warmup_epochs=0.0",
+        "trainer.threads=1",
+        "trainer.device=cpu",
+        "eval.every_epochs=0",
+        "eval.at_start=false",
+    ];
+    for &steps in steps {
+        let steps = format!("trainer.max_steps={steps}");
+        room.run(fixed.into_iter().chain([images.as_str(), &steps]).chain(more.iter().copied())).expect(0);
+    }
+    let last = steps.last().expect("a run");
+    let folder = room.file(format!("runs/byol/version_0/checkpoints/step_{last:08}"));
+    ["model.safetensors", "optimizer.safetensors"]
+        .map(|name| std::fs::read(folder.join(name)).expect("a checkpoint"))
+}
+
+#[test]
+fn a_resumed_run_ends_with_the_same_bytes() {
+    let whole = trained(&[8], &[]);
+    assert!(trained(&[5, 8], &[]) == whole, "parameters, running statistics and optimizer are restored");
+    assert!(trained(&[8], &["seed=7"]) != whole, "the comparison sees a difference where there is one");
+    trained(&[3], &["trainer.precision=bf16"]);
 }

@@ -54,8 +54,8 @@ impl TorchScript {
         if self.train.replace(train) != train {
             if train { module.f_set_train()? } else { module.f_set_eval()? }
         }
-        // libtorch would profile the first passes and then compute in another way, to other last digits: a run that
-        // is resumed must not differ from one that never stopped.
+        // libtorch would profile the first pass and compute gradients in another order from then on, to other last
+        // digits: a run that is resumed, and begins anew to count passes, must not differ from one that never stopped.
         f_set_graph_executor_optimize(false)?;
         module.forward_ts(&[images])
     }
