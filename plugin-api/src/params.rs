@@ -83,8 +83,12 @@ impl Params {
         self.entries.borrow().iter().map(copy).collect()
     }
 
-    /// Takes over tensors that somebody else made (a backbone, for one) under this place's name.
-    pub(crate) fn adopt(&self, entries: Vec<Entry>) {
+    /// Takes over tensors that somebody else made and uses (a backbone, a TorchScript module) under this place's name:
+    /// these very tensors, so that whoever made them sees what training does to them.
+    ///
+    /// # Panics
+    /// When a name is taken.
+    pub fn adopt(&self, entries: Vec<Entry>) {
         for Entry { name, kind, tensor } in entries {
             let _ = self.register(&name, kind, tensor);
         }
