@@ -3,7 +3,7 @@
 use byol::Byol;
 use jepa_host::config;
 use jepa_host::device::{autocast_bf16, ema_update};
-use jepa_host::train::Optimizer;
+use jepa_host::train::{Optimizer, StepSettings};
 use jepa_plugin_api::nn::{covariance_loss, negative_cosine, nt_xent, spread, variance_loss};
 use jepa_plugin_api::testing::{self, LinkedMethod};
 use jepa_plugin_api::{Backbone, Batch, Method, RunFacts, params};
@@ -82,6 +82,7 @@ fn training_equals_lightly<M: Method>(views: &[&str]) {
     let config = fixture.json("config");
     let number = |value: &Value| value.as_f64().expect("a number");
     let settings = config::Optimizer {
+        lr: number(&config["optimizer"]["lr"]),
         weight_decay: number(&config["optimizer"]["weight_decay"]),
         eps: number(&config["optimizer"]["eps"]),
         ..config::Optimizer::default()
@@ -109,7 +110,8 @@ fn training_equals_lightly<M: Method>(views: &[&str]) {
         let loss = built.method.step(&batch).expect("a step").loss;
         loss.backward();
         let gradients = optimizer.gradients().expect("gradients");
-        optimizer.step(&gradients, number(&config["optimizer"]["lr"]), None).expect("an update");
+        let step = StepSettings { lr: settings.lr, weight_decay: settings.weight_decay, max_norm: None };
+        optimizer.step(&gradients, step).expect("an update");
         ema_update(&targets, &online, number(&config["ema_momentum"])).expect("an update");
         losses.push(loss.detach());
     }
