@@ -19,9 +19,11 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/_fused_sgd.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/version.h>
 
@@ -81,12 +83,32 @@ c10::DeviceType device_type_of(int32_t device_type) {
     return device_type == JEPA_CPU ? c10::DeviceType::CPU : c10::DeviceType::CUDA;
 }
 
-// The fused kernels walk the memory of all five tensors side by side.
+// The fused kernels walk the memory of a parameter, its gradient and its state side by side.
 void check_layout(const char* what, size_t i, const at::Tensor& param, const at::Tensor& other) {
     TORCH_CHECK(other.sizes() == param.sizes() && other.strides() == param.strides(), what, "[", i,
                 "] has sizes ", other.sizes(), " and strides ", other.strides(), " where the parameter has ",
                 param.sizes(), " and ", param.strides());
 }
+
+// The gradients, each laid out as its parameter is.
+std::vector<at::Tensor> grads_like(const std::vector<at::Tensor>& params, const jepa_tensor* handles) {
+    auto grads = all("grads", params.size(), handles);
+    for (size_t i = 0; i < params.size(); ++i) {
+        const auto& param = params[i];
+        auto& grad = grads[i];
+        TORCH_CHECK(grad.sizes() == param.sizes(), "grads[", i, "] has sizes ", grad.sizes(),
+                    " where the parameter has ", param.sizes());
+        if (grad.strides() != param.strides()) {
+            auto copy = at::empty_strided(param.sizes(), param.strides(), grad.options());
+            copy.copy_(grad);
+            grad = std::move(copy);
+        }
+    }
+    return grads;
+}
+
+// The L2 norm of each tensor: (count).
+at::Tensor norms(const std::vector<at::Tensor>& list) { return at::stack(at::_foreach_norm(list, 2)); }
 
 }  // namespace
 
@@ -149,22 +171,13 @@ bool jepa_fused_adamw(size_t count, const jepa_tensor* params, const jepa_tensor
             return;
         }
         auto param_list = all("params", count, params);
-        auto grad_list = all("grads", count, grads);
+        auto grad_list = grads_like(param_list, grads);
         auto avg_list = all("exp_avgs", count, exp_avgs);
         auto sq_list = all("exp_avg_sqs", count, exp_avg_sqs);
         auto step_list = all("state_steps", count, state_steps);
         for (size_t i = 0; i < count; ++i) {
-            const auto& param = param_list[i];
-            check_layout("exp_avgs", i, param, avg_list[i]);
-            check_layout("exp_avg_sqs", i, param, sq_list[i]);
-            auto& grad = grad_list[i];
-            TORCH_CHECK(grad.sizes() == param.sizes(), "grads[", i, "] has sizes ", grad.sizes(),
-                        " where the parameter has ", param.sizes());
-            if (grad.strides() != param.strides()) {
-                auto copy = at::empty_strided(param.sizes(), param.strides(), grad.options());
-                copy.copy_(grad);
-                grad = std::move(copy);
-            }
+            check_layout("exp_avgs", i, param_list[i], avg_list[i]);
+            check_layout("exp_avg_sqs", i, param_list[i], sq_list[i]);
         }
         at::_foreach_add_(step_list, 1);
         at::_fused_adamw_(param_list, grad_list, avg_list, sq_list, {}, step_list, lr, beta1, beta2,
@@ -237,5 +250,45 @@ bool jepa_zero_grads(size_t count, const jepa_tensor* params, char** error) {
         for (auto& param : all("params", count, params)) {
             param.mutable_grad() = at::Tensor();
         }
+    });
+}
+
+bool jepa_fused_sgd(size_t count, const jepa_tensor* params, const jepa_tensor* grads,
+                    const jepa_tensor* momentum_buffers, double lr, double momentum, double weight_decay,
+                    bool nesterov, char** error) {
+    return guarded(error, [&] {
+        if (count == 0) {
+            return;
+        }
+        auto param_list = all("params", count, params);
+        auto grad_list = grads_like(param_list, grads);
+        std::vector<at::Tensor> buffer_list;
+        // The CUDA kernel takes no buffers where there is no momentum.
+        if (momentum > 0) {
+            buffer_list = all("momentum_buffers", count, momentum_buffers);
+            for (size_t i = 0; i < count; ++i) {
+                check_layout("momentum_buffers", i, param_list[i], buffer_list[i]);
+            }
+        }
+        at::_fused_sgd_(param_list, grad_list, buffer_list, weight_decay, momentum, lr, /*dampening=*/0.0,
+                        nesterov, /*maximize=*/false, /*is_first_step=*/false);
+    });
+}
+
+bool jepa_lars_scale(size_t count, const jepa_tensor* params, const jepa_tensor* grads, double weight_decay,
+                     double trust_coefficient, double eps, char** error) {
+    return guarded(error, [&] {
+        if (count == 0) {
+            return;
+        }
+        const auto param_list = all("params", count, params);
+        const auto grad_list = all("grads", count, grads);
+        const auto of_params = norms(param_list);
+        const auto of_grads = norms(grad_list);
+        const auto trust = trust_coefficient * of_params / (of_grads + weight_decay * of_params + eps);
+        // A factor of 0 also takes away the decay that a gradient of zeros gets below.
+        const auto factor = at::where(of_grads == 0, 0, at::where(of_params == 0, 1, trust));
+        at::_foreach_add_(grad_list, param_list, weight_decay);
+        at::_foreach_mul_(grad_list, factor.unbind());
     });
 }

@@ -88,6 +88,19 @@ bool jepa_grads(size_t count, const jepa_tensor* params, jepa_tensor* out, char*
 /* Drops the gradients: .grad becomes undefined. */
 bool jepa_zero_grads(size_t count, const jepa_tensor* params, char** error);
 
+/* One SGD step, equal to torch.optim.SGD(fused=True): weight decay is added to the gradient.
+ * All tensors of a call are on one device and have one dtype; params and momentum_buffers have equal shapes and
+ * strides. Buffers of zeros are those of a first step. With momentum 0 they are left alone. */
+bool jepa_fused_sgd(size_t count, const jepa_tensor* params, const jepa_tensor* grads,
+                    const jepa_tensor* momentum_buffers, double lr, double momentum, double weight_decay,
+                    bool nesterov, char** error);
+
+/* What LARS makes of gradients before the SGD step (which must not decay again), in place and tensor by tensor:
+ * grad = trust_coefficient * |param| / (|grad| + weight_decay * |param| + eps) * (grad + weight_decay * param).
+ * A gradient of zeros stays as it is, and for a parameter of zeros the factor is 1. Nothing waits for a GPU. */
+bool jepa_lars_scale(size_t count, const jepa_tensor* params, const jepa_tensor* grads, double weight_decay,
+                     double trust_coefficient, double eps, char** error);
+
 #ifdef __cplusplus
 }
 #endif

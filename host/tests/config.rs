@@ -146,6 +146,12 @@ fn wrong_types_and_ranges_are_refused_in_one_form() {
         ("optimizer.lr=-1", "-1 is out of range: must be greater than 0"),
         ("optimizer.lr=nan", "\"nan\" is not a number"),
         ("optimizer.lr=None", "none is not a number"),
+        ("optimizer.momentum=1", "1 is out of range: must be less than 1"),
+        (
+            "optimizer.lr_scale=linea",
+            "\"linea\" is not one of \"none\", \"linear\", \"sqrt\"; did you mean linear?",
+        ),
+        ("optimizer.weight_decay_end=-0.1", "-0.1 is out of range: must be at least 0"),
         ("optimizer.batch_size=0", "0 is out of range: must be at least 1"),
         ("optimizer.batch_size=1.5", "1.5 is not a whole number"),
         ("optimizer.betas=[0.9]", "has 1 values and needs 2"),
@@ -173,6 +179,52 @@ fn wrong_types_and_ranges_are_refused_in_one_form() {
         refusal(&["optimizer.lr"]),
         "`optimizer.lr` is neither a subcommand nor of the form key=value, such as optimizer.lr=0.02"
     );
+}
+
+#[test]
+fn settings_that_do_not_go_together_are_refused_with_the_key_to_change() {
+    for (arguments, expected) in [
+        (
+            ["optimizer.algorithm=sgd", "optimizer.nesterov=true", "optimizer.momentum=0"].as_slice(),
+            "optimizer.nesterov (command line): needs a momentum: set optimizer.momentum above 0",
+        ),
+        (
+            &["optimizer.algorithm=lars", "optimizer.weight_decay=0"],
+            "optimizer.weight_decay (command line): LARS scales only what decays, so that with 0 it is SGD: set a \
+             small value such as 1e-6, or optimizer.algorithm = \"sgd\"",
+        ),
+        (
+            &["optimizer.algorithm=lars", "optimizer.weight_decay_end=0"],
+            "optimizer.weight_decay_end (command line): LARS scales only what decays",
+        ),
+    ] {
+        let refusal = refusal(arguments);
+        assert!(refusal.starts_with(expected), "{refusal}");
+    }
+    assert!(load(&["optimizer.weight_decay=0", "optimizer.weight_decay_end=none"]).is_ok());
+}
+
+#[test]
+fn settings_without_effect_are_known() {
+    let without_effect = |arguments: &[&str]| load(arguments).unwrap().config.optimizer.without_effect();
+    let all = [
+        "optimizer.betas=[0.9, 0.95]",
+        "optimizer.eps=1e-6",
+        "optimizer.momentum=0.8",
+        "optimizer.nesterov=true",
+        "optimizer.trust_coefficient=0.02",
+    ];
+    let with = |algorithm| without_effect(&[&all[..], &[algorithm]].concat());
+    assert_eq!(
+        with("optimizer.algorithm=adamw"),
+        ["optimizer.momentum", "optimizer.nesterov", "optimizer.trust_coefficient"]
+    );
+    assert_eq!(with("optimizer.algorithm=lars"), ["optimizer.betas"]);
+    assert_eq!(
+        with("optimizer.algorithm=sgd"),
+        ["optimizer.betas", "optimizer.eps", "optimizer.trust_coefficient"]
+    );
+    assert!(without_effect(&["optimizer.momentum=0.9"]).is_empty(), "what is at its default changes nothing");
 }
 
 #[test]

@@ -164,6 +164,18 @@ fn lars_and_sgd_are_resumed_to_the_byte() {
 }
 
 #[test]
+fn another_algorithm_begins_with_a_state_of_its_own() {
+    let room = short();
+    let ended = resume(&room, &["optimizer.algorithm=lars"]).expect(2);
+    ended.error_says(&["optimizer.algorithm was \"adamw\" and is \"lars\"", "--allow-changes"]);
+
+    let ended = resume(&room, &["optimizer.algorithm=lars", "--allow-changes"]).expect(0);
+    let says = "the optimizer's state begins at zero: what \"adamw\" has saved means nothing to \"lars\"";
+    assert!(ended.stderr.contains(says), "{}", ended.stderr);
+    assert_eq!((went_on_at(&ended.stderr), newest(&folder(&room))), (10, 12));
+}
+
+#[test]
 fn the_number_of_loader_threads_changes_nothing() {
     let one = whole(arguments());
     let four = with(arguments(), &["data.threads=4"]);

@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::{ViewSpec, tch};
+use serde_json::json;
 
 use super::exit::Usage;
 use super::output::print_text;
@@ -18,7 +19,7 @@ use crate::checkpoint::{
     self, Checkpoint, FORMAT, PluginRecord, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume,
     restore,
 };
-use crate::config::Config;
+use crate::config::{Config, LrScale};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
@@ -63,6 +64,7 @@ impl TrainArgs {
             return print_text(|out| out.write_all(session.settings.print().as_bytes()));
         }
         let config = session.config();
+        tell_of_optimizer(config);
 
         let device = session.device()?;
         let train_set = Arc::new(Dataset::open(config.train_file()?)?);
@@ -146,7 +148,7 @@ impl TrainArgs {
                 self.check_changes(&saved.state, &state)?;
                 let batch_in_epoch = saved.state.batches_done(&state).map_err(Usage)?;
                 restore(&model.tensors(), &saved.model)?;
-                restore(&optimizer.tensors(), &saved.optimizer)?;
+                restore_optimizer(&optimizer, &saved, config)?;
                 directory.rewind(&saved.state, METRICS_FILE)?;
                 state = State { batch_in_epoch, ..resumed(saved, state) };
                 tracing::info!("going on at step {} of {}", state.step, directory.path().display());
@@ -206,6 +208,32 @@ impl TrainArgs {
         Err(Usage(format!("this would not be the same run: {list}. Undo that, or add --allow-changes"))
             .into())
     }
+}
+
+/// What `--print-config` does not show: the peak learning rate after its scaling, and settings that do nothing.
+fn tell_of_optimizer(config: &Config) {
+    let settings = &config.optimizer;
+    let algorithm = json!(settings.algorithm);
+    for key in settings.without_effect() {
+        tracing::warn!("{key} has no effect: optimizer.algorithm is {algorithm}");
+    }
+    if settings.lr_scale != LrScale::None {
+        let images = settings.batch_size * config.trainer.accumulate;
+        let (peak, lr) = (config.peak_lr(), settings.lr);
+        tracing::info!(
+            "the peak learning rate is {peak}: optimizer.lr is {lr} for 256 images, and a step has {images}"
+        );
+    }
+}
+
+/// Gives `optimizer` its state, unless another algorithm has saved it: whoever allows that change begins it anew.
+fn restore_optimizer(optimizer: &Optimizer, saved: &Checkpoint, now: &Config) -> anyhow::Result<()> {
+    let (was, is) = (saved.state.config.pointer("/optimizer/algorithm"), json!(now.optimizer.algorithm));
+    if let Some(was) = was.filter(|was| **was != is) {
+        tracing::warn!("the optimizer's state begins at zero: what {was} has saved means nothing to {is}");
+        return Ok(());
+    }
+    Ok(restore(&optimizer.tensors(), &saved.optimizer)?)
 }
 
 /// Where the checkpoint stands, with what this process is made of.

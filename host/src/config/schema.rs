@@ -95,17 +95,17 @@ pub struct Data {
 pub struct Optimizer {
     /// Update rule. Default `adamw`.
     pub algorithm: Algorithm,
-    /// Peak learning rate, reached at the end of the warm-up. Default 0.001.
+    /// Peak learning rate, reached at the end of the warm-up; before `lr_scale`. Default 0.001.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub lr: f64,
-    /// What `lr` is multiplied by: with `linear` by the images in a step / 256, with `sqrt` by the root of that.
-    /// Default `none`.
+    /// What `lr` is multiplied by: with `linear` by the images in a step (`batch_size` × `trainer.accumulate`) / 256,
+    /// with `sqrt` by the root of that. Default `none`.
     pub lr_scale: LrScale,
     /// Weight decay. AdamW's is decoupled: each step multiplies parameters by 1 − lr × weight_decay; LARS and SGD add
     /// weight_decay × parameter to the gradient. Default 0.01.
     #[schemars(range(min = 0.0))]
     pub weight_decay: f64,
-    /// Weight decay of the last step, reached by a half cosine. Default: it stays as it is.
+    /// Weight decay of the run's last step, reached by a half cosine over all steps. Default: it stays as it is.
     #[schemars(range(min = 0.0))]
     pub weight_decay_end: Option<f64>,
     /// Share of the last update in the next one, for LARS and SGD. Default 0.9.
@@ -128,11 +128,11 @@ pub struct Optimizer {
     /// Length of the linear warm-up from 0, in epochs; may be a fraction. Default 10.
     #[schemars(range(min = 0.0))]
     pub warmup_epochs: f64,
-    /// The half cosine after the warm-up ends at this share of `lr`. Default 0.001.
+    /// The half cosine after the warm-up ends at this share of the peak learning rate. Default 0.001.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub final_lr_ratio: f64,
-    /// Whether parameters of norm layers and biases stay without weight decay, and without LARS's scaling. Default
-    /// false.
+    /// Whether parameters of norm layers and biases (all of one dimension, and all called `bias`) stay without weight
+    /// decay, and without LARS's scaling. Default false.
     pub exclude_norm_and_bias: bool,
 }
 
@@ -502,6 +502,17 @@ impl Config {
             faults
                 .push(("optimizer.nesterov", "needs a momentum: set optimizer.momentum above 0".to_owned()));
         }
+        let decays = [
+            ("optimizer.weight_decay", Some(self.optimizer.weight_decay)),
+            ("optimizer.weight_decay_end", self.optimizer.weight_decay_end),
+        ];
+        for (key, _) in decays.into_iter().filter(|(_, decay)| *decay == Some(0.0)) {
+            if self.optimizer.algorithm == Algorithm::Lars {
+                let message = "LARS scales only what decays, so that with 0 it is SGD: set a small value such as \
+                               1e-6, or optimizer.algorithm = \"sgd\"";
+                faults.push((key, message.to_owned()));
+            }
+        }
         let metrics = || FIGURES.into_iter().chain(["val/loss"]);
         if let Some(best) = &self.checkpoint.best
             && !metrics().any(|metric| metric == best)
@@ -512,5 +523,22 @@ impl Config {
             faults.push(("checkpoint.best", message));
         }
         faults
+    }
+}
+
+impl Optimizer {
+    /// Keys that `algorithm` does not use and that are not at their default.
+    pub fn without_effect(&self) -> Vec<&'static str> {
+        use Algorithm::{AdamW, Lars, Sgd};
+        let default = Optimizer::default();
+        let keys: [(_, _, &[Algorithm]); 5] = [
+            ("optimizer.betas", self.betas != default.betas, &[AdamW]),
+            ("optimizer.eps", self.eps != default.eps, &[AdamW, Lars]),
+            ("optimizer.momentum", self.momentum != default.momentum, &[Lars, Sgd]),
+            ("optimizer.nesterov", self.nesterov != default.nesterov, &[Lars, Sgd]),
+            ("optimizer.trust_coefficient", self.trust_coefficient != default.trust_coefficient, &[Lars]),
+        ];
+        let idle = keys.into_iter().filter(|(_, set, users)| *set && !users.contains(&self.algorithm));
+        idle.map(|(key, ..)| key).collect()
     }
 }

@@ -13,7 +13,8 @@ use thiserror::Error;
 pub use autocast::autocast_bf16;
 pub use libtorch::{Libtorch, check_native, libtorch};
 pub use native::{
-    AdamW, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, total_norm, zero_gradients,
+    AdamW, Sgd, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, lars_scale, sgd_step,
+    total_norm, zero_gradients,
 };
 
 use crate::config;

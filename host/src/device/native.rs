@@ -46,6 +46,19 @@ pub(super) struct Native {
     clip: unsafe extern "C" fn(usize, *const Handle, Handle, f64, ErrorOut) -> bool,
     grads: unsafe extern "C" fn(usize, *const Handle, *mut Handle, ErrorOut) -> bool,
     zero_grads: unsafe extern "C" fn(usize, *const Handle, ErrorOut) -> bool,
+    #[allow(clippy::type_complexity)]
+    fused_sgd: unsafe extern "C" fn(
+        usize,
+        *const Handle,
+        *const Handle,
+        *const Handle,
+        f64,
+        f64,
+        f64,
+        bool,
+        ErrorOut,
+    ) -> bool,
+    lars_scale: unsafe extern "C" fn(usize, *const Handle, *const Handle, f64, f64, f64, ErrorOut) -> bool,
 }
 
 static NATIVE: OnceLock<Native> = OnceLock::new();
@@ -90,6 +103,8 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             clip: *library.get(b"jepa_clip").map_err(words)?,
             grads: *library.get(b"jepa_grads").map_err(words)?,
             zero_grads: *library.get(b"jepa_zero_grads").map_err(words)?,
+            fused_sgd: *library.get(b"jepa_fused_sgd").map_err(words)?,
+            lars_scale: *library.get(b"jepa_lars_scale").map_err(words)?,
         }
     };
     std::mem::forget(library);
@@ -262,6 +277,66 @@ pub fn adamw_step(
             betas[0],
             betas[1],
             weight_decay,
+            eps,
+            error,
+        )
+    })
+}
+
+/// What one SGD step works on: lists of equal length, tensors of equal shape at equal places.
+pub struct Sgd<'a> {
+    /// Parameters, changed in place.
+    pub params: &'a [Tensor],
+    /// Their gradients.
+    pub grads: &'a [Tensor],
+    /// Running sums of gradients, changed in place; zeros before the first step.
+    pub momentum_buffers: &'a [Tensor],
+}
+
+/// One step of SGD, equal to `torch.optim.SGD(fused=True)`: the gradient becomes grad + weight_decay · param.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn sgd_step(
+    lists: &Sgd<'_>,
+    lr: f64,
+    momentum: f64,
+    weight_decay: f64,
+    nesterov: bool,
+) -> Result<(), DeviceError> {
+    let all = [lists.params, lists.grads, lists.momentum_buffers].map(handles);
+    let count = all[0].len();
+    assert!(all.iter().all(|list| list.len() == count), "SGD lists");
+    let [params, grads, buffers] = all.each_ref().map(|list| list.as_ptr());
+    // SAFETY: all lists have `count` valid handles.
+    library()?.checked(|native, error| unsafe {
+        (native.fused_sgd)(count, params, grads, buffers, lr, momentum, weight_decay, nesterov, error)
+    })
+}
+
+/// Turns gradients into what LARS (You et al., arXiv 1708.03888, equation 6) hands to SGD, in place and tensor by
+/// tensor: grad ← trust_coefficient · |param| / (|grad| + weight_decay · |param| + eps) · (grad + weight_decay · param).
+/// A gradient of zeros stays as it is, and for a parameter of zeros the factor is 1.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn lars_scale(
+    params: &[Tensor],
+    grads: &[Tensor],
+    weight_decay: f64,
+    trust_coefficient: f64,
+    eps: f64,
+) -> Result<(), DeviceError> {
+    assert_eq!(params.len(), grads.len(), "LARS lists");
+    let (params, grads) = (handles(params), handles(grads));
+    // SAFETY: both lists have `count` valid handles.
+    library()?.checked(|native, error| unsafe {
+        (native.lars_scale)(
+            params.len(),
+            params.as_ptr(),
+            grads.as_ptr(),
+            weight_decay,
+            trust_coefficient,
             eps,
             error,
         )

@@ -1,9 +1,12 @@
 //! AdamW, LARS and SGD over named parameters, with their state by name so that a checkpoint can hold it.
 
-use jepa_plugin_api::tch::{Kind, TchError, Tensor, no_grad};
+use jepa_plugin_api::tch::{Kind, Tensor};
 
 use crate::config::{self, Algorithm};
-use crate::device::{AdamW, DeviceError, adamw_step, clip_gradients, gradients, total_norm, zero_gradients};
+use crate::device::{
+    AdamW, DeviceError, Sgd, adamw_step, clip_gradients, gradients, lars_scale, sgd_step, total_norm,
+    zero_gradients,
+};
 
 /// The optimizer of a run.
 pub struct Optimizer {
@@ -65,11 +68,12 @@ impl Gradients {
 
 impl Optimizer {
     /// An optimizer of `params`, by the configured algorithm. With `exclude_norm_and_bias`, parameters of one dimension
-    /// are not decayed (and not scaled by LARS).
+    /// and those called `bias` are not decayed (and not scaled by LARS).
     pub fn new(settings: &config::Optimizer, params: &[(String, Tensor)]) -> Self {
-        let decayed = |tensor: &Tensor| !settings.exclude_norm_and_bias || tensor.dim() > 1;
+        let norm_or_bias =
+            |name: &str, tensor: &Tensor| tensor.dim() <= 1 || name.rsplit('.').next() == Some("bias");
         let mut groups = [true, false].map(|decayed| Group { decayed, members: Vec::new() });
-        for (index, (_, param)) in params.iter().enumerate() {
+        for (index, (name, param)) in params.iter().enumerate() {
             let zeros = || param.detach().zeros_like();
             let state = match settings.algorithm {
                 Algorithm::AdamW => State::AdamW {
@@ -79,7 +83,8 @@ impl Optimizer {
                 },
                 Algorithm::Lars | Algorithm::Sgd => State::Momentum(zeros()),
             };
-            groups[usize::from(!decayed(param))].members.push(Member { index, state });
+            let excluded = settings.exclude_norm_and_bias && norm_or_bias(name, param);
+            groups[usize::from(excluded)].members.push(Member { index, state });
         }
         let (names, params) =
             params.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).unzip();
@@ -136,10 +141,7 @@ impl Optimizer {
             };
             match self.settings.algorithm {
                 Algorithm::AdamW => self.step_adamw(group, gradients, settings)?,
-                Algorithm::Lars | Algorithm::Sgd => {
-                    no_grad(|| self.step_momentum(group, gradients, settings))
-                        .map_err(|error| DeviceError::Torch(error.to_string()))?
-                }
+                Algorithm::Lars | Algorithm::Sgd => self.step_momentum(group, gradients, settings)?,
             }
         }
         zero_gradients(&self.params)
@@ -177,37 +179,29 @@ impl Optimizer {
         adamw_step(&lists, lr, self.settings.betas, weight_decay, self.settings.eps)
     }
 
-    /// SGD with momentum, and LARS (You et al., arXiv 1708.03888), which scales the decayed gradient of each tensor to
-    /// its own size first: by trust · ‖p‖ / (‖g‖ + decay · ‖p‖). Where nothing is decayed, LARS is SGD.
+    /// SGD with momentum, and LARS, which scales what decays to the size of its tensor first. Where nothing decays,
+    /// LARS is SGD.
     fn step_momentum(
         &self,
         group: &Group,
         gradients: &Gradients,
-        StepSettings { lr, weight_decay, .. }: StepSettings,
-    ) -> Result<(), TchError> {
+        StepSettings { lr, mut weight_decay, .. }: StepSettings,
+    ) -> Result<(), DeviceError> {
         let config::Optimizer { algorithm, momentum, nesterov, trust_coefficient, eps, .. } = self.settings;
+        let (mut params, mut grads, mut momentum_buffers) = (Vec::new(), Vec::new(), Vec::new());
         for member in &group.members {
-            let (Some(gradient), State::Momentum(buffer)) = (&gradients.all[member.index], &member.state)
-            else {
-                continue;
-            };
-            let (mut param, mut buffer) = (self.params[member.index].shallow_clone(), buffer.shallow_clone());
-            let mut direction = gradient.shallow_clone();
-            if weight_decay != 0.0 {
-                direction = direction.f_add(&param.f_mul_scalar(weight_decay)?)?;
+            if let (Some(gradient), State::Momentum(buffer)) = (&gradients.all[member.index], &member.state) {
+                params.push(self.params[member.index].shallow_clone());
+                grads.push(gradient.shallow_clone());
+                momentum_buffers.push(buffer.shallow_clone());
             }
-            if weight_decay != 0.0 && algorithm == Algorithm::Lars {
-                let (size, slope) = (param.f_norm()?, gradient.f_norm()?);
-                let decayed_slope = slope.f_add(&size.f_mul_scalar(weight_decay)?)?.f_add_scalar(eps)?;
-                let scale = size.f_div(&decayed_slope)?.f_mul_scalar(trust_coefficient)?;
-                // A tensor of zeros, or one whose gradient is, has no size to be scaled to.
-                let sized = size.f_ne(0.0)?.f_logical_and(&slope.f_ne(0.0)?)?;
-                direction = direction.f_mul(&scale)?.f_where_self(&sized, gradient)?;
-            }
-            let _ = buffer.f_mul_scalar_(momentum)?.f_add_(&direction)?;
-            let update = if nesterov { direction.f_add(&buffer.f_mul_scalar(momentum)?)? } else { buffer };
-            let _ = param.f_sub_(&update.f_mul_scalar(lr)?)?;
         }
-        Ok(())
+        if algorithm == Algorithm::Lars && weight_decay > 0.0 {
+            lars_scale(&params, &grads, weight_decay, trust_coefficient, eps)?;
+            // The gradients have it now.
+            weight_decay = 0.0;
+        }
+        let lists = Sgd { params: &params, grads: &grads, momentum_buffers: &momentum_buffers };
+        sgd_step(&lists, lr, momentum, weight_decay, nesterov)
     }
 }

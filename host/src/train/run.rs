@@ -253,6 +253,7 @@ impl Run {
         figures.push(("train/loss".to_owned(), loss_sum / accumulate as f64));
         figures.push(("train/grad_norm".to_owned(), norm));
         figures.extend(momentum.map(|momentum| ("train/ema_momentum".to_owned(), momentum)));
+        figures.extend(settings.weight_decay_end.map(|_| ("train/weight_decay".to_owned(), weight_decay)));
         for (name, value) in figures {
             self.meters.add(&name, value);
         }
