@@ -179,22 +179,33 @@ impl Drop for Bar {
     }
 }
 
+/// `1 image`, `2 images`, `60,000 images`; `class` and its like get `es`.
+fn count(number: u64, noun: &str) -> String {
+    let ending = match number {
+        1 => "",
+        _ if noun.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{} {noun}{ending}", HumanCount(number))
+}
+
 fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
     for bad in &report.skipped {
         writeln!(out, "left out {}: {}", bad.name, bad.reason)?;
     }
     if report.ignored_files > 0 {
-        writeln!(out, "ignored {} files that are neither .jpg, .jpeg nor .png", report.ignored_files)?;
+        let files = count(report.ignored_files as u64, "file");
+        writeln!(out, "ignored {files} without the name of a .jpg, .jpeg or .png")?;
     }
     let classes = match report.classes {
         0 => "no labels".to_owned(),
-        classes => format!("{classes} classes"),
+        classes => count(classes as u64, "class"),
     };
     writeln!(
         out,
-        "{}: {} images, {classes}, {}",
+        "{}: {}, {classes}, {}",
         report.path.display(),
-        HumanCount(report.images as u64),
+        count(report.images as u64, "image"),
         HumanBytes(report.image_bytes)
     )
 }
@@ -221,7 +232,7 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "sample       {}: {width} × {height} pixels", formats.join(", "))?;
     if sample.unreadable > 0 {
         let hint = "run `jepa-host data verify`";
-        writeln!(out, "             {} of {} are unreadable: {hint}", sample.unreadable, sample.images)?;
+        writeln!(out, "             unreadable: {} of {}; {hint}", sample.unreadable, sample.images)?;
     }
     writeln!(out, "fingerprint  {}", summary.fingerprint)?;
     match &summary.classes {
@@ -229,7 +240,7 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
         Some(classes) => {
             writeln!(out, "classes      {}", classes.len())?;
             if summary.unlabelled > 0 {
-                writeln!(out, "             {} images without a label", summary.unlabelled)?;
+                writeln!(out, "             {} without a label", count(summary.unlabelled as u64, "image"))?;
             }
             classes.iter().try_for_each(|class| {
                 let name = class.name.as_deref().unwrap_or_default();
@@ -249,8 +260,8 @@ fn print_verify(report: &VerifyReport, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "{:>9}  {}", bad.index, bad.reason)?;
     }
     if report.bad.is_empty() {
-        let images = HumanCount(report.images as u64);
-        writeln!(out, "{}: all {images} images decode", report.path.display())?;
+        let images = count(report.images as u64, "image");
+        writeln!(out, "{}: {images} checked, nothing is corrupt", report.path.display())?;
     }
     Ok(())
 }

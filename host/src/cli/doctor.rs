@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE};
+use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE, Offer};
 use jepa_plugin_api::tch;
 use serde_json::{Value, json};
 
@@ -31,12 +31,22 @@ impl DoctorArgs {
             Err(error) => format!("no: {error}"),
         };
         let mut plugins = Vec::new();
-        for found in plugin::found(search) {
+        let found = plugin::found(search);
+        for found in &found {
             plugins.push(match found {
                 Ok(p) => json!({ "name": p.manifest.name, "version": p.manifest.version, "file": p.path }),
                 Err(error) => json!({ "refused": error.to_string() }),
             });
         }
+        let offers = |has: fn(&Offer) -> bool| found.iter().flatten().any(|p| has(p.plugin.offer()));
+        let verdict = match &native {
+            Some(_) => "cannot train: the native library is missing; run `make setup`",
+            None if !offers(|offer| !offer.methods.is_empty()) => "cannot train: no plugin offers a method",
+            None if !offers(|offer| !offer.backbones.is_empty()) => {
+                "cannot train: no plugin offers a backbone"
+            }
+            None => "ready to train",
+        };
         let report = json!({
             "jepa-host": env!("CARGO_PKG_VERSION"),
             "plugin API": format!("{API_MAJOR}.{API_MINOR}"),
@@ -50,6 +60,7 @@ impl DoctorArgs {
             "HDF5": crate::data::hdf5_version(),
             "wandb-core": find_wandb_core(),
             "plugins": plugins,
+            "verdict": verdict,
         });
         print(self.format, &report, print_report)
     }
@@ -60,7 +71,12 @@ fn print_report(report: &Value, out: &mut dyn Write) -> io::Result<()> {
         match value {
             Value::String(text) => writeln!(out, "{name:<16}{text}")?,
             Value::Array(plugins) => {
-                writeln!(out, "{name:<16}{}", if plugins.is_empty() { "none found" } else { "" })?;
+                let none = "none: run `make build`, or name a folder with --plugin-dir";
+                writeln!(
+                    out,
+                    "{}",
+                    if plugins.is_empty() { format!("{name:<16}{none}") } else { name.clone() }
+                )?;
                 for plugin in plugins {
                     let text = |key: &str| plugin[key].as_str().unwrap_or_default();
                     match plugin["refused"].as_str() {
@@ -91,6 +107,9 @@ fn find_wandb_core() -> String {
     });
     match found {
         Some(file) => file.display().to_string(),
-        None => "not found (in no installed wandb package; JEPA_WANDB_CORE is not set)".to_owned(),
+        None => {
+            "not found in an installed wandb package, and JEPA_WANDB_CORE is not set; training does without"
+                .to_owned()
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use jepa_plugin_api::tch::{Tensor, no_grad};
 
@@ -43,7 +44,10 @@ impl EvalCommand {
         let Some(val) = &config.data.val else {
             return Err(Usage("the run has no data.val: add data.val=held_out.h5".to_owned()).into());
         };
-        let (train_set, val_set) = (Dataset::open(config.train_file()?)?, Dataset::open(val)?);
+        let (train_set, val_set) = (
+            Dataset::open(config.train_file()?).context("data.train")?,
+            Dataset::open(val).context("data.val")?,
+        );
         let view = evaluation_view(&config, saved.model.method.views());
         let evaluation = Evaluation::new(&config, view, &Arc::new(train_set), &Arc::new(val_set))?;
 

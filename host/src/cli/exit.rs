@@ -44,6 +44,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if cause.is::<ConfigError>() || cause.is::<Usage>() {
         return Some(2);
     }
+    if let Some(DataError::Exists { .. }) = cause.downcast_ref() {
+        return Some(2);
+    }
     if let Some(DeviceError::NoCuda { .. }) = cause.downcast_ref() {
         return Some(2);
     }

@@ -32,12 +32,15 @@ Examples:
 
 Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.
 
-Exit codes: 0 done · 2 usage or config · 3 plugin refused · 4 data · 5 diverged · 6 plugin failed while running ·
-130/143 interrupted, after a checkpoint · 1 anything else";
+Exit codes:
+  0  done                    4  data is missing or corrupt
+  1  anything else           5  training diverged
+  2  usage or configuration  6  a plugin failed while running
+  3  a plugin was refused    130, 143  interrupted, after a checkpoint";
 
 /// The parsed command line.
 #[derive(Debug, Parser)]
-#[command(name = "jepa-host", version, about = ABOUT, after_help = EXAMPLES)]
+#[command(name = "jepa-host", version, about = ABOUT, after_help = EXAMPLES, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,

@@ -45,7 +45,10 @@ impl Session {
         let mut settings = layers.with_process_environment().load()?;
 
         let method = choose_method(&settings.config, &registry)?;
-        settings.config.method.name = Some(method.clone());
+        if settings.config.method.name.is_none() {
+            settings.config.method.name = Some(method.clone());
+            settings.sources.set("method.name", "--plugin");
+        }
         let (owner, offer) = registry.method(&method)?;
         let backbone = settings.config.backbone_name()?.to_owned();
         settings.adopt_plugin_options("method", &owner.manifest.name, offer.options.as_value())?;

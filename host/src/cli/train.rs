@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, CommandFactory as _};
 use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::{ViewSpec, tch};
 use serde_json::json;
@@ -19,7 +19,7 @@ use crate::checkpoint::{
     self, Checkpoint, FORMAT, PluginRecord, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume,
     restore,
 };
-use crate::config::{Config, LrScale};
+use crate::config::{Config, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
@@ -58,6 +58,7 @@ impl TrainArgs {
     }
 
     pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+        self.refuse_words()?;
         let signals = Signals::install().context("cannot take over signals")?;
         let session = self.session(search)?;
         if self.print_config {
@@ -67,8 +68,9 @@ impl TrainArgs {
         tell_of_optimizer(config);
 
         let device = session.device()?;
-        let train_set = Arc::new(Dataset::open(config.train_file()?)?);
-        let val_set = config.data.val.as_ref().map(Dataset::open).transpose()?.map(Arc::new);
+        let train_set = Arc::new(Dataset::open(config.train_file()?).context("data.train")?);
+        let val_set =
+            config.data.val.as_ref().map(Dataset::open).transpose().context("data.val")?.map(Arc::new);
 
         let steps_per_epoch =
             steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
@@ -192,6 +194,17 @@ impl TrainArgs {
             _ => None,
         };
         Session::open(&self.plugin, file, &self.overrides, search)
+    }
+
+    /// A word that is no `key=value` stands where a subcommand might: names the nearest one.
+    fn refuse_words(&self) -> Result<(), Usage> {
+        let Some(word) = self.overrides.iter().find(|word| !word.contains('=')) else { return Ok(()) };
+        let cli = super::Cli::command();
+        let close = nearest(word, cli.get_subcommands().map(clap::Command::get_name));
+        let close = close.map(|close| format!(" (did you mean `{close}`?)")).unwrap_or_default();
+        Err(Usage(format!(
+            "`{word}` is neither a subcommand{close} nor a setting, which reads key=value; see jepa-host --help"
+        )))
     }
 
     /// Refuses to go on with something else than what the run began with, unless that is allowed.

@@ -78,7 +78,8 @@ pub struct Backbone {
 pub struct Data {
     /// HDF5 file with the training images, relative to the current directory.
     pub train: Option<PathBuf>,
-    /// HDF5 file with the held-out images, relative to the current directory. Default: none, so no evaluation.
+    /// HDF5 file with the held-out images, relative to the current directory. The method's loss on it is logged after
+    /// every epoch, and probes are judged on it. Default: none, so neither.
     pub val: Option<PathBuf>,
     /// Side of the square images that the network sees, in pixels. Default 224.
     #[schemars(range(min = 1))]

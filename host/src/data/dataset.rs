@@ -88,11 +88,7 @@ impl Dataset {
         let file = File::open(path).map_err(DataError::io("open", path))?;
         let metadata = file.metadata().map_err(DataError::io("open", path))?;
         if metadata.is_dir() {
-            return Err(DataError::Source {
-                path: path.to_owned(),
-                reason: "a directory is not a data set; `jepa-host data pack DIR OUT.h5` makes one of it"
-                    .into(),
-            });
+            return Err(DataError::Directory { path: path.to_owned() });
         }
         check_signature(path, &file)?;
         // Nothing is written, so no lock is needed; on cluster file systems asking for one can fail.

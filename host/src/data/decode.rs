@@ -89,8 +89,8 @@ fn open(encoded: &[u8]) -> Result<Opened<'_>, String> {
         }
         Ok(other) => Err(format!("it is {other:?}, and only JPEG and PNG are read")),
         Err(_) => {
-            let start = &encoded[..encoded.len().min(4)];
-            Err(format!("it is neither JPEG nor PNG (it starts with {start:02x?})"))
+            let start = encoded[..encoded.len().min(4)].escape_ascii();
+            Err(format!("it is neither JPEG nor PNG (it starts with \"{start}\")"))
         }
     }
 }
@@ -249,7 +249,7 @@ mod tests {
         assert_eq!(decode(b"").unwrap_err(), "it has no bytes");
         assert_eq!(
             decode(b"hello world").unwrap_err(),
-            "it is neither JPEG nor PNG (it starts with [68, 65, 6c, 6c])"
+            "it is neither JPEG nor PNG (it starts with \"hell\")"
         );
         assert!(decode(b"GIF89a\x01\x00\x01\x00").unwrap_err().contains("only JPEG and PNG"));
     }

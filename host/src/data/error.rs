@@ -15,6 +15,12 @@ pub enum DataError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// A directory where a data set belongs.
+    #[error("{0} is a directory; `jepa-host data pack {0} OUT.h5` makes a data set of its images", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The file does not start like HDF5.
     #[error(
         "{} is not an HDF5 file; pack images into one with `jepa-host data pack SOURCE OUT.h5`",
@@ -158,9 +164,9 @@ pub enum DataError {
     },
     /// Some images to pack do not decode.
     #[error(
-        "cannot pack {}: {count} of its images are unreadable: {examples}; repair or remove them, or leave them out \
+        "cannot pack {}: {} unreadable: {examples}; repair or remove them, or leave them out \
          with --skip-bad",
-        path.display()
+        path.display(), of_images(*count)
     )]
     BadSource {
         /// The directory or file.
@@ -190,6 +196,11 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
     },
+}
+
+/// As in "2 of its images are".
+fn of_images(count: usize) -> String {
+    format!("{count} of its images {}", if count == 1 { "is" } else { "are" })
 }
 
 impl DataError {

@@ -16,14 +16,17 @@ pub(super) fn open() -> Result<(), String> {
         let folder = libtorch().folder.ok_or("libtorch_cpu.so is not in this process")?;
         let file = folder.join("libtorch_cuda.so");
         if !file.exists() {
-            return Err(format!("{} does not exist: this libtorch is built for CPUs", file.display()));
+            return Err(format!(
+                "{} does not exist: this libtorch is built for CPUs; `make setup CUDA=1` fetches the other one",
+                file.display()
+            ));
         }
         // SAFETY: the initialisers of libtorch's own library register its CUDA kernels; that is what is wanted.
         let library = unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_GLOBAL) };
-        std::mem::forget(
-            library
-                .map_err(|error| format!("libtorch_cuda.so cannot be opened: {}", linker::words(&error)))?,
-        );
+        std::mem::forget(library.map_err(|error| {
+            let words = linker::words(&error);
+            format!("libtorch_cuda.so cannot be opened: {words}; `make setup CUDA=1` fetches what it needs")
+        })?);
     }
     if native::has_cuda() { Ok(()) } else { Err("there is no CUDA device, or no driver for it".to_owned()) }
 }

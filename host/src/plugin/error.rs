@@ -15,7 +15,7 @@ pub enum PluginError {
     NotFound {
         /// As the user wrote it.
         name: String,
-        /// `, did you mean …?`, or nothing.
+        /// ` (did you mean …?)`, or nothing.
         nearest: String,
         /// The paths that were tried.
         tried: String,

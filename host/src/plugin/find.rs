@@ -56,7 +56,7 @@ impl SearchPath {
         let there: Vec<String> = there.iter().filter_map(bare).collect();
         let name = name.display().to_string();
         let nearest = nearest(&name.replace('-', "_"), there.iter().map(String::as_str));
-        let nearest = nearest.map(|nearest| format!(", did you mean `{nearest}`?")).unwrap_or_default();
+        let nearest = nearest.map(|nearest| format!(" (did you mean `{nearest}`?)")).unwrap_or_default();
         Err(PluginError::NotFound { name, nearest, tried })
     }
 }

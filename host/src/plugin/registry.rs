@@ -133,7 +133,7 @@ impl Registry {
 
 fn unknown(what: &'static str, name: &str, known: Vec<&str>) -> PluginError {
     let nearest = nearest(name, known.iter().copied());
-    let nearest = nearest.map(|n| format!(", did you mean `{n}`?")).unwrap_or_default();
+    let nearest = nearest.map(|n| format!(" (did you mean `{n}`?)")).unwrap_or_default();
     let known = match known.as_slice() {
         [] => format!("no {what} is loaded: name its plugin with --plugin, or its folder with --plugin-dir"),
         some => format!("there are {}", some.join(", ")),

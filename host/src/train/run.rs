@@ -270,7 +270,7 @@ impl Run {
         Ok(())
     }
 
-    /// Moves the progress bar, and every so many steps logs the means since the last time.
+    /// Moves the progress bar; every so many steps, and after the last one, logs the means since the last time.
     fn report_step(&mut self, lr: f64) {
         self.trackers.step(&StepReport {
             step: self.state.step,
@@ -280,7 +280,8 @@ impl Run {
             images_per_s: self.clock.images_per_s(),
             data_wait: self.clock.data_wait(),
         });
-        if !self.state.step.is_multiple_of(self.config.trainer.log_every_steps) {
+        let due = self.state.step.is_multiple_of(self.config.trainer.log_every_steps);
+        if !due && self.state.step < self.last_step() {
             return;
         }
         let mut figures = self.meters.take();

@@ -219,7 +219,7 @@ fn unreadable_images_are_refused_by_name_or_left_out_on_demand() {
     fs::write(root.join("cats/broken.jpg"), b"\xff\xd8\xff\xe0 not much of a photo").unwrap();
     let out = directory.path().join("photos.h5");
     let error = pack(&root, &out, &PackOptions::default()).unwrap_err().to_string();
-    assert!(error.contains("1 of its images are unreadable: cats/broken.jpg ("), "{error}");
+    assert!(error.contains("1 of its images is unreadable: cats/broken.jpg ("), "{error}");
     assert!(error.contains("--skip-bad"), "{error}");
     assert!(!out.exists());
 
