@@ -49,6 +49,7 @@ fn each_layer_wins_over_the_weaker_ones_and_is_remembered() {
         "groups = [\"groups/data.toml\"]\n[data]\nthreads = 2\n\n[optimizer]\nlr = 0.5\nbatch_size = 7\nweight_decay = 0\n",
     );
     let layers = Layers {
+        base: None,
         file: Some(file.clone()),
         environment: vec![
             ("JEPA_OPTIMIZER__LR".to_owned(), "0.25".to_owned()),

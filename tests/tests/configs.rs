@@ -27,5 +27,5 @@ fn every_shipped_configuration_is_valid_and_trains_what_its_name_says() {
         assert!(printed.contains(&format!("[method]\nname = \"{method}\" ")), "{name}:\n{printed}");
         seen += 1;
     }
-    assert_eq!(seen, 11, "the demo, and two data sets for each of five methods");
+    assert_eq!(seen, 26, "the demo, and five data sets for each of five methods");
 }

@@ -79,6 +79,58 @@ fn offline_figures_are_the_online_ones_to_the_last_digit() {
 }
 
 #[test]
+fn views_of_an_image_are_the_harder_to_find_the_more_there_are() {
+    let room = trained();
+    let accuracy = |images: &str| {
+        let settings = ["eval.contrastive.enabled=true", images];
+        let ended = room.run(["eval", "knn", RUN, "--format", "json"].into_iter().chain(settings)).expect(0);
+        json(&ended.stdout)["eval/contrastive_accuracy"].as_f64().unwrap()
+    };
+    let (of_two, of_many) = (accuracy("eval.contrastive.images=2"), accuracy("eval.contrastive.images=512"));
+    // Guessing would find a third of them, and one in 1023.
+    assert!(0.5 < of_two && of_two < 1.0, "{of_two}");
+    assert!(2.0 / 1023.0 < of_many && of_many < of_two, "{of_many}");
+    assert_eq!(accuracy("eval.contrastive.images=512"), of_many);
+}
+
+#[test]
+fn fine_tuning_trains_the_run_s_backbone_with_labels() {
+    let room = trained();
+    let settings = [
+        "trainer.max_steps=20",
+        "optimizer.lr=0.01",
+        "optimizer.warmup_epochs=0",
+        "trainer.log_every_steps=1",
+    ];
+    let ended = room.run(["eval", "finetune", RUN].into_iter().chain(settings)).expect(0);
+    assert!(ended.stdout.contains("val/supervised/top1 "), "{}", ended.stdout);
+    let tuned = "runs/cnn_jepa_finetuned/version_0";
+    let after = state(&room, tuned);
+    assert_eq!(
+        (after["method"].as_str(), after["backbone"].as_str()),
+        (Some("supervised"), Some("resnet18"))
+    );
+    let top1 = after["last_eval"]["val/supervised/top1"].as_f64().unwrap();
+    assert!(top1 > 0.2, "{top1} of 10 classes");
+
+    // It began with what the run had learnt: as many steps from random weights have another first loss.
+    let first_loss = |run: &str| {
+        let text = fs::read_to_string(room.file(run).join("metrics.jsonl")).unwrap();
+        json(text.lines().next().unwrap())["train/loss"].as_f64().unwrap()
+    };
+    let again = ["eval", "finetune", RUN, "trainer.max_steps=1", "run.name=again"];
+    room.run(again.into_iter().chain(["optimizer.warmup_epochs=0"])).expect(0);
+    assert_eq!(first_loss("runs/again/version_0"), first_loss(tuned));
+    let random = ["init.from=none", "run.name=random", "trainer.max_steps=1", "optimizer.warmup_epochs=0"];
+    room.run(["eval", "finetune", RUN].into_iter().chain(random)).expect(0);
+    assert_ne!(first_loss("runs/random/version_0"), first_loss(tuned));
+
+    let ended = room.run(["eval", "finetune", RUN, "data.val=nowhere.h5"]).expect(4);
+    ended.error_says(&["data.val: cannot open nowhere.h5"]);
+    room.run(["eval", "finetune", "runs/nothing"]).expect(1).error_says(&["runs/nothing is no checkpoint"]);
+}
+
+#[test]
 fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
     let room = trained();
     let ended = room.run(["export", RUN, "backbone.safetensors", "--format", "json"]).expect(0);
@@ -108,8 +160,10 @@ fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
             "{}",
             ended.stderr
         );
-        let state = state(&room, &format!("runs/cnn_jepa/{version}"));
-        assert_eq!(&state["first_eval"], last, "{from}");
+        let first = &state(&room, &format!("runs/cnn_jepa/{version}"))["first_eval"];
+        for (name, value) in first.as_object().unwrap() {
+            assert_eq!(value, &last[name], "{name} from {from}");
+        }
     }
 }
 
@@ -147,7 +201,7 @@ fn embedded_images_come_with_their_labels() {
     let truth: Vec<i64> = held_out.dataset("labels").unwrap().read_raw().unwrap();
     assert_eq!(labels, truth);
 
-    room.run(["embed", RUN, "--out", "features.h5"]).expect(4).error_says(&["features.h5", "exists"]);
+    room.run(["embed", RUN, "--out", "features.h5"]).expect(2).error_says(&["features.h5", "exists"]);
     let train = demo_images();
     let ended = room.run(["embed", RUN, "--out", "train.h5", "--data", train.to_str().unwrap()]).expect(0);
     assert_eq!(ended.stdout, "train.h5: features (8000, 8)\n");

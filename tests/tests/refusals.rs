@@ -246,7 +246,7 @@ fn settings_that_make_no_sense_are_refused() {
         ("trainer.device=toaster", &["trainer.device", "toaster"]),
         ("checkpoint.best=eval/knn_top", &["checkpoint.best (command line)", "did you mean eval/knn_top1?"]),
         ("trainer.accumulate=501", &["8000 images", "batch_size 128", "accumulate 501"]),
-        ("nonsense", &["`nonsense` is neither a subcommand nor of the form key=value"]),
+        ("nonsense", &["`nonsense` is neither a subcommand nor a setting, which reads key=value"]),
     ];
     let room = Room::new();
     for (argument, says) in cases {

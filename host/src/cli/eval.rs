@@ -1,15 +1,20 @@
 //! `jepa-host eval`: judges a trained model once more, or on other images.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use jepa_plugin_api::tch::{Tensor, no_grad};
+use serde_json::{Value, json};
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::{SavedArgs, evaluation_view};
+use super::session::{SavedArgs, evaluation_view, find_checkpoint};
+use super::train::TrainArgs;
+use crate::checkpoint::load_state;
+use crate::config::Base;
 use crate::data::Dataset;
 use crate::eval::Evaluation;
 use crate::plugin::SearchPath;
@@ -22,6 +27,28 @@ pub(super) enum EvalCommand {
     Linear(EvalArgs),
     /// A vote of the nearest training features
     Knn(EvalArgs),
+    /// Train backbone and a linear classifier with labels, from the weights of a run
+    ///
+    /// This is a training run of its own, by default of 20 epochs: it has checkpoints, `jepa-host --plugin supervised
+    /// --resume ITS_RUN` goes on with it, and every setting of training is a setting here. Data and backbone are those
+    /// of the run. The result is val/supervised/top1.
+    Finetune(FinetuneArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct FinetuneArgs {
+    /// A run directory (the newest checkpoint is taken), or a checkpoint
+    #[arg(value_name = "RUN|CHECKPOINT")]
+    run: PathBuf,
+    /// Plugin to load; by default `supervised`, and those that the run was trained with
+    #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
+    plugin: Vec<PathBuf>,
+    /// Print every setting with its value and where it comes from, and exit
+    #[arg(long)]
+    print_config: bool,
+    /// Settings of training, such as optimizer.lr=1e-4 or trainer.epochs=50
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -35,12 +62,27 @@ pub(super) struct EvalArgs {
 
 impl EvalCommand {
     pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+        match self {
+            EvalCommand::Linear(args) => args.run(Probe::Linear, search),
+            EvalCommand::Knn(args) => args.run(Probe::Knn, search),
+            EvalCommand::Finetune(args) => args.run(search),
+        }
+    }
+}
+
+#[derive(PartialEq)]
+enum Probe {
+    Linear,
+    Knn,
+}
+
+impl EvalArgs {
+    fn run(&self, probe: Probe, search: &SearchPath) -> anyhow::Result<()> {
         let signals = Signals::install()?;
-        let (EvalCommand::Linear(args) | EvalCommand::Knn(args)) = &self;
-        let mut saved = args.saved.open(search)?;
+        let mut saved = self.saved.open(search)?;
         let mut config = saved.session.config().clone();
-        config.eval.linear.enabled = matches!(self, EvalCommand::Linear(_));
-        config.eval.knn.enabled = matches!(self, EvalCommand::Knn(_));
+        config.eval.linear.enabled = probe == Probe::Linear;
+        config.eval.knn.enabled = probe == Probe::Knn;
         let Some(val) = &config.data.val else {
             return Err(Usage("the run has no data.val: add data.val=held_out.h5".to_owned()).into());
         };
@@ -61,9 +103,51 @@ impl EvalCommand {
             None => Ok(()),
         };
         let figures: BTreeMap<String, f64> = evaluation.run(device, &mut encode, &go_on)?;
-        print(args.format, &figures, |figures, out| {
+        print(self.format, &figures, |figures, out| {
             writeln!(out, "{} of step {}", saved.checkpoint.display(), saved.state.step)?;
-            figures.iter().try_for_each(|(name, value)| writeln!(out, "{name:<24}{value:>10.4}"))
+            figures.iter().try_for_each(|(name, value)| writeln!(out, "{name:<28}{value:>10.4}"))
         })
+    }
+}
+
+impl FinetuneArgs {
+    /// Trains the method `supervised` on the run's images, its backbone beginning with the run's weights.
+    fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+        let (run, checkpoint) = find_checkpoint(&self.run)?;
+        let state = load_state(&checkpoint)?;
+        let of_run = |key: &str| state.config.pointer(key).cloned().unwrap_or(Value::Null);
+        let name = format!("{}_finetuned", of_run("/run/name").as_str().unwrap_or(&state.method));
+        let settings = json!({
+            "seed": of_run("/seed"),
+            "run": { "name": name, "dir": of_run("/run/dir") },
+            "init": { "from": checkpoint },
+            "method": { "name": "supervised" },
+            "backbone": of_run("/backbone"),
+            "data": of_run("/data"),
+            "optimizer": {
+                "algorithm": "adamw",
+                "lr": 1e-3,
+                "weight_decay": 0.05,
+                "batch_size": of_run("/optimizer/batch_size"),
+                "warmup_epochs": 1.0,
+            },
+            "trainer": {
+                "epochs": 20,
+                "device": of_run("/trainer/device"),
+                "threads": of_run("/trainer/threads"),
+                "precision": of_run("/trainer/precision"),
+            },
+            // Probes judge frozen features; here the classifier is trained with them.
+            "eval": { "every_epochs": 0, "at_start": false },
+        });
+        let Value::Object(settings) = settings else { unreachable!("written above") };
+        let layer = format!("eval finetune of {}", run.display());
+        let mut plugins = self.plugin;
+        if plugins.is_empty() {
+            let of_run = state.plugins.iter().map(|plugin| plugin.name.as_str());
+            plugins.push("supervised".into());
+            plugins.extend(of_run.filter(|name| *name != "supervised").map(PathBuf::from));
+        }
+        TrainArgs::on(Base { layer, settings }, plugins, self.overrides, self.print_config).run(search)
     }
 }

@@ -29,19 +29,14 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Loads `plugins`, and one with the backbone should they lack it; reads the configuration `file` and `overrides`.
-    pub fn open(
-        plugins: &[PathBuf],
-        file: Option<PathBuf>,
-        overrides: &[String],
-        search: &SearchPath,
-    ) -> anyhow::Result<Session> {
+    /// Loads `plugins`, and one with the backbone should they lack it; reads the settings in `layers` and in the
+    /// environment.
+    pub fn open(plugins: &[PathBuf], layers: Layers, search: &SearchPath) -> anyhow::Result<Session> {
         check_native()?;
         let mut registry = Registry::new(&libtorch().version);
         for name in plugins {
             registry.load(search.find(name)?)?;
         }
-        let layers = Layers { file, overrides: overrides.to_vec(), ..Layers::default() };
         let mut settings = layers.with_process_environment().load()?;
 
         let method = choose_method(&settings.config, &registry)?;
@@ -164,7 +159,12 @@ impl SavedArgs {
         let (state, weights) = load_model(&checkpoint)?;
         let names = || state.plugins.iter().map(|plugin| plugin.name.clone().into());
         let plugins = if self.plugin.is_empty() { names().collect() } else { self.plugin.clone() };
-        let session = Session::open(&plugins, Some(run.join("config.toml")), &self.overrides, search)?;
+        let layers = Layers {
+            file: Some(run.join("config.toml")),
+            overrides: self.overrides.clone(),
+            ..Layers::default()
+        };
+        let session = Session::open(&plugins, layers, search)?;
         for plugin in session.registry.plugins() {
             let then = state.plugins.iter().find(|then| then.name == plugin.manifest.name);
             if then.is_some_and(|then| then.sha256 != plugin.sha256) {

@@ -19,7 +19,7 @@ use crate::checkpoint::{
     self, Checkpoint, FORMAT, PluginRecord, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume,
     restore,
 };
-use crate::config::{Config, LrScale, nearest};
+use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
@@ -49,9 +49,17 @@ pub(super) struct TrainArgs {
     /// Settings, such as optimizer.lr=0.02; they win over everything else
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
+    /// What another subcommand begins with: weaker than all of the above.
+    #[arg(skip)]
+    base: Option<Base>,
 }
 
 impl TrainArgs {
+    /// A run that begins with the settings `base`, under those of the environment and of `overrides`.
+    pub fn on(base: Base, plugin: Vec<PathBuf>, overrides: Vec<String>, print_config: bool) -> Self {
+        TrainArgs { plugin, overrides, print_config, base: Some(base), ..TrainArgs::default() }
+    }
+
     /// Whether nothing of all this was given.
     pub fn is_empty(&self) -> bool {
         *self == TrainArgs::default()
@@ -185,6 +193,12 @@ impl TrainArgs {
     }
 
     fn session(&self, search: &SearchPath) -> anyhow::Result<Session> {
+        let layers = |file| Layers {
+            base: self.base.clone(),
+            file,
+            overrides: self.overrides.clone(),
+            ..Layers::default()
+        };
         // A run that is resumed by path brings its own configuration.
         let file = match (&self.config, self.resume.as_deref()) {
             (Some(file), _) => Some(file.clone()),
@@ -193,7 +207,7 @@ impl TrainArgs {
                 .filter(|file| file.is_file()),
             _ => None,
         };
-        Session::open(&self.plugin, file, &self.overrides, search)
+        Session::open(&self.plugin, layers(file), search)
     }
 
     /// A word that is no `key=value` stands where a subcommand might: names the nearest one.
@@ -296,10 +310,11 @@ fn print_outcome(outcome: &Outcome, seconds: f64, out: &mut dyn Write) -> io::Re
     writeln!(out, "{} steps, {seconds:.0} s", outcome.steps)?;
     if let Some(last) = &outcome.last {
         let first = outcome.first.as_ref();
-        writeln!(out, "\n{:<24}{:>10}{:>10}", "", "before", "after")?;
+        let width = last.keys().map(String::len).max().unwrap_or(0).max(22) + 2;
+        writeln!(out, "\n{:<width$}{:>10}{:>10}", "", "before", "after")?;
         for (name, value) in last {
             let before = first.and_then(|f| f.get(name)).map_or("-".to_owned(), |v| format!("{v:.4}"));
-            writeln!(out, "{name:<24}{before:>10}{value:>10.4}")?;
+            writeln!(out, "{name:<width$}{before:>10}{value:>10.4}")?;
         }
     }
     match &outcome.checkpoint {

@@ -20,7 +20,7 @@ pub use error::{ConfigError, Problem};
 pub use json_schema::{SchemaOption, schema_options};
 pub use layers::RESERVED_VARIABLES;
 pub use nearest::nearest;
-pub use resolve::{Layers, ResolvedConfig, Source, Sources};
+pub use resolve::{Base, Layers, ResolvedConfig, Source, Sources};
 pub use schema::{
     Algorithm, Backbone, Checkpoint, Collapse, Config, Data, Device, Eval, Init, Knn, LinearProbe, LrScale,
     Method, Optimizer, Precision, Run, Trainer,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use figment::value::{Dict, Map as ProfileMap, Value as Merged};
 use figment::{Figment, Metadata, Profile, Provider};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::check::{self, Checked};
 use super::error::{ConfigError, Problem};
@@ -18,12 +18,23 @@ pub(super) const DEFAULT: &str = "default";
 /// Where settings are read from, weakest first.
 #[derive(Clone, Debug, Default)]
 pub struct Layers {
+    /// What a subcommand gives in place of defaults.
+    pub base: Option<Base>,
     /// The `--config` file.
     pub file: Option<PathBuf>,
     /// Environment variables, of which those that begin with `JEPA_` are read.
     pub environment: Vec<(String, String)>,
     /// `key=value` arguments; a later one wins.
     pub overrides: Vec<String>,
+}
+
+/// Settings by sections, as [`Config`] has them, with the name of whatever they come from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Base {
+    /// What [`Sources`] tell of them.
+    pub layer: String,
+    /// Any part of a [`Config`] as JSON; what is null is not set.
+    pub settings: Map<String, Value>,
 }
 
 /// A configuration and the source of each of its values.
@@ -89,6 +100,10 @@ impl Layers {
     /// Whatever is wrong in any layer, all at once, even where a stronger layer would hide it.
     pub fn load(&self) -> Result<ResolvedConfig, ConfigError> {
         let mut leaves = Vec::new();
+        if let Some(base) = &self.base {
+            let leaves_of_base = layers::leaves_of(&base.settings, "", &|_| base.layer.clone());
+            leaves.extend(leaves_of_base.into_iter().filter(|leaf| !leaf.value.is_null()));
+        }
         if let Some(file) = &self.file {
             leaves.extend(layers::read_file(file)?);
         }

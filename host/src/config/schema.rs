@@ -180,6 +180,9 @@ pub struct Trainer {
     /// Batches whose gradients are averaged into one optimizer step. Default 1.
     #[schemars(range(min = 1))]
     pub accumulate: usize,
+    /// Batch norm over the images of all ranks. One rank, which is all that a run has so far, has them all: it changes
+    /// nothing there. Default true.
+    pub sync_batch_norm: bool,
     /// Gradients are scaled down to this L2 norm over all parameters. Default: no clipping.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub clip: Option<f64>,
@@ -312,6 +315,8 @@ pub struct Eval {
     pub linear: LinearProbe,
     /// The nearest-neighbour vote.
     pub knn: Knn,
+    /// Whether views of one image are told from others.
+    pub contrastive: Contrastive,
 }
 
 /// A linear classifier on frozen features, trained with Adam.
@@ -329,6 +334,24 @@ pub struct LinearProbe {
     /// Features in one step. Default 256.
     #[schemars(range(min = 1))]
     pub batch_size: usize,
+}
+
+/// Contrastive accuracy: for how many of two SimCLR views of held-out images the other view of the same image is the
+/// nearest by cosine similarity.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Contrastive {
+    /// Whether it is measured. Default false.
+    pub enabled: bool,
+    /// Among the views of how many images. Default 256.
+    #[schemars(range(min = 2))]
+    pub images: usize,
+}
+
+impl Default for Contrastive {
+    fn default() -> Self {
+        Contrastive { enabled: false, images: 256 }
+    }
 }
 
 /// A vote of the nearest training features by cosine similarity.
@@ -404,6 +427,7 @@ impl Default for Trainer {
             device: Device::Auto,
             threads: 0,
             accumulate: 1,
+            sync_batch_norm: true,
             clip: None,
             log_every_steps: 10,
         }
@@ -433,6 +457,7 @@ impl Default for Eval {
             collapse_below: 0.01,
             linear: LinearProbe::default(),
             knn: Knn::default(),
+            contrastive: Contrastive::default(),
         }
     }
 }

@@ -3,21 +3,23 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use jepa_plugin_api::ViewSpec;
-use jepa_plugin_api::tch::{Device, Tensor};
+use jepa_plugin_api::nn::nt_xent;
+use jepa_plugin_api::tch::{Device, Kind, Tensor};
+use jepa_plugin_api::{Augmentation, Transform, ViewSpec};
 
 use super::{EvalError, Features, GoOn, descriptors, extract, knn, linear};
 use crate::config::{self, Config};
 use crate::data::{DataError, Dataset, Loader, LoaderOptions};
 
 /// Every figure that an [`Evaluation`] can give.
-pub const FIGURES: [&str; 13] = [
+pub const FIGURES: [&str; 14] = [
     "eval/linear_top1",
     "eval/linear_top5",
     "eval/linear_top1_final",
     "eval/linear_top5_final",
     "eval/knn_top1",
     "eval/knn_top5",
+    "eval/contrastive_accuracy",
     "eval/anisotropy",
     "eval/correlation",
     "eval/rank",
@@ -32,6 +34,8 @@ pub struct Evaluation {
     bank: Loader,
     bank_limit: Option<usize>,
     queries: Loader,
+    /// Two SimCLR views of the held-out images.
+    pairs: Option<Loader>,
     classes: i64,
     seed: u64,
     settings: config::Eval,
@@ -48,15 +52,34 @@ pub fn feature_loader(
     set: &Arc<Dataset>,
     shuffle: bool,
 ) -> Result<Loader, DataError> {
-    let options = LoaderOptions {
+    let options = LoaderOptions { shuffle, ..loader_options(config, vec![view]) };
+    Loader::new(Arc::clone(set), options)
+}
+
+fn loader_options(config: &Config, views: Vec<ViewSpec>) -> LoaderOptions {
+    LoaderOptions {
         batch_size: config.eval.batch_size,
         seed: config.seed,
         threads: config.data.threads,
         on_error: config.data.on_error,
-        shuffle,
+        shuffle: false,
         drop_last: false,
-        ..LoaderOptions::new(vec![view], config.data.size as u32)
-    };
+        ..LoaderOptions::new(views, config.data.size as u32)
+    }
+}
+
+/// Two SimCLR views of each image of `set`, normalised as `view` is, in batches of `eval.contrastive.images`; a last
+/// batch of fewer would be an easier one, and is left out.
+fn pair_loader(config: &Config, view: &ViewSpec, set: &Arc<Dataset>) -> Result<Loader, DataError> {
+    let normalizes = |transform: &Transform| matches!(transform, Transform::Normalize { .. });
+    let pair = ["contrastive_1", "contrastive_2"].map(|name| {
+        let mut augmented = Augmentation::SIMCLR.view(name);
+        augmented.transforms.retain(|transform| !normalizes(transform));
+        augmented.transforms.extend(view.transforms.iter().filter(|t| normalizes(t)).cloned());
+        augmented
+    });
+    let batch_size = config.eval.contrastive.images.min(set.len());
+    let options = LoaderOptions { batch_size, drop_last: true, ..loader_options(config, pair.to_vec()) };
     Loader::new(Arc::clone(set), options)
 }
 
@@ -73,12 +96,15 @@ impl Evaluation {
     ) -> Result<Self, DataError> {
         train_set.require_labels("evaluation")?;
         val_set.require_labels("evaluation")?;
+        let contrastive = config.eval.contrastive.enabled;
+        let pairs = contrastive.then(|| pair_loader(config, &view, val_set)).transpose()?;
         let loader = |set, shuffle| feature_loader(config, view.clone(), set, shuffle);
         Ok(Evaluation {
             // A part of the training set is a random part: files are often sorted by class.
             bank: loader(train_set, config.eval.train_limit.is_some())?,
             bank_limit: config.eval.train_limit,
             queries: loader(val_set, false)?,
+            pairs,
             classes: train_set.classes().max(val_set.classes()) as i64,
             seed: config.seed,
             settings: config.eval.clone(),
@@ -102,6 +128,8 @@ impl Evaluation {
         };
         let bank = features(&self.bank, self.bank_limit)?;
         let queries = features(&self.queries, None)?;
+        let contrastive_accuracy =
+            self.pairs.as_ref().map(|pairs| contrastive_accuracy(pairs, encode, go_on)).transpose()?;
         let mut figures = BTreeMap::new();
         let mut note = |name: &str, value: f64| figures.insert(format!("eval/{name}"), value);
 
@@ -131,6 +159,9 @@ impl Evaluation {
             note("knn_top1", result.top1);
             note("knn_top5", result.top5);
         }
+        if let Some(accuracy) = contrastive_accuracy {
+            note("contrastive_accuracy", accuracy);
+        }
         let described = descriptors::describe(&queries.x)?;
         note("anisotropy", described.anisotropy);
         note("correlation", described.correlation);
@@ -159,4 +190,24 @@ impl Evaluation {
             None => features,
         })
     }
+}
+
+/// For how many of the views the other one of their image is the nearest, in [0, 1]; the mean over batches of equal
+/// size.
+fn contrastive_accuracy(
+    pairs: &Loader,
+    encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
+    go_on: GoOn<'_>,
+) -> anyhow::Result<f64> {
+    let mut accuracies = Vec::new();
+    for batch in pairs.batches(0, 0) {
+        go_on()?;
+        let mut features = Vec::new();
+        for view in batch?.views {
+            features.push(encode(&view)?.f_to_kind(Kind::Float)?);
+        }
+        let (_, accuracy) = nt_xent(&features[0], &features[1], 1.0);
+        accuracies.push(f64::try_from(accuracy)?);
+    }
+    Ok(accuracies.iter().sum::<f64>() / accuracies.len() as f64)
 }

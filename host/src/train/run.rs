@@ -153,7 +153,8 @@ impl Run {
         self.trackers.start(self.state.step, self.last_step());
         if self.state.step == 0 && self.state.first_eval.is_none() && self.config.eval.at_start {
             let figures = self.evaluate()?;
-            self.state.first_eval = self.state.last_eval.clone();
+            self.state.first_eval = Some(figures.clone());
+            self.state.last_eval = Some(figures.clone());
             self.log(&figures);
         }
         while self.state.epoch < self.config.trainer.epochs && self.state.step < self.last_step() {
@@ -304,6 +305,9 @@ impl Run {
         if due(self.config.eval.every_epochs) {
             figures.extend(self.evaluate()?);
         }
+        if !figures.is_empty() {
+            self.state.last_eval.get_or_insert_default().extend(figures.clone());
+        }
         let best = self.note_best(&figures);
         self.log(&figures);
         self.check_collapse(&figures)?;
@@ -354,9 +358,7 @@ impl Run {
             Some(signal) => Err(TrainError::Interrupted { signal, run: run.to_owned() }.into()),
             None => Ok(()),
         };
-        let figures = evaluation.run(device, &mut encode, &go_on)?;
-        self.state.last_eval = Some(figures.clone());
-        Ok(figures)
+        evaluation.run(device, &mut encode, &go_on)
     }
 
     /// Applies `eval.collapse`.

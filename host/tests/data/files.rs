@@ -113,7 +113,7 @@ fn a_file_that_is_not_hdf5_is_refused() {
     let error = Dataset::open(directory.path().join("none.h5")).unwrap_err().to_string();
     assert!(error.starts_with("cannot open ") && error.contains("No such file"), "{error}");
     let error = Dataset::open(directory.path()).unwrap_err().to_string();
-    assert!(error.contains("a directory is not a data set"), "{error}");
+    assert!(error.contains("is a directory; `jepa-host data pack"), "{error}");
 }
 
 #[test]
