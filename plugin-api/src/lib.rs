@@ -28,7 +28,7 @@ pub use abi::BackboneHandle;
 pub use augment::Augmentation;
 pub use backbone::{Backbone, BackboneInfo, NormKind};
 pub use host::{EmaPair, EmaSchedule, Host, RunFacts, parse_device};
-pub use method::{Batch, Method, Step};
+pub use method::{Batch, Method, NoOptions, Step};
 pub use params::Params;
 pub use rng::Rng;
 pub use view::{IMAGENET_MEAN_STD, Interpolation, Transform, ViewSpec};

@@ -1,11 +1,16 @@
 //! The trait of a pretraining method, and what it gets and gives at each step.
 
 use schemars::JsonSchema;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{Host, Result, Rng, ViewSpec};
+
+/// The options of a method or backbone that has none.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct NoOptions {}
 
 /// A self-supervised (or supervised) method: which views it wants, and what loss they give.
 ///

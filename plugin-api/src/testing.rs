@@ -23,9 +23,11 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::host::HostParts;
+use crate::nn::{Conv2d, ConvOptions};
 use crate::params::Entry;
 use crate::{
-    Backbone, BackboneHandle, Batch, Context, EmaPair, Host, Method, Params, Result, RunFacts, parse_device,
+    Backbone, BackboneHandle, BackboneInfo, Batch, Context, EmaPair, Host, Method, NoOptions, NormKind,
+    Params, Result, RunFacts, parse_device,
 };
 
 /// A method built in this process, with all that it registered and declared.
@@ -87,6 +89,50 @@ pub fn method<M: Method, B: Backbone>(
     let method = M::new(serde_json::from_value(options)?, &mut host)?;
     let HostParts { params, ema, .. } = host.into_parts();
     Ok(LinkedMethod { method, entries: params.entries(), ema })
+}
+
+/// A backbone for tests: one convolution whose windows are its cells, so that 32 px give an 8 × 8 map of 8 channels,
+/// dense or sparse.
+pub struct SmallBackbone(Conv2d);
+
+impl SmallBackbone {
+    /// C, the channels of its map.
+    pub const CHANNELS: i64 = 8;
+    /// r, the side of a cell in pixels.
+    pub const DOWNSAMPLE: i64 = 4;
+
+    /// Registers `conv.weight` `(8, 3, 4, 4)` and `conv.bias` `(8)`.
+    ///
+    /// # Errors
+    /// None: this fits where [`method`] takes a function that builds a backbone.
+    pub fn new(params: &Params) -> Result<Self> {
+        let options = ConvOptions { stride: Self::DOWNSAMPLE, ..ConvOptions::default() };
+        Ok(SmallBackbone(Conv2d::new(&params.sub("conv"), 3, Self::CHANNELS, Self::DOWNSAMPLE, options)))
+    }
+}
+
+impl Backbone for SmallBackbone {
+    const NAMES: &'static [&'static str] = &["small"];
+
+    type Options = NoOptions;
+
+    fn new(_name: &str, _options: NoOptions, params: &Params) -> Result<Self> {
+        SmallBackbone::new(params)
+    }
+
+    fn info(&self) -> BackboneInfo {
+        let (channels, downsample) = (Self::CHANNELS, Self::DOWNSAMPLE);
+        BackboneInfo { channels, downsample, norm: NormKind::Batch, sparse: true }
+    }
+
+    /// A cell's output sees its own pixels alone, so hidden ones have only to be cleared.
+    fn forward(&self, images: &Tensor, mask: Option<&Tensor>, _train: bool) -> Result<Tensor> {
+        let map = self.0.forward(images).relu();
+        Ok(match mask {
+            Some(mask) => &map * mask.to_kind(map.kind()),
+            None => map,
+        })
+    }
 }
 
 /// Facts of a small run on the CPU: 32 px, batches of 4, ten epochs of 100 steps, ten classes, seed 0.

@@ -9,6 +9,7 @@ use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::device::DeviceError;
 use crate::plugin::PluginError;
+use crate::plugin::scaffold::ScaffoldError;
 use crate::train::{TrainError, has_diverged};
 
 /// A command line that makes no sense, beyond what the parser sees.
@@ -46,6 +47,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if let Some(DataError::Exists { .. }) = cause.downcast_ref() {
         return Some(2);
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return Some(if matches!(error, ScaffoldError::Write { .. }) { 1 } else { 2 });
     }
     if let Some(DeviceError::NoCuda { .. }) = cause.downcast_ref() {
         return Some(2);

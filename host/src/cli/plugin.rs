@@ -1,15 +1,16 @@
-//! `jepa-host plugin list` and `jepa-host plugin info`.
+//! `jepa-host plugin …`: what plugins there are, what they offer, and how a new one begins.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use super::exit::Usage;
-use super::output::{Format, print};
+use super::output::{Format, print, print_text};
 use crate::config::schema_options;
 use crate::device::libtorch;
+use crate::plugin::scaffold::{self, Kind};
 use crate::plugin::{LoadedPlugin, PluginError, Registry, SearchPath, open, plugin_files, read_manifest};
 
 #[derive(Debug, Subcommand)]
@@ -19,6 +20,20 @@ pub(super) enum PluginCommand {
         /// How to print
         #[arg(long, value_enum, default_value_t)]
         format: Format,
+    },
+    /// Write the crate of a new plugin, which builds, trains and has a test
+    New {
+        /// Name of the crate, of its folder, and of the method or backbone in it
+        name: String,
+        /// What the plugin offers
+        #[arg(long, value_enum, default_value_t)]
+        kind: KindArg,
+        /// The folder to make, by default NAME
+        #[arg(long, value_name = "DIR")]
+        path: Option<PathBuf>,
+        /// Source of jepa-plugin-api, by default that of the checkout in which this jepa-host was built
+        #[arg(long, value_name = "DIR")]
+        api: Option<PathBuf>,
     },
     /// Show a plugin's versions, methods, backbones, and their options
     Info {
@@ -34,9 +49,36 @@ impl PluginCommand {
     pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
         match self {
             PluginCommand::List { format } => list(search, format),
+            PluginCommand::New { name, kind, path, api } => new(&name, kind, path, api),
             PluginCommand::Info { name, format } => info(&name, search, format),
         }
     }
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(super) enum KindArg {
+    /// A pretraining method
+    #[default]
+    Method,
+    /// A convolutional network
+    Backbone,
+}
+
+fn new(name: &str, kind: KindArg, path: Option<PathBuf>, api: Option<PathBuf>) -> anyhow::Result<()> {
+    let kind = match kind {
+        KindArg::Method => Kind::Method,
+        KindArg::Backbone => Kind::Backbone,
+    };
+    let path = path.unwrap_or_else(|| name.into());
+    let library = scaffold::create(name, kind, &path, api.as_deref())?;
+    let plugins = if kind == Kind::Method { "" } else { "--plugin simclr " };
+    print_text(|out| {
+        writeln!(out, "{} is ready. Next:\n", path.display())?;
+        writeln!(out, "  cd {}", path.display())?;
+        writeln!(out, "  cargo build --release")?;
+        writeln!(out, "  jepa-host {plugins}--plugin target/release/{library} --config train.toml")?;
+        writeln!(out, "  cargo test")
+    })
 }
 
 /// The plugins in the search folders; files without a manifest are other people's libraries.

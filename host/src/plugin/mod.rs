@@ -8,6 +8,7 @@ mod file;
 mod find;
 mod open;
 mod registry;
+pub mod scaffold;
 
 pub use error::PluginError;
 pub use file::read_manifest;

@@ -1,0 +1,131 @@
+//! What the author of a plugin does: a new crate from `plugin new`, and the example in `examples/simsiam`, each built
+//! outside the workspace, tested by its own test, and trained by the real binary.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use jepa_tests::real::{Room, demo_images, held_out_images, setting};
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
+/// Builds and tests the crate in `folder` with plain cargo, and returns the folder of its plugin file.
+fn build_and_test(folder: &Path) -> PathBuf {
+    // The very versions of the workspace, which are on this machine already.
+    fs::copy(workspace().join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
+    let test = env::current_exe().unwrap();
+    let target = test.ancestors().nth(3).unwrap().join("authors");
+    // One crate at a time, over processes too: they share their build results, and cargo replaces those of a library
+    // while another cargo runs the tests of its documentation.
+    fs::create_dir_all(&target).unwrap();
+    let turn = fs::File::create(target.join("turn")).unwrap();
+    turn.lock().unwrap();
+    for action in ["build", "test"] {
+        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.args([action, "--release", "--offline"]).current_dir(folder).env("CARGO_TARGET_DIR", &target);
+        // No more than a stranger's shell would have.
+        for (name, _) in env::vars_os() {
+            let name_text = name.to_string_lossy();
+            let ours = ["CARGO_PKG", "CARGO_MANIFEST", "JEPA_", "LD_LIBRARY", "LIBTORCH", "RUST_"];
+            if ours.iter().any(|prefix| name_text.starts_with(prefix)) {
+                cargo.env_remove(&name);
+            }
+        }
+        let output = cargo.output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "cargo {action} in {}:\n{out}\n{err}", folder.display());
+        assert!(action == "build" || out.contains("1 passed"), "no test ran:\n{out}");
+    }
+    target.join("release")
+}
+
+/// A few steps, small and judged at the end.
+fn few_steps() -> Vec<String> {
+    let fixed = [
+        "data.size=16",
+        "optimizer.batch_size=64",
+        "trainer.max_steps=8",
+        "trainer.threads=1",
+        "trainer.device=cpu",
+        "trainer.log_every_steps=1",
+        "eval.at_start=false",
+        "eval.train_limit=500",
+        "eval.linear.epochs=3",
+    ];
+    let images = [setting("data.train", &demo_images()), setting("data.val", &held_out_images())];
+    fixed.map(str::to_owned).into_iter().chain(images).collect()
+}
+
+#[test]
+fn a_new_method_builds_tests_and_trains() {
+    let room = Room::new();
+    let said = room.run(["plugin", "new", "my-method"]).expect(0).stdout;
+    assert!(
+        said.contains("cd my-method") && said.contains("--plugin target/release/libmy_method.so"),
+        "{said}"
+    );
+    let file = build_and_test(&room.file("my-method")).join("libmy_method.so");
+    let file = file.to_str().unwrap();
+
+    let info = room.run(["plugin", "info", file]).expect(0).stdout;
+    assert!(info.contains("method my_method") && info.contains("method.hidden = 256"), "{info}");
+    let train = ["--plugin", file, "--config", "my-method/train.toml"].map(str::to_owned);
+    let ended = room.run(train.into_iter().chain(few_steps())).expect(0);
+    assert!(ended.stdout.contains("val/my_method/contrastive_accuracy"), "{}", ended.stdout);
+    assert!(ended.stdout.contains("eval/linear_top1"), "{}", ended.stdout);
+}
+
+#[test]
+fn a_new_backbone_builds_tests_and_trains_under_another_author_s_method() {
+    let room = Room::new();
+    room.run(["plugin", "new", "tiny_net", "--kind", "backbone", "--path", "elsewhere"]).expect(0);
+    let file = build_and_test(&room.file("elsewhere")).join("libtiny_net.so");
+    let file = file.to_str().unwrap();
+
+    let arguments = ["--plugin", "simclr", "--plugin", file, "--config", "elsewhere/train.toml"];
+    let ended = room.run(arguments.map(str::to_owned).into_iter().chain(few_steps())).expect(0);
+    assert!(ended.stdout.contains("eval/knn_top1"), "{}", ended.stdout);
+    let arguments = ["--plugin", "cnn_jepa", "--plugin", file, "backbone.name=tiny_net"];
+    let ended = room.run(arguments.map(str::to_owned).into_iter().chain(few_steps())).expect(2);
+    ended.error_says(&["needs a backbone with a sparse mode", "backbone.name"]);
+}
+
+#[test]
+fn the_example_is_short_and_trains() {
+    let folder = workspace().join("examples/simsiam");
+    let source = fs::read_to_string(folder.join("src/lib.rs")).unwrap();
+    let code = source.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"));
+    assert!(code.count() <= 60, "the example shows that a plugin is short");
+
+    let file = build_and_test(&folder).join("libsimsiam.so");
+    let room = Room::new();
+    let backbone =
+        ["backbone.name=resnet18", "backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]"];
+    let options =
+        ["method.units=32", "method.bottleneck=8", "optimizer.warmup_epochs=0", "optimizer.lr=0.01"];
+    let plugin = ["--plugin", file.to_str().unwrap()];
+    let arguments = plugin.into_iter().chain(backbone).chain(options).map(str::to_owned);
+    let ended = room.run(arguments.chain(few_steps())).expect(0);
+    assert!(ended.stdout.contains("val/simsiam/spread"), "{}", ended.stdout);
+
+    let metrics = fs::read_to_string(room.file("runs/simsiam/version_0/metrics.jsonl")).unwrap();
+    let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["train/loss"].as_f64();
+    let losses: Vec<f64> = metrics.lines().filter_map(loss).collect();
+    assert!(losses.len() == 8 && losses[7] < losses[0], "{losses:?}");
+}
+
+#[test]
+fn a_new_crate_replaces_nothing_and_has_a_name_that_cargo_takes() {
+    let room = Room::new();
+    for name in ["My-Method", "2nd", "a b", "../up", ""] {
+        room.run(["plugin", "new", name]).expect(2).error_says(&[&format!("`{name}` cannot name a plugin")]);
+    }
+    fs::create_dir(room.file("taken")).unwrap();
+    room.run(["plugin", "new", "taken"]).expect(2).error_says(&["taken exists already"]);
+    let ended = room.run(["plugin", "new", "lost", "--api", "."]).expect(2);
+    ended.error_says(&["not the source of jepa-plugin-api", "--api"]);
+    assert!(!room.file("lost").exists());
+}
