@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, each of them thin.
 
+mod check;
 mod data;
 mod doctor;
 mod embed;

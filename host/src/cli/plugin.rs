@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
+use super::check::CheckArgs;
 use super::exit::Usage;
 use super::output::{Format, print, print_text};
 use crate::config::schema_options;
@@ -35,6 +36,8 @@ pub(super) enum PluginCommand {
         #[arg(long, value_name = "DIR")]
         api: Option<PathBuf>,
     },
+    /// Try every promise that the host relies on, on synthetic images; exit 3 when one is broken
+    Check(CheckArgs),
     /// Show a plugin's versions, methods, backbones, and their options
     Info {
         /// A path, a file name, a bare name, or the name of a method or backbone
@@ -50,6 +53,7 @@ impl PluginCommand {
         match self {
             PluginCommand::List { format } => list(search, format),
             PluginCommand::New { name, kind, path, api } => new(&name, kind, path, api),
+            PluginCommand::Check(args) => args.run(search),
             PluginCommand::Info { name, format } => info(&name, search, format),
         }
     }

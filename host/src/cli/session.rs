@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::exit::Usage;
 use crate::checkpoint::{CheckpointError, State, load_model, resolve_resume, restore};
@@ -68,8 +68,6 @@ impl Session {
         steps_per_epoch: u64,
     ) -> anyhow::Result<MethodHandle> {
         let config = self.config();
-        let (method_plugin, method) = self.registry.method(&self.method)?;
-        let (backbone_plugin, backbone) = self.registry.backbone(&self.backbone)?;
         let facts = RunFacts {
             device: device_text(device),
             image_size: config.data.size as i64,
@@ -80,13 +78,19 @@ impl Session {
             unlabelled,
             seed: config.seed,
         };
+        self.build_method_with(&json!(config.method.options), facts)
+    }
+
+    /// Builds the method with these options, unchecked, in a run of these `facts`.
+    pub fn build_method_with(&self, options: &Value, facts: RunFacts) -> anyhow::Result<MethodHandle> {
+        let config = self.config();
+        let (method_plugin, method) = self.registry.method(&self.method)?;
+        let (backbone_plugin, backbone) = self.registry.backbone(&self.backbone)?;
         let (plugin, name) = (backbone_plugin.plugin.clone(), backbone.name.clone());
-        let options = json!(config.backbone.options);
-        let on = facts.device.clone();
-        let build_backbone = Box::new(move || plugin.build_backbone(&name, &options, &on));
-        tch::manual_seed(Rng::keyed(config.seed, 0, 0, INITIAL_WEIGHTS).bits() as i64);
-        let options = json!(config.method.options);
-        method_plugin.plugin.build_method(&method.name, &options, facts, build_backbone)
+        let (backbone_options, on) = (json!(config.backbone.options), facts.device.clone());
+        let build_backbone = Box::new(move || plugin.build_backbone(&name, &backbone_options, &on));
+        seed_weights(facts.seed);
+        method_plugin.plugin.build_method(&method.name, options, facts, build_backbone)
     }
 
     /// The device that `trainer.device` asks for, with the threads that `trainer.threads` asks for.
@@ -98,6 +102,11 @@ impl Session {
         }
         Ok(device)
     }
+}
+
+/// Puts libtorch's generator where a run of `seed` draws its weights from.
+pub(super) fn seed_weights(seed: u64) {
+    tch::manual_seed(Rng::keyed(seed, 0, 0, INITIAL_WEIGHTS).bits() as i64);
 }
 
 /// `method.name`, or the only method there is.

@@ -77,11 +77,20 @@ impl Plugin {
     /// When the plugin fails, or the gradient is not the expected one.
     pub fn self_test(&self) -> Result<()> {
         let x = Tensor::from_slice(&[1f32, 2., 3.]).set_requires_grad(true);
-        let y = Tensor::from(unwrap((self.module.self_test())(x.shallow_clone().into()))?);
+        let y = self.cross(&x)?;
         y.f_backward()?;
         let gradient = Vec::<f32>::try_from(&x.grad())?;
         anyhow::ensure!(gradient == [2., 2., 2.], "gradients do not cross the boundary: {gradient:?}");
         Ok(())
+    }
+
+    /// Sends `x` through the plugin, which gives the sum of its doubled elements: a call that does nothing else, for
+    /// measuring what a call costs.
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`].
+    pub fn cross(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(unwrap((self.module.self_test())(x.shallow_clone().into()))?.into())
     }
 
     /// Builds one of the plugin's backbones on `device` (`cpu` or `cuda:<n>`).
@@ -282,7 +291,10 @@ impl BackboneHandle {
     }
 
     /// Its tensors, by timm's names.
-    pub(crate) fn entries(&self) -> Result<Vec<Entry>> {
+    ///
+    /// # Errors
+    /// When the plugin does not keep to the boundary.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
         named(&self.declaration.tensors, self.object.tensors())
     }
 
