@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
-use jepa_plugin_api::tch::Tensor;
 use jepa_plugin_api::RunFacts;
+use jepa_plugin_api::tch::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -32,9 +32,9 @@ const LOADS: (&str, &str) = ("loads", "manifest, symbols, types and autograd fit
 const CHECK_HELP: &str = "\
 Checks, in this order: loads, options, gradients, seed, state, bf16, features, sparse, panics, leaks, cost.
 
-A plugin's methods are checked, each with a small ResNet-18 on 32 px; of a plugin without methods, the backbone
-backbone.name (by default its first). Settings make it smaller, or choose what it needs:
-  jepa-host plugin check libmy_method.so method.units=64
+A plugin's methods are checked, each with a small ResNet-18 on 32 px; or its backbone that backbone.name names, by
+default the first one of a plugin without methods. Settings make it smaller, or choose what it needs:
+  jepa-host plugin check libmy_method.so method.hidden=64
   jepa-host plugin check libmy_net.so backbone.name=my_net_50 data.size=64
   jepa-host plugin check libmy_method.so --format json > report.json";
 
@@ -45,7 +45,7 @@ pub(super) struct CheckArgs {
     /// A path, a file name, or a bare name
     #[arg(value_name = "FILE")]
     plugin: PathBuf,
-    /// Settings, such as method.units=64
+    /// Settings, such as method.hidden=64
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// Run this check only, in this process: for a debugger
@@ -227,23 +227,27 @@ impl CheckArgs {
     /// What to check: the methods that `method.name` leaves, or one backbone.
     fn subjects(&self, plugin: &LoadedPlugin) -> Vec<What> {
         let wanted = |key: &str| {
-            let values = self.overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
+            let values =
+                self.overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
             values.last().map(|name| name.trim_matches('"').to_owned())
         };
+        let (method, backbone) = (wanted("method.name"), wanted("backbone.name"));
         let offer = plugin.plugin.offer();
-        let method = wanted("method.name");
-        let methods = offer.methods.iter().map(|method| method.name.clone());
-        let methods: Vec<_> = methods.filter(|name| method.as_ref().is_none_or(|wanted| wanted == name)).collect();
-        if !offer.methods.is_empty() {
-            return methods.into_iter().map(What::Method).collect();
-        }
-        let backbone = wanted("backbone.name");
         let mut backbones = offer.backbones.iter().map(|backbone| backbone.name.clone());
-        backbones
-            .find(|name| backbone.as_ref().is_none_or(|wanted| wanted == name))
-            .map(What::Backbone)
-            .into_iter()
-            .collect()
+        let own = backbones.clone().find(|name| backbone.as_ref() == Some(name));
+        match (own, offer.methods.is_empty()) {
+            (Some(own), _) if method.is_none() => vec![What::Backbone(own)],
+            (_, true) => {
+                backbones.next().filter(|_| backbone.is_none()).map(What::Backbone).into_iter().collect()
+            }
+            _ => {
+                let methods = offer.methods.iter().map(|method| method.name.clone());
+                methods
+                    .filter(|name| method.as_ref().is_none_or(|wanted| wanted == name))
+                    .map(What::Method)
+                    .collect()
+            }
+        }
     }
 
     fn subject(&self, what: &What, file: &Path, search: &SearchPath) -> anyhow::Result<Box<dyn Subject>> {

@@ -72,11 +72,7 @@ pub enum Verdict {
 /// The checks, in the order in which they run.
 pub const CHECKS: [Check; 10] = [
     Check { name: "options", promise: "bad options are refused with a message", run: checks::options },
-    Check {
-        name: "gradients",
-        promise: "gradients reach every trainable parameter",
-        run: checks::gradients,
-    },
+    Check { name: "gradients", promise: "gradients reach every trainable parameter", run: checks::gradients },
     Check { name: "seed", promise: "the same seed gives the same losses", run: checks::seed },
     Check { name: "state", promise: "the state survives save and load exactly", run: checks::state },
     Check { name: "bf16", promise: "numbers stay finite in bf16", run: checks::bf16 },

@@ -21,7 +21,8 @@ impl Held {
         let status = fs::read_to_string("/proc/self/status").context("/proc/self/status")?;
         let field = |name: &str| -> anyhow::Result<u64> {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
-            let number = line.and_then(|line| line.split_whitespace().next()).with_context(|| name.to_owned())?;
+            let number =
+                line.and_then(|line| line.split_whitespace().next()).with_context(|| name.to_owned())?;
             Ok(number.parse()?)
         };
         let files = fs::read_dir("/proc/self/fd").context("/proc/self/fd")?.count() as u64;

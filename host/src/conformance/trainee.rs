@@ -18,6 +18,7 @@ const STEP: u64 = 0x7374_6570_0000_0000;
 pub struct Trainee {
     body: Body,
     optimizer: Optimizer,
+    trained: usize,
     images: Images,
     batch_size: usize,
     epochs: u64,
@@ -48,25 +49,22 @@ impl Trainee {
             Built::Method(method) => {
                 let views = method.views().to_vec();
                 let model = Model::adopt(method, "it")?;
-                (Body::Method(Box::new(model)), None, views)
+                let trained =
+                    model.trained().iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect();
+                (Body::Method(Box::new(model)), trained, views)
             }
             Built::Backbone(backbone) => {
-                let entries = backbone.entries()?;
-                let parameters = entries.into_iter().filter(|entry| entry.kind == EntryKind::Parameter);
+                let parameters =
+                    backbone.entries()?.into_iter().filter(|entry| entry.kind == EntryKind::Parameter);
                 let trained: NamedTensors = parameters.map(|entry| (entry.name, entry.tensor)).collect();
                 let view = ViewSpec::new("image").resize_center_crop(1.0, Interpolation::Bilinear);
-                (Body::Backbone(backbone), Some(trained), vec![view.normalize_imagenet()])
-            }
-        };
-        let optimizer = match (&body, &trained) {
-            (Body::Method(model), _) => Optimizer::new(&config.optimizer, model.trained()),
-            (Body::Backbone(_), trained) => {
-                Optimizer::new(&config.optimizer, trained.as_deref().unwrap_or_default())
+                (Body::Backbone(backbone), trained, vec![view.normalize_imagenet()])
             }
         };
         Ok(Trainee {
             body,
-            optimizer,
+            optimizer: Optimizer::new(&config.optimizer, &trained),
+            trained: trained.len(),
             images: Images::new(&views, config.data.size)?,
             batch_size: config.optimizer.batch_size,
             epochs: config.trainer.epochs,
@@ -144,6 +142,11 @@ impl Trainee {
             Body::Backbone(backbone) => backbone.entries()?.into_iter().map(|e| (e.name, e.tensor)).collect(),
         };
         Ok([own, self.optimizer.tensors()])
+    }
+
+    /// The number of parameters that are trained, counted as tensors.
+    pub fn trained(&self) -> usize {
+        self.trained
     }
 
     /// The images it trains on.

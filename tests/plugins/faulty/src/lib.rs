@@ -1,6 +1,6 @@
 //! A method that fails on request: what the host must survive, report and recover from.
 
-use jepa_plugin_api::tch::{Kind, Tensor};
+use jepa_plugin_api::tch::{self, Kind, Tensor};
 use jepa_plugin_api::{Batch, Context, Host, Interpolation, Method, Result, Step, ViewSpec, bail, tracing};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -37,6 +37,20 @@ pub struct FaultyOptions {
     pub idle_parameter: bool,
     /// Register a buffer of so many numbers, for the sake of its size.
     pub ballast: i64,
+    /// Start from a colour that no seed tells.
+    pub unseeded: bool,
+    /// Remember the number of steps where no checkpoint sees it.
+    pub hidden_state: bool,
+    /// Give a loss that is not a number under autocast.
+    pub fragile_in_bf16: bool,
+    /// Keep every batch.
+    pub keep_batches: bool,
+    /// Start a thread in every step, which never ends.
+    pub keep_threads: bool,
+    /// End the process when a batch has no view.
+    pub abort_on_misfit: bool,
+    /// Return so many metrics.
+    pub metrics: u32,
     /// Declare an EMA pair whose subtrees do not exist.
     pub ema_of_nothing: bool,
 }
@@ -65,6 +79,8 @@ pub struct Faulty {
     colour: Tensor,
     /// Forward passes in training, one that fails included: a scalar buffer.
     begun: Tensor,
+    /// Steps of this object.
+    steps: u32,
 }
 
 impl Method for Faulty {
@@ -95,7 +111,11 @@ impl Method for Faulty {
         }
         tracing::info!(batch_size = host.facts().batch_size, "the faulty method is built");
         tracing::debug!("only for those who ask");
-        Ok(Faulty { options, colour, begun })
+        if options.unseeded {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+            let _ = tch::no_grad(|| colour.shallow_clone().fill_(f64::from(now.subsec_nanos()) * 1e-9));
+        }
+        Ok(Faulty { options, colour, begun, steps: 0 })
     }
 
     fn views(&self) -> Vec<ViewSpec> {
@@ -120,8 +140,29 @@ impl Method for Faulty {
         if batch.step == 1 {
             tracing::warn!("one step is behind us");
         }
+        if batch.views.is_empty() && self.options.abort_on_misfit {
+            std::process::abort();
+        }
+        if self.options.keep_batches {
+            batch.views.iter().for_each(|view| std::mem::forget(view.copy()));
+        }
+        if self.options.keep_threads {
+            std::thread::spawn(|| {
+                loop {
+                    std::thread::park();
+                }
+            });
+        }
+        self.steps += 1;
         let mean = batch.views[0].mean_dim([0i64, 2, 3].as_slice(), false, Kind::Float);
         let mut loss = (&self.colour - &mean).square().mean(Kind::Float);
+        if self.options.hidden_state {
+            loss *= f64::from(self.steps);
+        }
+        let fragile = self.options.fragile_in_bf16;
+        if fragile && mean.f_matmul(&mean.tr())?.kind() == Kind::BFloat16 {
+            loss *= f64::NAN;
+        }
         if self.options.nan_at_step == now {
             loss *= f64::NAN;
         }
@@ -141,7 +182,8 @@ impl Method for Faulty {
         let distance = (&self.colour - &mean).abs().max();
         let infinite = self.options.infinite_metric_at_step == now;
         let distance = if infinite { distance * f64::INFINITY } else { distance };
-        Ok(Step::new(loss).metric("distance", &distance))
+        let step = Step::new(loss).metric("distance", &distance);
+        Ok((0..self.options.metrics).fold(step, |step, i| step.metric(&format!("distance_{i}"), &distance)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {

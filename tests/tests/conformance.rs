@@ -1,0 +1,80 @@
+//! `jepa-host plugin check`: bundled plugins pass it, and each check is failed by a plugin that breaks its promise only.
+
+use std::fs;
+
+use jepa_tests::real::{Room, plugin};
+use serde_json::Value;
+
+const REFUSED: i32 = 3;
+
+/// Runs the checks, and gives the names of those that failed, with their words.
+fn failed(code: i32, arguments: &[&str]) -> Vec<(String, String)> {
+    let arguments = ["plugin", "check", "--format", "json"].iter().chain(arguments);
+    let ended = Room::new().run(arguments.chain(&["trainer.threads=1"])).expect(code);
+    let report: Value = serde_json::from_str(&ended.stdout).expect("a report");
+    let checks = report["checks"].as_array().expect("checks");
+    let failed = checks.iter().filter(|check| check["verdict"] == "failed");
+    let text = |value: &Value| value.as_str().expect("text").to_owned();
+    let failed: Vec<_> = failed.map(|check| (text(&check["check"]), text(&check["detail"]))).collect();
+    assert_eq!(report["passed"], failed.is_empty(), "{report:#}");
+    assert!(checks.len() == 11 || failed[0].0 == "loads", "{report:#}");
+    failed
+}
+
+/// The only check that failed is `check`, and says `says`.
+#[track_caller]
+fn fails_just(check: &str, says: &str, arguments: &[&str]) {
+    let failed = failed(REFUSED, arguments);
+    let [(name, words)] = failed.as_slice() else { panic!("{check} alone has to fail, and not {failed:?}") };
+    assert_eq!(name, check, "{words}");
+    assert!(words.contains(says), "{words}");
+}
+
+#[test]
+fn a_healthy_method_passes() {
+    assert_eq!(failed(0, &["faulty_plugin"]), []);
+    let small =
+        ["backbone.name=resnet18", "backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]"];
+    let predictor = ["cnn_jepa", "method.mask.sampling=uniform"];
+    assert_eq!(failed(0, &[&predictor[..], &small[..]].concat()), []);
+}
+
+#[test]
+fn healthy_backbones_pass() {
+    let small = ["backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]", "data.size=32"];
+    assert_eq!(failed(0, &[&["sparse_resnet"][..], &small[..]].concat()), []);
+}
+
+#[test]
+fn each_promise_is_broken_by_itself() {
+    let faulty = |option: &'static str| ["faulty_plugin", option];
+    fails_just("gradients", "none reaches idle", &faulty("method.idle_parameter=true"));
+    fails_just("seed", "draw every number", &faulty("method.unseeded=true"));
+    fails_just("state", "keep what a step needs", &faulty("method.hidden_state=true"));
+    fails_just("bf16", "under autocast the loss is NaN", &faulty("method.fragile_in_bf16=true"));
+    fails_just("features", "not finite", &faulty("method.features=nan"));
+    fails_just("panics", "ended the process by signal 6", &faulty("method.abort_on_misfit=true"));
+    fails_just("leaks", "every step keeps", &faulty("method.keep_batches=true"));
+    fails_just("leaks", "threads grow", &faulty("method.keep_threads=true"));
+    fails_just("cost", "return fewer metrics", &faulty("method.metrics=3000"));
+    fails_just("options", "deny_unknown_fields", &["careless_plugin"]);
+    fails_just("sparse", "are not zero", &["careless_plugin", "backbone.name=leaky"]);
+}
+
+#[test]
+fn a_file_that_does_not_load_is_told_by_the_first_check() {
+    let room = Room::new();
+    let file = room.file("libnone.so");
+    fs::write(&file, "no library").unwrap();
+    fails_just("loads", "is not", &[file.to_str().unwrap()]);
+}
+
+#[test]
+fn people_get_a_table_and_typos_an_answer() {
+    let room = Room::new();
+    let library = plugin("faulty_plugin");
+    let ended = room.run(["plugin", "check", library.to_str().unwrap(), "--only", "seed"]).expect(0);
+    assert!(ended.stdout.contains("pass  seed"), "{}", ended.stdout);
+    room.run(["plugin", "check", "faulty_plugin", "--only", "sed"]).expect(2).error_says(&["`sed`", "seed"]);
+    room.run(["plugin", "check", "faulty_plugin", "method.ballst=1"]).expect(2).error_says(&["ballast"]);
+}
