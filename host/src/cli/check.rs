@@ -229,7 +229,7 @@ impl CheckArgs {
         let wanted = |key: &str| {
             let values =
                 self.overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
-            values.last().map(|name| name.trim_matches('"').to_owned())
+            values.next_back().map(|name| name.trim_matches('"').to_owned())
         };
         let (method, backbone) = (wanted("method.name"), wanted("backbone.name"));
         let offer = plugin.plugin.offer();

@@ -240,7 +240,7 @@ pub fn leaks(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
     let begun = Instant::now();
     losses(&mut trainee, 0..5)?;
     let affordable = LEAK_WINDOW_SECONDS * 5.0 / begun.elapsed().as_secs_f64();
-    let length = (affordable as u64).clamp(10, LEAK_WINDOW);
+    let length = (affordable as u64).clamp(30, LEAK_WINDOW);
     // The least memory in a window: batches and graphs come and go.
     let mut window = |index: u64| -> anyhow::Result<Held> {
         let mut held = Held { memory: u64::MAX, ..Held::now()? };
