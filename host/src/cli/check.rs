@@ -227,7 +227,7 @@ impl CheckArgs {
     /// What to check: the methods that `method.name` leaves, or one backbone.
     fn subjects(&self, plugin: &LoadedPlugin) -> Vec<What> {
         let wanted = |key: &str| {
-            let values =
+            let mut values =
                 self.overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
             values.next_back().map(|name| name.trim_matches('"').to_owned())
         };
