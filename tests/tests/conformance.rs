@@ -8,6 +8,7 @@ use serde_json::Value;
 const REFUSED: i32 = 3;
 
 /// Runs the checks, and gives the names of those that failed, with their words.
+#[track_caller]
 fn failed(code: i32, arguments: &[&str]) -> Vec<(String, String)> {
     let arguments = ["plugin", "check", "--format", "json"].iter().chain(arguments);
     let ended = Room::new().run(arguments.chain(&["trainer.threads=1"])).expect(code);

@@ -22,10 +22,10 @@ const GRADIENT_STEPS: u64 = 3;
 const BF16_STEPS: u64 = 20;
 /// Memory is measured in windows of so many steps, after one of them as a warm-up; fewer where they would take longer
 /// than so many seconds.
-const LEAK_WINDOW: u64 = 60;
+const LEAK_WINDOW: std::ops::RangeInclusive<u64> = 10..=60;
 const LEAK_WINDOW_SECONDS: f64 = 3.0;
-/// Memory that a step may keep on average: less than any image of a batch, more than an allocator's noise.
-const LEAK_PER_STEP: u64 = 16 << 10;
+/// Memory that a step may keep on average: less than any image of a batch, more than caches that still grow.
+const LEAK_PER_STEP: u64 = 8 << 10;
 /// Times that a subject is built and dropped.
 const BUILDS: u64 = 4;
 /// A call that does nothing else is timed so many times.
@@ -240,7 +240,7 @@ pub fn leaks(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
     let begun = Instant::now();
     losses(&mut trainee, 0..5)?;
     let affordable = LEAK_WINDOW_SECONDS * 5.0 / begun.elapsed().as_secs_f64();
-    let length = (affordable as u64).clamp(30, LEAK_WINDOW);
+    let length = (affordable as u64).clamp(*LEAK_WINDOW.start(), *LEAK_WINDOW.end());
     // The least memory in a window: batches and graphs come and go.
     let mut window = |index: u64| -> anyhow::Result<Held> {
         let mut held = Held { memory: u64::MAX, ..Held::now()? };

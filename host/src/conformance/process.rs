@@ -1,13 +1,15 @@
-//! What this process holds, as the kernel counts it.
+//! What this process holds, as the allocator and the kernel count it.
 
 use std::fs;
 
 use anyhow::Context as _;
 
+use crate::device::allocated_bytes;
+
 /// Memory, threads and open files of this process.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
-    /// Resident memory in bytes.
+    /// Memory from the allocator, in bytes.
     pub memory: u64,
     /// Threads.
     pub threads: u64,
@@ -26,6 +28,6 @@ impl Held {
             Ok(number.parse()?)
         };
         let files = fs::read_dir("/proc/self/fd").context("/proc/self/fd")?.count() as u64;
-        Ok(Held { memory: field("VmRSS:")? * 1024, threads: field("Threads:")?, files })
+        Ok(Held { memory: allocated_bytes(), threads: field("Threads:")?, files })
     }
 }
