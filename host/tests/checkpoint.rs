@@ -4,8 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use jepa_host::checkpoint::{
-    self, Best, CheckpointError, FORMAT, NamedTensors, PluginRecord, Resume, RunDir, State, resolve_resume,
-    restore,
+    self, Best, CheckpointError, FORMAT, NamedTensors, Resume, RunDir, State, resolve_resume, restore,
 };
 use serde_json::json;
 use tch::{Device, Kind, Tensor};

@@ -17,6 +17,6 @@ pub use encoder::{encoder_of, read_encoder};
 pub use error::CheckpointError;
 pub use resume::{Resume, resolve_resume};
 pub use run_dir::RunDir;
-pub use state::{Best, FORMAT, PluginRecord, State};
+pub use state::{Best, FORMAT, State};
 pub use store::{Checkpoint, latest, list, load, load_model, load_state, replace_file};
 pub use tensors::{NamedTensors, read_tensors, restore, write_tensors};

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::plugin::PluginRecord;
+
 /// The version of the layout that this program writes and reads.
 pub const FORMAT: u32 = 1;
 
@@ -76,15 +78,4 @@ impl Best {
     pub fn is_beaten_by(&self, value: f64) -> bool {
         if self.metric.ends_with("loss") { value < self.value } else { value > self.value }
     }
-}
-
-/// A plugin as it was loaded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PluginRecord {
-    /// Its name.
-    pub name: String,
-    /// Its version.
-    pub version: String,
-    /// SHA-256 of the file, in hexadecimal.
-    pub sha256: String,
 }

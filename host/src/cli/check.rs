@@ -1,6 +1,7 @@
 //! `jepa-host plugin check`: each check in a process of its own, so that a plugin that ends its process fails a check
 //! and not the report.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _, Write};
 use std::os::unix::process::ExitStatusExt as _;
@@ -21,8 +22,8 @@ use super::output::{Format, print};
 use super::session::{Session, seed_weights};
 use crate::config::{Base, Config, Layers, ResolvedConfig};
 use crate::conformance::{Built, CHECKS, CLASSES, Subject, Verdict};
-use crate::device::{check_native, libtorch};
-use crate::plugin::{LoadedPlugin, PluginError, Registry, SearchPath, open};
+use crate::device::check_native;
+use crate::plugin::{Admission, LoadedPlugin, PluginError, PluginSources, Registry, open};
 
 /// A check that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -101,16 +102,16 @@ impl What {
 }
 
 impl CheckArgs {
-    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let names = || [LOADS.0].into_iter().chain(CHECKS.iter().map(|check| check.name));
         if let Some(unknown) = self.only.as_ref().filter(|only| !names().any(|name| name == only.as_str())) {
             let all: Vec<_> = names().collect();
             return Err(Usage(format!("there is no check `{unknown}`; there are {}", all.join(", "))).into());
         }
-        let file = search.find(&self.plugin)?;
+        let file = sources.find(&self.plugin)?;
         let report = match &self.only {
-            Some(only) => self.here(only, &file, search)?,
-            None => self.all(&file, search)?,
+            Some(only) => self.here(only, &file, sources)?,
+            None => self.all(&file, sources)?,
         };
         print(self.format, &report, print_report)?;
         let broken = report.checks.iter().filter(|line| matches!(line.verdict, Verdict::Failed(_))).count();
@@ -125,17 +126,17 @@ impl CheckArgs {
     }
 
     /// One check of one subject, in this process.
-    fn here(&self, only: &str, file: &Path, search: &SearchPath) -> anyhow::Result<Report> {
+    fn here(&self, only: &str, file: &Path, sources: &PluginSources) -> anyhow::Result<Report> {
         let begun = Instant::now();
-        let plugin = open(file, &libtorch().version)?;
+        let plugin = open(file, sources.admission())?;
         let Some(check) = CHECKS.iter().find(|check| check.name == only) else {
-            let fits = Verdict::Passed(format!("{} {}", plugin.manifest.name, plugin.manifest.version));
+            let fits = Verdict::Passed(format!("{} {}", plugin.name(), plugin.file.manifest.version));
             return Ok(report(file, vec![line("plugin".to_owned(), LOADS, fits, begun)]));
         };
         let mut lines = Vec::new();
         for what in self.subjects(&plugin) {
             let begun = Instant::now();
-            let subject = self.subject(&what, file, search)?;
+            let subject = self.subject(&what, file, sources)?;
             let scratch = Scratch::new()?;
             let verdict = check.run(&*subject, &scratch.0);
             lines.push(line(what.words(), (check.name, check.promise), verdict, begun));
@@ -144,10 +145,10 @@ impl CheckArgs {
     }
 
     /// Every check, each in a process.
-    fn all(&self, file: &Path, search: &SearchPath) -> anyhow::Result<Report> {
-        let mut lines = vec![self.in_process(LOADS, "plugin", &[], file, search)?];
+    fn all(&self, file: &Path, sources: &PluginSources) -> anyhow::Result<Report> {
+        let mut lines = vec![self.in_process(LOADS, "plugin", &[], file, sources)?];
         if matches!(lines[0].verdict, Verdict::Passed(_)) {
-            let plugin = open(file, &libtorch().version)?;
+            let plugin = open(file, sources.admission())?;
             let subjects = self.subjects(&plugin);
             if subjects.is_empty() {
                 return Err(Usage(format!(
@@ -158,7 +159,7 @@ impl CheckArgs {
             }
             for what in subjects {
                 // Settings that do not fit are the user's, and no check.
-                self.subject(&what, file, search)?;
+                self.subject(&what, file, sources)?;
                 for check in CHECKS {
                     let setting = [what.setting()];
                     lines.push(self.in_process(
@@ -166,7 +167,7 @@ impl CheckArgs {
                         &what.words(),
                         &setting,
                         file,
-                        search,
+                        sources,
                     )?);
                 }
             }
@@ -181,7 +182,7 @@ impl CheckArgs {
         subject: &str,
         settings: &[String],
         file: &Path,
-        search: &SearchPath,
+        sources: &PluginSources,
     ) -> anyhow::Result<Line> {
         let begun = Instant::now();
         if io::stderr().is_terminal() {
@@ -190,9 +191,7 @@ impl CheckArgs {
         let scratch = Scratch::new()?;
         let (answer, words) = (scratch.0.join("answer.json"), scratch.0.join("words.txt"));
         let mut command = Command::new(std::env::current_exe().context("where is this program?")?);
-        for folder in search.folders() {
-            command.arg("--plugin-dir").arg(folder);
-        }
+        command.args(plugin_arguments(sources));
         command.args(["--quiet", "plugin", "check", "--format", "json", "--only", check.0]).arg(file);
         command.args(&self.overrides).args(settings);
         command.stdin(Stdio::null()).stdout(File::create(&answer)?).stderr(File::create(&words)?);
@@ -250,7 +249,7 @@ impl CheckArgs {
         }
     }
 
-    fn subject(&self, what: &What, file: &Path, search: &SearchPath) -> anyhow::Result<Box<dyn Subject>> {
+    fn subject(&self, what: &What, file: &Path, sources: &PluginSources) -> anyhow::Result<Box<dyn Subject>> {
         let mut overrides = self.overrides.clone();
         overrides.push(what.setting());
         let own_backbone = self.overrides.iter().any(|setting| setting.starts_with("backbone."));
@@ -272,17 +271,17 @@ impl CheckArgs {
         let layers = Layers { base: Some(base), overrides, ..Layers::default() };
         match what {
             What::Method(_) => {
-                let session = Session::open(&[file.to_owned()], layers, search)?;
+                let session = Session::open(&[file.to_owned()], layers, sources)?;
                 session.device()?;
                 Ok(Box::new(MethodSubject(session)))
             }
             What::Backbone(name) => {
                 check_native()?;
-                let mut registry = Registry::new(&libtorch().version);
+                let mut registry = Registry::new(sources.admission());
                 registry.load(file.to_owned())?;
                 let mut settings = layers.with_process_environment().load()?;
                 let (owner, offer) = registry.backbone(name)?;
-                settings.adopt_plugin_options("backbone", &owner.manifest.name, offer.options.as_value())?;
+                settings.adopt_plugin_options("backbone", owner.name(), offer.options.as_value())?;
                 Ok(Box::new(BackboneSubject { registry, settings, name: name.clone() }))
             }
         }
@@ -297,6 +296,15 @@ fn report(file: &Path, checks: Vec<Line>) -> Report {
 fn line(subject: String, (check, promise): (&str, &str), verdict: Verdict, begun: Instant) -> Line {
     let seconds = begun.elapsed().as_secs_f64();
     Line { subject, check: check.to_owned(), promise: promise.to_owned(), verdict, seconds }
+}
+
+/// The arguments by which another process has the same plugins.
+fn plugin_arguments(sources: &PluginSources) -> Vec<OsString> {
+    let Admission { allow_untrusted, lock } = sources.admission();
+    let folders = sources.folders().iter().flat_map(|folder| ["--plugin-dir".as_ref(), folder.as_os_str()]);
+    let lock = lock.iter().flat_map(|lock| ["--plugin-lock".as_ref(), lock.path().as_os_str()]);
+    let trust = allow_untrusted.then_some("--allow-untrusted-plugins".as_ref());
+    folders.chain(lock).chain(trust).map(OsStr::to_owned).collect()
 }
 
 /// How a process ended that gave no answer.

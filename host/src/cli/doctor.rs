@@ -8,10 +8,9 @@ use jepa_plugin_api::tch;
 use serde_json::{Value, json};
 
 use super::output::{Format, print};
-use super::plugin;
 use crate::config::Device;
 use crate::device::{self, DeviceError, check_native, cpu_capability, libtorch};
-use crate::plugin::SearchPath;
+use crate::plugin::PluginSources;
 
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
@@ -21,7 +20,7 @@ pub(super) struct DoctorArgs {
 }
 
 impl DoctorArgs {
-    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let torch = libtorch();
         let path = |p: &Option<std::path::PathBuf>| p.as_ref().map(|p| p.display().to_string());
         let native = check_native().err().map(|error| error.to_string());
@@ -31,10 +30,10 @@ impl DoctorArgs {
             Err(error) => format!("no: {error}"),
         };
         let mut plugins = Vec::new();
-        let found = plugin::found(search);
+        let found = sources.open_all();
         for found in &found {
             plugins.push(match found {
-                Ok(p) => json!({ "name": p.manifest.name, "version": p.manifest.version, "file": p.path }),
+                Ok(p) => json!({ "name": p.name(), "version": p.file.manifest.version, "file": p.file.path }),
                 Err(error) => json!({ "refused": error.to_string() }),
             });
         }

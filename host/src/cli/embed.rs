@@ -12,7 +12,7 @@ use super::output::{Format, print};
 use super::session::{SavedArgs, evaluation_view};
 use crate::data::{Dataset, FeatureFile};
 use crate::eval::{Features, feature_loader};
-use crate::plugin::SearchPath;
+use crate::plugin::PluginSources;
 
 /// Write the features of a data set as HDF5: `features` f32 (N, D), `labels` i64 (N), `indices` i64 (N)
 #[derive(Debug, Args)]
@@ -34,8 +34,8 @@ pub(super) struct EmbedArgs {
 }
 
 impl EmbedArgs {
-    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
-        let mut saved = self.saved.open(search)?;
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
+        let mut saved = self.saved.open(sources)?;
         let config = saved.session.config();
         let Some(data) = self.data.as_ref().or(config.data.val.as_ref()) else {
             return Err(Usage("the run has no data.val: name the images with --data".to_owned()).into());

@@ -17,7 +17,7 @@ use crate::checkpoint::load_state;
 use crate::config::Base;
 use crate::data::Dataset;
 use crate::eval::Evaluation;
-use crate::plugin::SearchPath;
+use crate::plugin::PluginSources;
 use crate::train::{Signals, TrainError};
 
 /// Judge a trained model: the same protocol as in training, so the same figures for the same settings
@@ -61,11 +61,11 @@ pub(super) struct EvalArgs {
 }
 
 impl EvalCommand {
-    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         match self {
-            EvalCommand::Linear(args) => args.run(Probe::Linear, search),
-            EvalCommand::Knn(args) => args.run(Probe::Knn, search),
-            EvalCommand::Finetune(args) => args.run(search),
+            EvalCommand::Linear(args) => args.run(Probe::Linear, sources),
+            EvalCommand::Knn(args) => args.run(Probe::Knn, sources),
+            EvalCommand::Finetune(args) => args.run(sources),
         }
     }
 }
@@ -77,9 +77,9 @@ enum Probe {
 }
 
 impl EvalArgs {
-    fn run(&self, probe: Probe, search: &SearchPath) -> anyhow::Result<()> {
+    fn run(&self, probe: Probe, sources: &PluginSources) -> anyhow::Result<()> {
         let signals = Signals::install()?;
-        let mut saved = self.saved.open(search)?;
+        let mut saved = self.saved.open(sources)?;
         let mut config = saved.session.config().clone();
         config.eval.linear.enabled = probe == Probe::Linear;
         config.eval.knn.enabled = probe == Probe::Knn;
@@ -112,7 +112,7 @@ impl EvalArgs {
 
 impl FinetuneArgs {
     /// Trains the method `supervised` on the run's images, its backbone beginning with the run's weights.
-    fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+    fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let (run, checkpoint) = find_checkpoint(&self.run)?;
         let state = load_state(&checkpoint)?;
         let of_run = |key: &str| state.config.pointer(key).cloned().unwrap_or(Value::Null);
@@ -148,6 +148,6 @@ impl FinetuneArgs {
             plugins.push("supervised".into());
             plugins.extend(of_run.filter(|name| *name != "supervised").map(PathBuf::from));
         }
-        TrainArgs::on(Base { layer, settings }, plugins, self.overrides, self.print_config).run(search)
+        TrainArgs::on(Base { layer, settings }, plugins, self.overrides, self.print_config).run(sources)
     }
 }

@@ -8,8 +8,8 @@ use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::device::DeviceError;
-use crate::plugin::PluginError;
 use crate::plugin::scaffold::ScaffoldError;
+use crate::plugin::{LockError, PluginError};
 use crate::train::{TrainError, has_diverged};
 
 /// A command line that makes no sense, beyond what the parser sees.
@@ -42,7 +42,7 @@ pub(super) fn code(error: &anyhow::Error) -> u8 {
 }
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
-    if cause.is::<ConfigError>() || cause.is::<Usage>() {
+    if cause.is::<ConfigError>() || cause.is::<Usage>() || cause.is::<LockError>() {
         return Some(2);
     }
     if let Some(DataError::Exists { .. }) = cause.downcast_ref() {

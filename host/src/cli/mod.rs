@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use self::exit::Usage;
-use crate::plugin::SearchPath;
+use crate::plugin::{Admission, Lock, PluginSources};
 use crate::track::console::{Verbosity, init_logging};
 
 const ABOUT: &str = "Pretrain convolutional networks without labels, with methods and backbones as plugins";
@@ -57,6 +57,12 @@ struct Common {
     /// Look for plugins in this folder first; may be repeated
     #[arg(long, global = true, value_name = "DIR", help_heading = "Plugins")]
     plugin_dir: Vec<PathBuf>,
+    /// Load those plugin files only that this one lists, see `plugin lock`
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Plugins")]
+    plugin_lock: Option<PathBuf>,
+    /// Load plugin files too that every user may write, or that belong to others
+    #[arg(long, global = true, help_heading = "Plugins")]
+    allow_untrusted_plugins: bool,
     /// Say why, not only what: debug messages and their sources
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     verbose: bool,
@@ -97,32 +103,37 @@ pub fn main() -> ExitCode {
         (_, true) => Verbosity::Verbose,
         _ => Verbosity::Normal,
     });
-    let search = SearchPath::new(&cli.common.plugin_dir);
-    let result = match cli.command {
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            exit::report(&error);
+            ExitCode::from(exit::code(&error))
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let Common { plugin_dir, plugin_lock, allow_untrusted_plugins: allow_untrusted, .. } = cli.common;
+    let lock = plugin_lock.as_deref().map(Lock::read).transpose()?;
+    let sources = PluginSources::new(&plugin_dir, Admission { allow_untrusted, lock });
+    match cli.command {
         Some(_) if !cli.train.is_empty() => Err(Usage(
             "options of training stand before a subcommand: write them after `train`, or leave the subcommand out"
                 .to_owned(),
         )
         .into()),
-        None => cli.train.run(&search),
-        Some(Command::Train(args)) => args.run(&search),
-        Some(Command::Plugin(command)) => command.run(&search),
+        None => cli.train.run(&sources),
+        Some(Command::Train(args)) => args.run(&sources),
+        Some(Command::Plugin(command)) => command.run(&sources),
         Some(Command::Data(command)) => command.run(),
-        Some(Command::Eval(command)) => command.run(&search),
-        Some(Command::Embed(args)) => args.run(&search),
+        Some(Command::Eval(command)) => command.run(&sources),
+        Some(Command::Embed(args)) => args.run(&sources),
         Some(Command::Export(args)) => args.run(),
-        Some(Command::Doctor(args)) => args.run(&search),
+        Some(Command::Doctor(args)) => args.run(&sources),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "jepa-host", &mut script);
             output::print_text(|out| out.write_all(&script))
-        }
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            exit::report(&error);
-            ExitCode::from(exit::code(&error))
         }
     }
 }

@@ -3,16 +3,19 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context as _;
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use super::check::CheckArgs;
 use super::exit::Usage;
 use super::output::{Format, print, print_text};
+use crate::checkpoint::replace_file;
 use crate::config::schema_options;
-use crate::device::libtorch;
 use crate::plugin::scaffold::{self, Kind};
-use crate::plugin::{LoadedPlugin, PluginError, Registry, SearchPath, open, plugin_files, read_manifest};
+use crate::plugin::{
+    LoadedPlugin, LockedPlugins, PluginError, PluginFile, PluginSources, Registry, plugin_files,
+};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PluginCommand {
@@ -36,6 +39,15 @@ pub(super) enum PluginCommand {
         #[arg(long, value_name = "DIR")]
         api: Option<PathBuf>,
     },
+    /// Write down which plugin files a run may load, for --plugin-lock
+    Lock {
+        /// Paths, file names or bare names; by default all plugins in the search folders
+        #[arg(value_name = "PLUGIN")]
+        plugins: Vec<PathBuf>,
+        /// The file to write; one that is there is replaced
+        #[arg(long, value_name = "FILE", default_value = "plugins.lock")]
+        out: PathBuf,
+    },
     /// Try every promise that the host relies on, on synthetic images; exit 3 when one is broken
     Check(CheckArgs),
     /// Show a plugin's versions, methods, backbones, and their options
@@ -49,12 +61,13 @@ pub(super) enum PluginCommand {
 }
 
 impl PluginCommand {
-    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         match self {
-            PluginCommand::List { format } => list(search, format),
+            PluginCommand::List { format } => list(sources, format),
             PluginCommand::New { name, kind, path, api } => new(&name, kind, path, api),
-            PluginCommand::Check(args) => args.run(search),
-            PluginCommand::Info { name, format } => info(&name, search, format),
+            PluginCommand::Lock { plugins, out } => lock(&plugins, &out, sources),
+            PluginCommand::Check(args) => args.run(sources),
+            PluginCommand::Info { name, format } => info(&name, sources, format),
         }
     }
 }
@@ -85,22 +98,21 @@ fn new(name: &str, kind: KindArg, path: Option<PathBuf>, api: Option<PathBuf>) -
     })
 }
 
-/// The plugins in the search folders; files without a manifest are other people's libraries.
-pub(super) fn found(search: &SearchPath) -> Vec<Result<LoadedPlugin, PluginError>> {
-    let version = libtorch().version;
-    let ours = |path: &PathBuf| !matches!(read_manifest(path, &version), Err(PluginError::NoManifest { .. }));
-    plugin_files(search.folders()).into_iter().filter(ours).map(|path| open(&path, &version)).collect()
-}
-
-fn list(search: &SearchPath, format: Format) -> anyhow::Result<()> {
-    let found = found(search);
+fn list(sources: &PluginSources, format: Format) -> anyhow::Result<()> {
+    let found = sources.open_all();
     let plugins: Vec<Value> = found.iter().flatten().map(describe).collect();
     let refused: Vec<String> = found.iter().filter_map(|f| Some(f.as_ref().err()?.to_string())).collect();
     let report = json!({ "plugins": plugins, "refused": refused });
     print(format, &report, |_, out| {
         for plugin in found.iter().flatten() {
             let offer = plugin.plugin.offer();
-            writeln!(out, "{} {}  {}", plugin.manifest.name, plugin.manifest.version, plugin.path.display())?;
+            writeln!(
+                out,
+                "{} {}  {}",
+                plugin.name(),
+                plugin.file.manifest.version,
+                plugin.file.path.display()
+            )?;
             for method in &offer.methods {
                 writeln!(out, "  method    {}", method.name)?;
             }
@@ -113,17 +125,43 @@ fn list(search: &SearchPath, format: Format) -> anyhow::Result<()> {
             writeln!(out, "refused   {reason}")?;
         }
         if found.is_empty() {
-            let folders: Vec<String> = search.folders().iter().map(|f| f.display().to_string()).collect();
+            let folders: Vec<String> = sources.folders().iter().map(|f| f.display().to_string()).collect();
             writeln!(out, "no plugins in {}; name a folder with --plugin-dir", folders.join(", "))?;
         }
         Ok(())
     })
 }
 
-fn info(name: &Path, search: &SearchPath, format: Format) -> anyhow::Result<()> {
-    let mut registry = Registry::new(&libtorch().version);
+/// Nothing of a plugin runs here. Files that may not be loaded are not locked either.
+fn lock(plugins: &[PathBuf], out: &Path, sources: &PluginSources) -> anyhow::Result<()> {
+    let admission = sources.admission();
+    let files: Vec<PluginFile> = if plugins.is_empty() {
+        let read = |path: PathBuf| PluginFile::read(&path, admission).ok();
+        plugin_files(sources.folders()).into_iter().filter_map(read).collect()
+    } else {
+        let read = |name: &PathBuf| PluginFile::read(&sources.find(name)?, admission);
+        plugins.iter().map(read).collect::<Result<_, PluginError>>()?
+    };
+    let locked = LockedPlugins::of(&files);
+    replace_file(out, locked.to_text().as_bytes())
+        .with_context(|| format!("cannot write {}", out.display()))?;
+    print_text(|text| {
+        for plugin in &locked.plugins {
+            writeln!(text, "{} {}  {}", plugin.name, plugin.version, plugin.sha256)?;
+        }
+        writeln!(
+            text,
+            "\n{} lists {} plugins: use it with --plugin-lock",
+            out.display(),
+            locked.plugins.len()
+        )
+    })
+}
+
+fn info(name: &Path, sources: &PluginSources, format: Format) -> anyhow::Result<()> {
+    let mut registry = Registry::new(sources.admission());
     let wanted = name.to_string_lossy().into_owned();
-    match search.find(name) {
+    match sources.find(name) {
         Ok(path) => {
             registry.load(path)?;
         }
@@ -134,8 +172,8 @@ fn info(name: &Path, search: &SearchPath, format: Format) -> anyhow::Result<()> 
                 offer.methods.iter().any(|m| m.name == wanted)
                     || offer.backbones.iter().any(|b| b.name == wanted)
             };
-            let owner = found(search).into_iter().flatten().find(offers).ok_or(not_found)?;
-            registry.load(owner.path)?;
+            let owner = sources.open_all().into_iter().flatten().find(offers).ok_or(not_found)?;
+            registry.load(owner.file.path)?;
         }
     }
     let plugin = registry.plugins().first().ok_or_else(|| Usage("no plugin".to_owned()))?;
@@ -145,16 +183,16 @@ fn info(name: &Path, search: &SearchPath, format: Format) -> anyhow::Result<()> 
 fn describe(plugin: &LoadedPlugin) -> Value {
     let offer = plugin.plugin.offer();
     json!({
-        "file": plugin.path, "sha256": plugin.sha256, "manifest": plugin.manifest,
+        "file": plugin.file.path, "sha256": plugin.file.sha256, "manifest": plugin.file.manifest,
         "methods": offer.methods, "backbones": offer.backbones,
     })
 }
 
 fn print_info(plugin: &LoadedPlugin, out: &mut dyn Write) -> io::Result<()> {
-    let manifest = &plugin.manifest;
+    let manifest = &plugin.file.manifest;
     writeln!(out, "{} {}", manifest.name, manifest.version)?;
-    writeln!(out, "  file     {}", plugin.path.display())?;
-    writeln!(out, "  sha256   {}", plugin.sha256)?;
+    writeln!(out, "  file     {}", plugin.file.path.display())?;
+    writeln!(out, "  sha256   {}", plugin.file.sha256)?;
     writeln!(out, "  API      {}.{}", manifest.api_major, manifest.api_minor)?;
     writeln!(out, "  bridge   {}", manifest.bridge)?;
     writeln!(out, "  compiler {}", manifest.rustc)?;

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use super::exit::Usage;
 use crate::checkpoint::{CheckpointError, State, load_model, resolve_resume, restore};
 use crate::config::{Config, Layers, ResolvedConfig};
-use crate::device::{self, check_native, device_text, libtorch};
-use crate::plugin::{Registry, SearchPath};
+use crate::device::{self, check_native, device_text};
+use crate::plugin::{PluginSources, Registry};
 use crate::train::Model;
 
 /// Key of the number that libtorch's generator starts from when weights are drawn.
@@ -31,11 +31,11 @@ pub(super) struct Session {
 impl Session {
     /// Loads `plugins`, and one with the backbone should they lack it; reads the settings in `layers` and in the
     /// environment.
-    pub fn open(plugins: &[PathBuf], layers: Layers, search: &SearchPath) -> anyhow::Result<Session> {
+    pub fn open(plugins: &[PathBuf], layers: Layers, sources: &PluginSources) -> anyhow::Result<Session> {
         check_native()?;
-        let mut registry = Registry::new(&libtorch().version);
+        let mut registry = Registry::new(sources.admission());
         for name in plugins {
-            registry.load(search.find(name)?)?;
+            registry.load(sources.find(name)?)?;
         }
         let mut settings = layers.with_process_environment().load()?;
 
@@ -46,10 +46,10 @@ impl Session {
         }
         let (owner, offer) = registry.method(&method)?;
         let backbone = settings.config.backbone_name()?.to_owned();
-        settings.adopt_plugin_options("method", &owner.manifest.name, offer.options.as_value())?;
-        registry.require_backbone(&backbone, search)?;
+        settings.adopt_plugin_options("method", owner.name(), offer.options.as_value())?;
+        registry.require_backbone(&backbone, sources)?;
         let (owner, offer) = registry.backbone(&backbone)?;
-        settings.adopt_plugin_options("backbone", &owner.manifest.name, offer.options.as_value())?;
+        settings.adopt_plugin_options("backbone", owner.name(), offer.options.as_value())?;
         Ok(Session { registry, settings, method, backbone })
     }
 
@@ -163,7 +163,7 @@ pub(super) struct Saved {
 
 impl SavedArgs {
     /// Builds the method as the run did, and gives it the weights of the checkpoint.
-    pub fn open(&self, search: &SearchPath) -> anyhow::Result<Saved> {
+    pub fn open(&self, sources: &PluginSources) -> anyhow::Result<Saved> {
         let (run, checkpoint) = find_checkpoint(&self.run)?;
         let (state, weights) = load_model(&checkpoint)?;
         let names = || state.plugins.iter().map(|plugin| plugin.name.clone().into());
@@ -173,19 +173,19 @@ impl SavedArgs {
             overrides: self.overrides.clone(),
             ..Layers::default()
         };
-        let session = Session::open(&plugins, layers, search)?;
+        let session = Session::open(&plugins, layers, sources)?;
         for plugin in session.registry.plugins() {
-            let then = state.plugins.iter().find(|then| then.name == plugin.manifest.name);
-            if then.is_some_and(|then| then.sha256 != plugin.sha256) {
+            let then = state.plugins.iter().find(|then| then.name == plugin.name());
+            if then.is_some_and(|then| then.sha256 != plugin.file.sha256) {
                 tracing::warn!(
                     "{} is not the file that the run was trained with: results may differ",
-                    plugin.path.display()
+                    plugin.file.path.display()
                 );
             }
         }
         let device = session.device()?;
         let method = session.build_method(device, state.classes, 0, state.steps_per_epoch)?;
-        let model = Model::adopt(method, &session.registry.method(&session.method)?.0.manifest.name)?;
+        let model = Model::adopt(method, session.registry.method(&session.method)?.0.name())?;
         restore(&model.tensors(), &weights).with_context(|| format!("{}", checkpoint.display()))?;
         Ok(Saved { session, device, model, state, checkpoint })
     }

@@ -16,14 +16,13 @@ use super::exit::Usage;
 use super::output::print_text;
 use super::session::{Session, evaluation_view};
 use crate::checkpoint::{
-    self, Checkpoint, FORMAT, PluginRecord, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume,
-    restore,
+    self, Checkpoint, FORMAT, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume, restore,
 };
 use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
-use crate::plugin::SearchPath;
+use crate::plugin::PluginSources;
 use crate::provenance;
 use crate::track::{METRICS_FILE, Trackers};
 use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
@@ -65,10 +64,10 @@ impl TrainArgs {
         *self == TrainArgs::default()
     }
 
-    pub fn run(self, search: &SearchPath) -> anyhow::Result<()> {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         self.refuse_words()?;
         let signals = Signals::install().context("cannot take over signals")?;
-        let session = self.session(search)?;
+        let session = self.session(sources)?;
         if self.print_config {
             return print_text(|out| out.write_all(session.settings.print().as_bytes()));
         }
@@ -93,7 +92,7 @@ impl TrainArgs {
         }
         let views = method.views().to_vec();
         let encoder = method.encoder().to_owned();
-        let model = Model::adopt(method, &session.registry.method(&session.method)?.0.manifest.name)?;
+        let model = Model::adopt(method, session.registry.method(&session.method)?.0.name())?;
         let optimizer = Optimizer::new(&config.optimizer, model.trained());
 
         let mut state = State {
@@ -115,16 +114,7 @@ impl TrainArgs {
             classes,
             steps_per_epoch,
             data_fingerprint: train_set.fingerprint()?,
-            plugins: session
-                .registry
-                .plugins()
-                .iter()
-                .map(|p| PluginRecord {
-                    name: p.manifest.name.clone(),
-                    version: p.manifest.version.clone(),
-                    sha256: p.sha256.clone(),
-                })
-                .collect(),
+            plugins: session.registry.plugins().iter().map(|plugin| plugin.file.record()).collect(),
             host: env!("CARGO_PKG_VERSION").to_owned(),
             libtorch: libtorch().version,
             device: match device {
@@ -192,7 +182,7 @@ impl TrainArgs {
         print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))
     }
 
-    fn session(&self, search: &SearchPath) -> anyhow::Result<Session> {
+    fn session(&self, sources: &PluginSources) -> anyhow::Result<Session> {
         let layers = |file| Layers {
             base: self.base.clone(),
             file,
@@ -207,7 +197,7 @@ impl TrainArgs {
                 .filter(|file| file.is_file()),
             _ => None,
         };
-        Session::open(&self.plugin, layers(file), search)
+        Session::open(&self.plugin, layers(file), sources)
     }
 
     /// A word that is no `key=value` stands where a subcommand might: names the nearest one.

@@ -86,6 +86,27 @@ pub enum PluginError {
         /// The version in use.
         has: String,
     },
+    /// Somebody else may have written the file.
+    #[error(
+        "{}: {reason}; mend that, or add --allow-untrusted-plugins if you trust whoever may have written it",
+        path.display()
+    )]
+    Untrusted {
+        /// The file.
+        path: PathBuf,
+        /// Who may have written it.
+        reason: String,
+    },
+    /// The lock does not have the file.
+    #[error("{}: {} {reason}; load the plugin that it pins, or write it anew with `jepa-host plugin lock`", path.display(), lock.display())]
+    Locked {
+        /// The file.
+        path: PathBuf,
+        /// The lock.
+        lock: PathBuf,
+        /// What the lock has instead.
+        reason: String,
+    },
     /// The dynamic linker refuses the file: a missing symbol or a missing library.
     #[error("{}: cannot be opened: {reason}", path.display())]
     Open {

@@ -1,24 +1,66 @@
-//! Reading a plugin's manifest from its bytes, before anything of it runs.
+//! Reading a plugin file, before anything of it runs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use jepa_plugin_api::abi::{API_MAJOR, BRIDGE, MANIFEST_SYMBOL, ManifestFields};
 use object::{Architecture, Object as _, ObjectKind, ObjectSection as _, ObjectSymbol as _};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
-use super::PluginError;
+use super::{Admission, PluginError};
+use crate::device::libtorch;
 
-/// The manifest of the plugin at `path`.
-///
-/// # Errors
-/// When the file is no shared library of this machine, has no manifest, or has one that this host does not take.
-pub fn read_manifest(path: &Path, libtorch: &str) -> Result<ManifestFields, PluginError> {
-    let path = path.to_owned();
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(source) => return Err(PluginError::Unreadable { path, source }),
-    };
-    let library = match object::File::parse(bytes.as_slice()) {
+/// Tells one plugin file from another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PluginRecord {
+    /// The plugin's name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// SHA-256 of the file, in hexadecimal.
+    pub sha256: String,
+}
+
+/// A plugin file that this host may open, and of which nothing has run.
+#[derive(Clone, Debug)]
+pub struct PluginFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What its manifest says.
+    pub manifest: ManifestFields,
+    /// SHA-256 of the file, in hexadecimal.
+    pub sha256: String,
+}
+
+impl PluginFile {
+    /// Reads the plugin at `path`.
+    ///
+    /// # Errors
+    /// When the file is no shared library of this machine, has no manifest, has one that this host does not take, or
+    /// is not let in.
+    pub fn read(path: &Path, admission: &Admission) -> Result<PluginFile, PluginError> {
+        let bytes = match fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(source) => return Err(PluginError::Unreadable { path: path.to_owned(), source }),
+        };
+        let manifest = read_manifest(path.to_owned(), &bytes)?;
+        admission.check_owner(path)?;
+        let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let file = PluginFile { path: path.to_owned(), manifest, sha256 };
+        admission.check_lock(&file)?;
+        Ok(file)
+    }
+
+    /// What tells it from others.
+    pub fn record(&self) -> PluginRecord {
+        let ManifestFields { name, version, .. } = self.manifest.clone();
+        PluginRecord { name, version, sha256: self.sha256.clone() }
+    }
+}
+
+fn read_manifest(path: PathBuf, bytes: &[u8]) -> Result<ManifestFields, PluginError> {
+    let library = match object::File::parse(bytes) {
         Ok(library) if library.kind() == ObjectKind::Dynamic => library,
         Ok(library) => {
             return Err(PluginError::NotALibrary { path, reason: format!("it is {:?}", library.kind()) });
@@ -43,10 +85,8 @@ pub fn read_manifest(path: &Path, libtorch: &str) -> Result<ManifestFields, Plug
     if manifest.bridge != BRIDGE {
         return Err(PluginError::Bridge { path, bridge: manifest.bridge });
     }
-    match &manifest.libtorch {
-        Some(needs) if needs != libtorch => {
-            Err(PluginError::Libtorch { path, needs: needs.clone(), has: libtorch.to_owned() })
-        }
+    match (&manifest.libtorch, libtorch().version) {
+        (Some(needs), has) if *needs != has => Err(PluginError::Libtorch { path, needs: needs.clone(), has }),
         _ => Ok(manifest),
     }
 }

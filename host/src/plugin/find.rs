@@ -1,40 +1,57 @@
-//! Where plugins are looked for.
+//! Where plugins come from.
 
 use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use super::PluginError;
+use super::{Admission, LoadedPlugin, PluginError, open};
 use crate::config::nearest;
 
 /// The environment variable with further folders, separated by colons.
 pub const PATH_VARIABLE: &str = "JEPA_PLUGIN_PATH";
 
-/// The folders in which a plugin's name is looked up, in order.
+/// Where plugins come from: the folders that are searched, in order, and what of them may be loaded.
 #[derive(Clone, Debug)]
-pub struct SearchPath(Vec<PathBuf>);
+pub struct PluginSources {
+    folders: Vec<PathBuf>,
+    admission: Admission,
+}
 
-impl SearchPath {
-    /// `--plugin-dir` first, then `$JEPA_PLUGIN_PATH`, `./plugins`, and the folder of the executable.
-    pub fn new(plugin_dirs: &[PathBuf]) -> Self {
+impl PluginSources {
+    /// `plugin_dirs` first, then `$JEPA_PLUGIN_PATH`, and the folder of the executable. Nothing is looked for in the
+    /// current folder, where strangers' files may lie.
+    pub fn new(plugin_dirs: &[PathBuf], admission: Admission) -> Self {
         let mut folders = plugin_dirs.to_vec();
         if let Some(paths) = env::var_os(PATH_VARIABLE) {
             folders.extend(env::split_paths(&paths).filter(|p| !p.as_os_str().is_empty()));
         }
-        folders.push("plugins".into());
         if let Ok(executable) = env::current_exe() {
             folders.extend(executable.parent().map(Path::to_owned));
         }
-        SearchPath(folders)
+        PluginSources { folders, admission }
     }
 
     /// The folders themselves.
     pub fn folders(&self) -> &[PathBuf] {
-        &self.0
+        &self.folders
+    }
+
+    /// The rules for loading what is found.
+    pub fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
+    /// Opens every plugin in the folders. Files without a manifest are other people's libraries.
+    pub fn open_all(&self) -> Vec<Result<LoadedPlugin, PluginError>> {
+        let open = |path: PathBuf| match open(&path, &self.admission) {
+            Err(PluginError::NoManifest { .. }) => None,
+            opened => Some(opened),
+        };
+        plugin_files(&self.folders).into_iter().filter_map(open).collect()
     }
 
     /// The file that `name` means: a path when it has a slash, else a file name (`libcnn_jepa.so`) or a bare name
-    /// (`cnn_jepa`, `cnn-jepa`) in one of the folders. The current folder is not among them.
+    /// (`cnn_jepa`, `cnn-jepa`) in one of the folders.
     ///
     /// # Errors
     /// When there is no such file, naming every path that was tried.
@@ -43,7 +60,7 @@ impl SearchPath {
             Some(text) if !text.contains('/') => {
                 let bare = format!("lib{}.so", text.replace('-', "_"));
                 let files = if text.ends_with(".so") { vec![text.to_owned()] } else { vec![bare] };
-                self.0.iter().flat_map(|folder| files.iter().map(|file| folder.join(file))).collect()
+                self.folders.iter().flat_map(|folder| files.iter().map(|file| folder.join(file))).collect()
             }
             _ => vec![name.to_owned()],
         };
@@ -51,7 +68,7 @@ impl SearchPath {
             return Ok(found.canonicalize().unwrap_or_else(|_| found.clone()));
         }
         let tried = tried.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
-        let there = plugin_files(&self.0);
+        let there = plugin_files(&self.folders);
         let bare = |path: &PathBuf| Some(path.file_stem()?.to_str()?.strip_prefix("lib")?.to_owned());
         let there: Vec<String> = there.iter().filter_map(bare).collect();
         let name = name.display().to_string();

@@ -1,34 +1,35 @@
 //! Opening a plugin file whose manifest fits. Nothing is ever unloaded.
 
 use std::ffi::c_void;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use jepa_plugin_api::abi::{ManifestFields, Plugin, ROOT_SYMBOL};
+use jepa_plugin_api::abi::{Plugin, ROOT_SYMBOL};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
-use sha2::{Digest as _, Sha256};
 
-use super::{PluginError, read_manifest};
+use super::{Admission, PluginError, PluginFile};
 use crate::linker;
 
 /// A plugin in use.
 pub struct LoadedPlugin {
     /// Its file.
-    pub path: PathBuf,
-    /// What its manifest says.
-    pub manifest: ManifestFields,
-    /// SHA-256 of the file, in hexadecimal.
-    pub sha256: String,
+    pub file: PluginFile,
     /// Its functions.
     pub plugin: Plugin,
 }
 
-/// Reads, checks, opens and tests the plugin at `path`, for a host that runs on this `libtorch`.
+impl LoadedPlugin {
+    /// Its name, as its manifest has it.
+    pub fn name(&self) -> &str {
+        &self.file.manifest.name
+    }
+}
+
+/// Reads, checks, opens and tests the plugin at `path`.
 ///
 /// # Errors
 /// One sentence for each reason to refuse it.
-pub fn open(path: &Path, libtorch: &str) -> Result<LoadedPlugin, PluginError> {
-    let manifest = read_manifest(path, libtorch)?;
+pub fn open(path: &Path, admission: &Admission) -> Result<LoadedPlugin, PluginError> {
+    let file = PluginFile::read(path, admission)?;
     let refuse = |reason: String| PluginError::Open { path: path.to_owned(), reason };
     let unfit =
         |error: anyhow::Error| PluginError::Unfit { path: path.to_owned(), reason: format!("{error:#}") };
@@ -44,10 +45,7 @@ pub fn open(path: &Path, libtorch: &str) -> Result<LoadedPlugin, PluginError> {
     };
     std::mem::forget(library);
     // SAFETY: the symbol is the root header of a plugin, by its manifest, and the library stays.
-    let plugin = unsafe { Plugin::adopt(&manifest.name, root) }.map_err(unfit)?;
+    let plugin = unsafe { Plugin::adopt(&file.manifest.name, root) }.map_err(unfit)?;
     plugin.self_test().map_err(unfit)?;
-
-    let bytes = fs::read(path).map_err(|source| PluginError::Unreadable { path: path.to_owned(), source })?;
-    let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(LoadedPlugin { path: path.to_owned(), manifest, sha256, plugin })
+    Ok(LoadedPlugin { file, plugin })
 }

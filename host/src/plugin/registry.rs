@@ -4,20 +4,20 @@ use std::path::PathBuf;
 
 use jepa_plugin_api::abi::{BackboneOffer, MethodOffer};
 
-use super::{LoadedPlugin, PluginError, SearchPath, open, plugin_files};
+use super::{Admission, LoadedPlugin, PluginError, PluginSources, open, plugin_files};
 use crate::config::nearest;
 
 /// All loaded plugins. Names of plugins, methods and backbones are unique in it.
 #[derive(Default)]
 pub struct Registry {
     plugins: Vec<LoadedPlugin>,
-    libtorch: String,
+    admission: Admission,
 }
 
 impl Registry {
-    /// An empty registry of a host that runs on this `libtorch`.
-    pub fn new(libtorch: &str) -> Self {
-        Registry { plugins: Vec::new(), libtorch: libtorch.to_owned() }
+    /// An empty registry, with the rules for what comes into it.
+    pub fn new(admission: &Admission) -> Self {
+        Registry { plugins: Vec::new(), admission: admission.clone() }
     }
 
     /// The loaded plugins, in the order of loading.
@@ -30,21 +30,21 @@ impl Registry {
     /// # Errors
     /// When it is refused, or a name in it is taken.
     pub fn load(&mut self, path: PathBuf) -> Result<&LoadedPlugin, PluginError> {
-        if let Some(i) = self.plugins.iter().position(|loaded| loaded.path == path) {
+        if let Some(i) = self.plugins.iter().position(|loaded| loaded.file.path == path) {
             return Ok(&self.plugins[i]);
         }
-        let new = open(&path, &self.libtorch)?;
+        let new = open(&path, &self.admission)?;
         self.check_names(&new)?;
-        tracing::debug!(plugin = new.manifest.name, path = %path.display(), "plugin loaded");
+        tracing::debug!(plugin = new.name(), path = %path.display(), "plugin loaded");
         self.plugins.push(new);
         Ok(self.plugins.last().expect("just pushed"))
     }
 
     fn check_names(&self, new: &LoadedPlugin) -> Result<(), PluginError> {
         for old in &self.plugins {
-            let (first, second) = (old.path.clone(), new.path.clone());
-            if old.manifest.name == new.manifest.name {
-                return Err(PluginError::SameName { name: new.manifest.name.clone(), first, second });
+            let (first, second) = (old.file.path.clone(), new.file.path.clone());
+            if old.name() == new.name() {
+                return Err(PluginError::SameName { name: new.name().to_owned(), first, second });
             }
             let (theirs, ours) = (old.plugin.offer(), new.plugin.offer());
             if let Some(method) =
@@ -98,25 +98,26 @@ impl Registry {
         })
     }
 
-    /// Makes sure that a loaded plugin offers backbone `name`: when none does, the plugins in `search` are opened in
-    /// turn until one has it. Files that are no plugins, or are refused, are passed over with a word in the debug log.
+    /// Makes sure that a loaded plugin offers backbone `name`: when none does, the plugins in `sources` are opened in
+    /// turn until one has it. Files that are no plugins are passed over.
     ///
     /// # Errors
-    /// When no plugin anywhere offers it.
-    pub fn require_backbone(&mut self, name: &str, search: &SearchPath) -> Result<(), PluginError> {
+    /// When no plugin anywhere offers it; plugins that were refused are in the message.
+    pub fn require_backbone(&mut self, name: &str, sources: &PluginSources) -> Result<(), PluginError> {
         if self.backbone(name).is_ok() {
             return Ok(());
         }
+        let mut refused = Vec::new();
         let mut offered: Vec<String> = self
             .plugins
             .iter()
             .flat_map(|p| p.plugin.offer().backbones.iter().map(|b| b.name.clone()))
             .collect();
-        for path in plugin_files(search.folders()) {
-            if self.plugins.iter().any(|loaded| loaded.path == path) {
+        for path in plugin_files(sources.folders()) {
+            if self.plugins.iter().any(|loaded| loaded.file.path == path) {
                 continue;
             }
-            match open(&path, &self.libtorch) {
+            match open(&path, &self.admission) {
                 Ok(found) if found.plugin.offer().backbones.iter().any(|b| b.name == name) => {
                     self.check_names(&found)?;
                     tracing::info!("backbone {name} comes from {}", path.display());
@@ -124,10 +125,17 @@ impl Registry {
                     return Ok(());
                 }
                 Ok(found) => offered.extend(found.plugin.offer().backbones.iter().map(|b| b.name.clone())),
+                Err(error @ (PluginError::Untrusted { .. } | PluginError::Locked { .. })) => {
+                    refused.push(error.to_string());
+                }
                 Err(error) => tracing::debug!("passed over: {error}"),
             }
         }
-        Err(unknown("backbone", name, offered.iter().map(String::as_str).collect()))
+        let mut error = unknown("backbone", name, offered.iter().map(String::as_str).collect());
+        if let PluginError::Unknown { known, .. } = &mut error {
+            refused.iter().for_each(|refused| known.push_str(&format!("; refused: {refused}")));
+        }
+        Err(error)
     }
 }
 
