@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use jepa_host::checkpoint::{
     self, Best, CheckpointError, FORMAT, NamedTensors, Resume, RunDir, State, resolve_resume, restore,
 };
+use jepa_host::plugin::PluginRecord;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 

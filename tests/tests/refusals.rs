@@ -219,7 +219,6 @@ fn a_plugin_that_is_not_there_names_the_places() {
     ended.error_says(&[
         "no plugin `nowhere`",
         &shelf.display().to_string(),
-        "plugins/libnowhere.so",
         &beside.display().to_string(),
         "--plugin-dir",
     ]);

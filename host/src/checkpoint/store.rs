@@ -275,5 +275,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// A rename is lasting only when the folder is on the disk too.
 fn sync_folder(path: &Path) -> io::Result<()> {
+    // The folder of a bare file name is the current one.
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     File::open(path)?.sync_all()
 }

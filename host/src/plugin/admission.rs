@@ -50,8 +50,11 @@ impl Lock {
     pub fn read(path: &Path) -> Result<Lock, LockError> {
         let unusable = |reason: String| LockError { path: path.to_owned(), reason };
         let text = fs::read_to_string(path).map_err(|error| unusable(format!("cannot be read: {error}")))?;
-        let locked = toml::from_str(&text)
-            .map_err(|error| unusable(format!("is no plugin lock: {}", error.to_string().trim_end())))?;
+        let locked = toml::from_str(&text).map_err(|error: toml::de::Error| {
+            let start = error.span().map_or(0, |span| span.start);
+            let line = text[..start].lines().count().max(1);
+            unusable(format!("is no plugin lock: {} (line {line})", error.message()))
+        })?;
         Ok(Lock { path: path.to_owned(), locked })
     }
 
