@@ -24,14 +24,21 @@ pub use handles::{BackboneHandle, MethodHandle, Plugin};
 pub use manifest::{Manifest, ManifestError, ManifestFields};
 pub use module::{BackboneOffer, MethodOffer, Offer};
 
-/// Major version of the boundary: another one is refused.
+/// Major version of the boundary, which is that of this crate: another one is refused.
 ///
 /// History
 /// - 1.0: first release.
-pub const API_MAJOR: u16 = 1;
+pub const API_MAJOR: u16 = number(env!("CARGO_PKG_VERSION_MAJOR"));
 
 /// Minor version: grows when something is appended, with a default for plugins that do not have it.
-pub const API_MINOR: u16 = 0;
+pub const API_MINOR: u16 = number(env!("CARGO_PKG_VERSION_MINOR"));
+
+const fn number(text: &str) -> u16 {
+    match u16::from_str_radix(text, 10) {
+        Ok(number) => number,
+        Err(_) => panic!("cargo's version numbers are numbers"),
+    }
+}
 
 /// The torch bridge that this crate's tch calls: `lib` + this + `.so` is its soname.
 pub const BRIDGE: &str = "jepa_torch_0_24";
