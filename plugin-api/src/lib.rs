@@ -1,6 +1,6 @@
-//! Everything that the author of a jepa-host plugin needs: two traits, a host to ask, and building blocks.
+//! Everything that the author of a jepa-host plugin needs: three traits, a host to ask, and building blocks.
 //!
-//! A plugin is a crate of type `cdylib` with a [`Method`] or a [`Backbone`] and one [`export_plugin!`]. The host owns
+//! A plugin is a crate of type `cdylib` with a [`Method`], a [`Backbone`] or a [`Probe`], and one [`export_plugin!`]. The host owns
 //! the device, the data, random numbers, the optimizer, schedules, EMA, checkpoints, evaluation and logging; a plugin
 //! owns the computation of a loss and says what it needs. So every plugin gets exact resume, mixed precision and
 //! evaluation for nothing.
@@ -14,6 +14,7 @@ mod host;
 mod method;
 pub mod nn;
 pub mod params;
+mod probe;
 pub mod rng;
 pub mod testing;
 mod view;
@@ -30,19 +31,24 @@ pub use backbone::{Backbone, BackboneInfo, NormKind};
 pub use host::{EmaPair, EmaSchedule, Host, RunFacts, parse_device};
 pub use method::{Batch, Method, NoOptions, Step};
 pub use params::Params;
+pub use probe::{FrozenFeatures, LabelledFeatures, Probe};
 pub use rng::Rng;
 pub use view::{IMAGENET_MEAN_STD, Interpolation, Transform, ViewSpec};
 
-/// Makes a plugin of this crate: exports its methods and backbones under the crate's name and version. Once per crate.
+/// Makes a plugin of this crate: exports its methods, backbones and probes under the crate's name and version. Once per crate.
 ///
 /// ```ignore
 /// jepa_plugin_api::export_plugin! { methods: [SimSiam] }
 /// jepa_plugin_api::export_plugin! { backbones: [MobileNet] }
-/// jepa_plugin_api::export_plugin! { methods: [A, B], backbones: [C] }
+/// jepa_plugin_api::export_plugin! { methods: [A, B], backbones: [C], probes: [D] }
 /// ```
 #[macro_export]
 macro_rules! export_plugin {
-    ($(methods: [$($method:ty),* $(,)?] $(,)?)? $(backbones: [$($backbone:ty),* $(,)?] $(,)?)?) => {
+    (
+        $(methods: [$($method:ty),* $(,)?] $(,)?)?
+        $(backbones: [$($backbone:ty),* $(,)?] $(,)?)?
+        $(probes: [$($probe:ty),* $(,)?] $(,)?)?
+    ) => {
         const _: () = {
             struct Plugin;
 
@@ -55,6 +61,10 @@ macro_rules! export_plugin {
 
                 fn backbones() -> Vec<$crate::abi::BackboneEntry> {
                     vec![$($($crate::abi::BackboneEntry::of::<$backbone>()),*)?]
+                }
+
+                fn probes() -> Vec<$crate::abi::ProbeEntry> {
+                    vec![$($($crate::abi::ProbeEntry::of::<$probe>()),*)?]
                 }
             }
 

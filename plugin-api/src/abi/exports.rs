@@ -19,7 +19,10 @@ use super::tensor::TensorOwned;
 use super::{BackboneHandle, Failure, FailureKind};
 use crate::host::HostParts;
 use crate::params::Entry;
-use crate::{Backbone, BackboneInfo, Batch, Host, Method, Params, Result, Step, ViewSpec, parse_device};
+use crate::{
+    Backbone, BackboneInfo, Batch, FrozenFeatures, Host, LabelledFeatures, Method, Params, Probe, Result,
+    Step, ViewSpec, parse_device,
+};
 
 /// What [`export_plugin!`](crate::export_plugin) implements: the names and entries of one plugin file.
 pub trait Exports: 'static {
@@ -29,6 +32,8 @@ pub trait Exports: 'static {
     fn methods() -> Vec<MethodEntry>;
     /// The backbones in it.
     fn backbones() -> Vec<BackboneEntry>;
+    /// The probes in it.
+    fn probes() -> Vec<ProbeEntry>;
 }
 
 /// The static that a plugin exports beside its manifest.
@@ -51,6 +56,7 @@ pub(super) fn module<P: Exports>() -> PluginModuleRef {
         self_test: self_test::<P>,
         build_method: build_method::<P>,
         build_backbone: build_backbone::<P>,
+        build_probe: build_probe::<P>,
     }
     .leak_into_prefix()
 }
@@ -93,6 +99,22 @@ impl BackboneEntry {
     }
 }
 
+/// How a plugin builds one of its probes.
+pub struct ProbeEntry {
+    offer: ProbeOffer,
+    build: fn(Value) -> Result<Box<dyn ErasedProbe>>,
+}
+
+impl ProbeEntry {
+    /// The entry of probe `P`.
+    pub fn of<P: Probe>() -> Self {
+        ProbeEntry {
+            offer: ProbeOffer { name: P::NAME.to_owned(), options: schema_for!(P::Options) },
+            build: |options| Ok(Box::new(P::new(serde_json::from_value(options)?)?)),
+        }
+    }
+}
+
 /// [`Method`] without its associated items, so that one object type serves all.
 trait ErasedMethod: Send {
     fn views(&self) -> Vec<ViewSpec>;
@@ -127,6 +149,17 @@ impl<B: Backbone> ErasedBackbone for B {
     }
 }
 
+/// [`Probe`] without its associated items.
+trait ErasedProbe: Send {
+    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
+}
+
+impl<P: Probe> ErasedProbe for P {
+    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
+        Probe::judge(self, features)
+    }
+}
+
 extern "C" fn attach(log: LogSink) {
     log.install();
     keep_panics_quiet();
@@ -137,7 +170,8 @@ extern "C" fn offer_json<P: Exports>() -> RResult<RString, AbiFailure> {
     guard(P::NAME, &AtomicBool::new(false), || {
         let methods = P::methods().into_iter().map(|entry| entry.offer).collect();
         let backbones = P::backbones().into_iter().flat_map(|entry| entry.offers).collect();
-        Ok(to_json(&Offer { methods, backbones }))
+        let probes = P::probes().into_iter().map(|entry| entry.offer).collect();
+        Ok(to_json(&Offer { methods, backbones, probes }))
     })
 }
 
@@ -198,7 +232,21 @@ extern "C" fn build_backbone<P: Exports>(
     })
 }
 
-/// What an error in building a method or a backbone means: settings that do not fit, unless libtorch reports it, for
+extern "C" fn build_probe<P: Exports>(
+    name: RStr<'_>,
+    options_json: RStr<'_>,
+) -> RResult<ProbeObject, AbiFailure> {
+    guard(P::NAME, &AtomicBool::new(false), || {
+        let entry = P::probes().into_iter().find(|entry| entry.offer.name == name.as_str());
+        let entry = entry.with_context(|| format!("there is no probe `{name}` in this plugin"))?;
+        let options = serde_json::from_str(options_json.as_str())?;
+        let probe = (entry.build)(options).map_err(|error| refusal(P::NAME, error))?;
+        let (poisoned, probe) = (AtomicBool::new(false), Contained::new(probe));
+        Ok(AbiProbe_TO::from_value(GuardedProbe { plugin: P::NAME, poisoned, probe }, TD_Opaque))
+    })
+}
+
+/// What an error in building a method, a backbone or a probe means: settings that do not fit, unless libtorch reports it, for
 /// want of memory for one, or another plugin does.
 fn refusal(plugin: &str, error: anyhow::Error) -> Failure {
     let of_libtorch = error.chain().any(|cause| cause.is::<TchError>());
@@ -294,6 +342,31 @@ impl AbiBackbone for GuardedBackbone {
         guard(self.plugin, &self.poisoned, || {
             let mask = mask.into_option().map(Tensor::from);
             self.backbone.forward(&images.into(), mask.as_ref(), train)
+        })
+    }
+}
+
+/// A probe behind its guard against panics.
+struct GuardedProbe {
+    plugin: &'static str,
+    poisoned: AtomicBool,
+    probe: Contained<dyn ErasedProbe>,
+}
+
+impl AbiProbe for GuardedProbe {
+    fn judge(&mut self, features: AbiFeatures) -> RResult<RVec<AbiFigure>, AbiFailure> {
+        guard(self.plugin, &self.poisoned, || {
+            let context: FeaturesContext = serde_json::from_str(features.context_json.as_str())?;
+            let set = |x: TensorOwned, y: TensorOwned| LabelledFeatures { x: x.into(), y: y.into() };
+            let features = FrozenFeatures {
+                train: set(features.train_x, features.train_y),
+                held_out: set(features.held_out_x, features.held_out_y),
+                classes: context.classes,
+                seed: context.seed,
+            };
+            let figure = |(name, value): (String, f64)| AbiFigure { name: name.into(), value };
+            let figures: RVec<AbiFigure> = self.probe.judge(&features)?.into_iter().map(figure).collect();
+            Ok(figures)
         })
     }
 }

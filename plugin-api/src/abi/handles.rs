@@ -17,7 +17,7 @@ use super::module::*;
 use super::tensor::TensorOwned;
 use crate::host::RunFacts;
 use crate::params::Entry;
-use crate::{BackboneInfo, Batch, EmaPair, Params, Result, Step, ViewSpec};
+use crate::{BackboneInfo, Batch, Context as _, EmaPair, FrozenFeatures, Params, Result, Step, ViewSpec};
 
 /// A plugin whose functions can be called. A clone is another handle on the same plugin.
 #[derive(Clone)]
@@ -120,6 +120,16 @@ impl Plugin {
         let declaration: MethodDeclaration = serde_json::from_str(object.declaration_json().as_str())?;
         let entries = named(&declaration.tensors, object.tensors())?;
         Ok(MethodHandle { plugin: self.name.clone(), object, declaration, entries })
+    }
+
+    /// Builds one of the plugin's probes.
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`].
+    pub fn build_probe(&self, name: &str, options: &Value) -> Result<ProbeHandle> {
+        let build = self.module.build_probe().context("plugins of API 1.0 have no probes")?;
+        let object = unwrap(build(name.into(), options.to_string().as_str().into()))?;
+        Ok(ProbeHandle { object })
     }
 }
 
@@ -308,5 +318,29 @@ impl BackboneHandle {
         let mask = mask.map(|mask| mask.shallow_clone().into()).into();
         let map = unwrap(self.object.forward(images.shallow_clone().into(), mask, train))?;
         Ok(map.into())
+    }
+}
+
+/// A probe, wherever its code is.
+pub struct ProbeHandle {
+    object: ProbeObject,
+}
+
+impl ProbeHandle {
+    /// The figures of these features, see [`Probe::judge`](crate::Probe::judge).
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`].
+    pub fn judge(&mut self, features: FrozenFeatures) -> Result<Vec<(String, f64)>, Failure> {
+        let FrozenFeatures { train, held_out, classes, seed } = features;
+        let context = FeaturesContext { classes, seed };
+        let figures = unwrap(self.object.judge(AbiFeatures {
+            train_x: train.x.into(),
+            train_y: train.y.into(),
+            held_out_x: held_out.x.into(),
+            held_out_y: held_out.y.into(),
+            context_json: serde_json::to_string(&context).expect("numbers become JSON").into(),
+        }))?;
+        Ok(figures.into_iter().map(|figure| (figure.name.into(), figure.value)).collect())
     }
 }

@@ -8,7 +8,7 @@
 //! - everything else as JSON text, which grows by keys and never by layout.
 //!
 //! Plugin authors see none of this: [`export_plugin!`](crate::export_plugin) writes the plugin's side, and the
-//! handles [`Plugin`], [`MethodHandle`] and [`BackboneHandle`] are the host's.
+//! handles [`Plugin`], [`MethodHandle`], [`BackboneHandle`] and [`ProbeHandle`] are the host's.
 
 mod exports;
 mod failure;
@@ -18,16 +18,17 @@ mod manifest;
 mod module;
 mod tensor;
 
-pub use exports::{BackboneEntry, Exports, MethodEntry, RootHeader, root_header};
+pub use exports::{BackboneEntry, Exports, MethodEntry, ProbeEntry, RootHeader, root_header};
 pub use failure::{Failure, FailureKind};
-pub use handles::{BackboneHandle, MethodHandle, Plugin};
+pub use handles::{BackboneHandle, MethodHandle, Plugin, ProbeHandle};
 pub use manifest::{Manifest, ManifestError, ManifestFields};
-pub use module::{BackboneOffer, MethodOffer, Offer};
+pub use module::{BackboneOffer, MethodOffer, Offer, ProbeOffer};
 
 /// Major version of the boundary, which is that of this crate: another one is refused.
 ///
 /// History
-/// - 1.0: first release.
+/// - 1.0: methods and backbones.
+/// - 1.1: probes.
 pub const API_MAJOR: u16 = number(env!("CARGO_PKG_VERSION_MAJOR"));
 
 /// Minor version: grows when something is appended, with a default for plugins that do not have it.

@@ -29,6 +29,9 @@ pub struct Offer {
     /// The backbones in it.
     #[serde(default)]
     pub backbones: Vec<BackboneOffer>,
+    /// The probes in it. Since 1.1.
+    #[serde(default)]
+    pub probes: Vec<ProbeOffer>,
 }
 
 /// A method on offer.
@@ -44,6 +47,15 @@ pub struct MethodOffer {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BackboneOffer {
     /// Its name in `backbone.name`.
+    pub name: String,
+    /// JSON Schema of its options.
+    pub options: Schema,
+}
+
+/// A probe on offer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProbeOffer {
+    /// Its name under `eval.probes.`.
     pub name: String,
     /// JSON Schema of its options.
     pub options: Schema,
@@ -117,6 +129,34 @@ pub struct AbiMetric {
     pub value: TensorOwned,
 }
 
+/// [`crate::FrozenFeatures`] in a layout that crosses.
+///
+/// OWNERSHIP: the tensors are the callee's.
+#[repr(C)]
+#[derive(StableAbi)]
+pub struct AbiFeatures {
+    pub train_x: TensorOwned,
+    pub train_y: TensorOwned,
+    pub held_out_x: TensorOwned,
+    pub held_out_y: TensorOwned,
+    pub context_json: RString,
+}
+
+/// What features come from.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct FeaturesContext {
+    pub classes: i64,
+    pub seed: u64,
+}
+
+/// A named number.
+#[repr(C)]
+#[derive(StableAbi)]
+pub struct AbiFigure {
+    pub name: RString,
+    pub value: f64,
+}
+
 #[sabi_trait]
 pub trait AbiBackbone: Send {
     fn declaration_json(&self) -> RString;
@@ -140,6 +180,13 @@ pub trait AbiMethod: Send {
     fn encode(&mut self, images: TensorOwned) -> RResult<TensorOwned, AbiFailure>;
 }
 pub type MethodObject = AbiMethod_TO<'static, RBox<()>>;
+
+#[sabi_trait]
+pub trait AbiProbe: Send {
+    #[sabi(last_prefix_field)]
+    fn judge(&mut self, features: AbiFeatures) -> RResult<RVec<AbiFigure>, AbiFailure>;
+}
+pub type ProbeObject = AbiProbe_TO<'static, RBox<()>>;
 
 /// The host, as a method's constructor reaches it.
 #[sabi_trait]
@@ -173,6 +220,10 @@ pub struct PluginModule {
         options_json: RStr<'_>,
         device: RStr<'_>,
     ) -> RResult<BackboneObject, AbiFailure>,
+    /// Since 1.1.
+    #[sabi(missing_field(option))]
+    pub build_probe:
+        extern "C" fn(name: RStr<'_>, options_json: RStr<'_>) -> RResult<ProbeObject, AbiFailure>,
 }
 
 impl RootModule for PluginModuleRef {

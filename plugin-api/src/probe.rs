@@ -1,0 +1,49 @@
+//! The trait of a probe: what a person wants to know of frozen features, beyond the host's own evaluation.
+
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tch::Tensor;
+
+use crate::Result;
+
+/// A judgement of frozen features, such as a classifier on top of them or a measure of their clusters.
+///
+/// The host computes features of both data sets with the method's [`encode`](crate::Method::encode), as for its own
+/// probes, whenever it evaluates. Since API 1.1.
+pub trait Probe: Send + Sized + 'static {
+    /// The name under `eval.probes.`, in `snake_case`.
+    const NAME: &'static str;
+
+    /// The keys under `eval.probes.NAME.`: a struct with a serde default for every field. `enabled` is the host's.
+    type Options: DeserializeOwned + Serialize + JsonSchema;
+
+    /// Builds the probe, anew for each evaluation. An error says which option does not fit.
+    fn new(options: Self::Options) -> Result<Self>;
+
+    /// Judges the features: named figures, which the host logs as `eval/NAME/<name>`. Where the host keeps the best
+    /// checkpoint by one of them, more is better, unless its name ends in `loss`.
+    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
+}
+
+/// What a [`Probe`] judges.
+#[derive(Debug)]
+pub struct FrozenFeatures {
+    /// Of training images: what a probe may learn from.
+    pub train: LabelledFeatures,
+    /// Of held-out images: what it is measured on.
+    pub held_out: LabelledFeatures,
+    /// Classes in the data.
+    pub classes: i64,
+    /// The run's seed, for [`Rng::keyed`](crate::Rng::keyed): equal features have to give equal figures.
+    pub seed: u64,
+}
+
+/// Features of a set of images, with their labels in the same order, on one device.
+#[derive(Debug)]
+pub struct LabelledFeatures {
+    /// f32 `(N, D)`.
+    pub x: Tensor,
+    /// Class numbers from 0, i64 `(N)`.
+    pub y: Tensor,
+}
