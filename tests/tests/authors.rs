@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use jepa_tests::real::{Room, demo_images, held_out_images, setting};
+use jepa_tests::real::{Room, checkpoints, demo_images, held_out_images, setting};
 
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
@@ -91,6 +91,45 @@ fn a_new_backbone_builds_tests_and_trains_under_another_author_s_method() {
     let arguments = ["--plugin", "cnn_jepa", "--plugin", file, "backbone.name=tiny_net"];
     let ended = room.run(arguments.map(str::to_owned).into_iter().chain(few_steps())).expect(2);
     ended.error_says(&["needs a backbone with a sparse mode", "backbone.name"]);
+}
+
+#[test]
+fn a_new_probe_judges_in_training_and_by_itself() {
+    let room = Room::new();
+    room.run(["plugin", "new", "near-mean", "--kind", "probe"]).expect(0);
+    let file = build_and_test(&room.file("near-mean")).join("libnear_mean.so");
+    let file = file.to_str().unwrap();
+
+    let plugins = ["--plugin", "simclr", "--plugin", file, "--config", "near-mean/train.toml"];
+    let train = |more: &[&str]| {
+        let more = [&plugins[..], more].concat().into_iter().map(str::to_owned);
+        room.run(more.chain(few_steps()))
+    };
+    train(&["eval.probes.near_mean.cosin=true"])
+        .expect(2)
+        .error_says(&["cosin", "eval.probes.near_mean.cosine"]);
+    train(&["eval.probes.far_mean.cosine=true"])
+        .expect(3)
+        .error_says(&["probe `far_mean`", "did you mean `near_mean`"]);
+    let best = "checkpoint.best=eval/near_mean/top1";
+    let table = train(&["eval.probes.near_mean.cosine=false", best]).expect(0).stdout;
+    let figure = |text: &str| -> f64 {
+        let line = text.lines().find(|line| line.starts_with("eval/near_mean/top1"));
+        line.unwrap_or_else(|| panic!("{text}")).split_whitespace().last().unwrap().parse().unwrap()
+    };
+    assert!((0.2..1.0).contains(&figure(&table)), "better than chance: {table}");
+    let checkpoints = checkpoints(&room.file("runs/near_mean/version_0/checkpoints"));
+    let state = fs::read_to_string(checkpoints.last().unwrap().join("state.json")).unwrap();
+    assert!(state.contains("\"metric\": \"eval/near_mean/top1\""), "{state}");
+
+    // Once more from the checkpoint, and once without.
+    let again = room
+        .run(["eval", "probe", "near_mean", "runs/near_mean", "--plugin", "simclr", "--plugin", file])
+        .expect(0);
+    assert_eq!(figure(&again.stdout), figure(&table));
+    assert!(!again.stdout.contains("eval/linear_top1"), "{}", again.stdout);
+    let without = train(&["eval.probes.near_mean.enabled=false"]).expect(0).stdout;
+    assert!(!without.contains("near_mean/top1"), "{without}");
 }
 
 #[test]

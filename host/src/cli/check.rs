@@ -23,7 +23,7 @@ use super::session::{Session, seed_weights};
 use crate::config::{Base, Config, Layers, ResolvedConfig};
 use crate::conformance::{Built, CHECKS, CLASSES, Subject, Verdict};
 use crate::device::check_native;
-use crate::plugin::{Admission, LoadedPlugin, PluginError, PluginSources, Registry, open};
+use crate::plugin::{Admission, Kind, LoadedPlugin, PluginError, PluginSources, Registry, open};
 
 /// A check that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -280,8 +280,8 @@ impl CheckArgs {
                 let mut registry = Registry::new(sources.admission());
                 registry.load(file.to_owned())?;
                 let mut settings = layers.with_process_environment().load()?;
-                let (owner, offer) = registry.backbone(name)?;
-                settings.adopt_plugin_options("backbone", owner.name(), offer.options.as_value())?;
+                let (owner, options) = registry.find(Kind::Backbone, name)?;
+                settings.adopt_plugin_options("backbone", owner.name(), options.as_value())?;
                 Ok(Box::new(BackboneSubject { registry, settings, name: name.clone() }))
             }
         }
@@ -375,7 +375,7 @@ impl Subject for MethodSubject {
     }
 
     fn cross(&self, x: &Tensor) -> anyhow::Result<Tensor> {
-        self.0.registry.method(&self.0.method)?.0.plugin.cross(x)
+        self.0.registry.find(Kind::Method, &self.0.method)?.0.plugin.cross(x)
     }
 }
 
@@ -396,12 +396,12 @@ impl Subject for BackboneSubject {
     }
 
     fn build_with(&self, options: &Value) -> anyhow::Result<Built> {
-        let (plugin, _) = self.registry.backbone(&self.name)?;
+        let (plugin, _) = self.registry.find(Kind::Backbone, &self.name)?;
         Ok(Built::Backbone(plugin.plugin.build_backbone(&self.name, options, "cpu")?))
     }
 
     fn cross(&self, x: &Tensor) -> anyhow::Result<Tensor> {
-        self.registry.backbone(&self.name)?.0.plugin.cross(x)
+        self.registry.find(Kind::Backbone, &self.name)?.0.plugin.cross(x)
     }
 }
 

@@ -27,6 +27,14 @@ pub(super) enum EvalCommand {
     Linear(EvalArgs),
     /// A vote of the nearest training features
     Knn(EvalArgs),
+    /// A probe of a plugin
+    Probe {
+        /// Its name, as `jepa-host plugin list` shows it
+        #[arg(value_name = "PROBE")]
+        name: String,
+        #[command(flatten)]
+        args: EvalArgs,
+    },
     /// Train backbone and a linear classifier with labels, from the weights of a run
     ///
     /// This is a training run of its own, by default of 20 epochs: it has checkpoints, `jepa-host --plugin supervised
@@ -65,6 +73,7 @@ impl EvalCommand {
         match self {
             EvalCommand::Linear(args) => args.run(Probe::Linear, sources),
             EvalCommand::Knn(args) => args.run(Probe::Knn, sources),
+            EvalCommand::Probe { name, args } => args.run(Probe::OfPlugin(name), sources),
             EvalCommand::Finetune(args) => args.run(sources),
         }
     }
@@ -74,15 +83,22 @@ impl EvalCommand {
 enum Probe {
     Linear,
     Knn,
+    OfPlugin(String),
 }
 
 impl EvalArgs {
     fn run(&self, probe: Probe, sources: &PluginSources) -> anyhow::Result<()> {
         let signals = Signals::install()?;
         let mut saved = self.saved.open(sources)?;
-        let mut config = saved.session.config().clone();
+        let config = &mut saved.session.settings.config;
         config.eval.linear.enabled = probe == Probe::Linear;
         config.eval.knn.enabled = probe == Probe::Knn;
+        config
+            .eval
+            .probes
+            .iter_mut()
+            .for_each(|(name, settings)| settings.enabled = probe == Probe::OfPlugin(name.clone()));
+        let (config, probes) = (saved.session.config(), saved.session.probes()?);
         let Some(val) = &config.data.val else {
             return Err(Usage("the run has no data.val: add data.val=held_out.h5".to_owned()).into());
         };
@@ -90,8 +106,8 @@ impl EvalArgs {
             Dataset::open(config.train_file()?).context("data.train")?,
             Dataset::open(val).context("data.val")?,
         );
-        let view = evaluation_view(&config, saved.model.method.views());
-        let evaluation = Evaluation::new(&config, view, &Arc::new(train_set), &Arc::new(val_set))?;
+        let view = evaluation_view(config, saved.model.method.views());
+        let evaluation = Evaluation::new(config, view, &Arc::new(train_set), &Arc::new(val_set), probes)?;
 
         let (device, method) = (saved.device, &mut saved.model.method);
         let mut encode = |images: &Tensor| -> anyhow::Result<Tensor> {

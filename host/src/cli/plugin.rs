@@ -12,9 +12,9 @@ use super::exit::Usage;
 use super::output::{Format, print, print_text};
 use crate::checkpoint::replace_file;
 use crate::config::schema_options;
-use crate::plugin::scaffold::{self, Kind};
+use crate::plugin::scaffold;
 use crate::plugin::{
-    LoadedPlugin, LockedPlugins, PluginError, PluginFile, PluginSources, Registry, plugin_files,
+    Kind, LoadedPlugin, LockedPlugins, PluginError, PluginFile, PluginSources, Registry, plugin_files,
 };
 
 #[derive(Debug, Subcommand)]
@@ -27,7 +27,7 @@ pub(super) enum PluginCommand {
     },
     /// Write the crate of a new plugin, which builds, trains and has a test
     New {
-        /// Name of the crate, of its folder, and of the method or backbone in it
+        /// Name of the crate, of its folder, and of what is in it
         name: String,
         /// What the plugin offers
         #[arg(long, value_enum, default_value_t)]
@@ -50,9 +50,9 @@ pub(super) enum PluginCommand {
     },
     /// Try every promise that the host relies on, on synthetic images; exit 3 when one is broken
     Check(CheckArgs),
-    /// Show a plugin's versions, methods, backbones, and their options
+    /// Show a plugin's versions, what it offers, and the options of that
     Info {
-        /// A path, a file name, a bare name, or the name of a method or backbone
+        /// A path, a file name, a bare name, or the name of a method, a backbone or a probe
         name: PathBuf,
         /// How to print
         #[arg(long, value_enum, default_value_t)]
@@ -79,12 +79,15 @@ pub(super) enum KindArg {
     Method,
     /// A convolutional network
     Backbone,
+    /// A judgement of frozen features
+    Probe,
 }
 
 fn new(name: &str, kind: KindArg, path: Option<PathBuf>, api: Option<PathBuf>) -> anyhow::Result<()> {
     let kind = match kind {
         KindArg::Method => Kind::Method,
         KindArg::Backbone => Kind::Backbone,
+        KindArg::Probe => Kind::Probe,
     };
     let path = path.unwrap_or_else(|| name.into());
     let library = scaffold::create(name, kind, &path, api.as_deref())?;
@@ -119,6 +122,9 @@ fn list(sources: &PluginSources, format: Format) -> anyhow::Result<()> {
             if !offer.backbones.is_empty() {
                 let names: Vec<&str> = offer.backbones.iter().map(|b| b.name.as_str()).collect();
                 writeln!(out, "  backbones {}", names.join(", "))?;
+            }
+            for probe in &offer.probes {
+                writeln!(out, "  probe     {}", probe.name)?;
             }
         }
         for reason in &refused {
@@ -165,12 +171,11 @@ fn info(name: &Path, sources: &PluginSources, format: Format) -> anyhow::Result<
         Ok(path) => {
             registry.load(path)?;
         }
-        // Not a file: perhaps a method or a backbone of some plugin.
+        // Not a file: perhaps something that a plugin offers.
         Err(not_found) => {
             let offers = |plugin: &LoadedPlugin| {
                 let offer = plugin.plugin.offer();
-                offer.methods.iter().any(|m| m.name == wanted)
-                    || offer.backbones.iter().any(|b| b.name == wanted)
+                Kind::ALL.iter().any(|kind| kind.of(offer).iter().any(|(name, _)| *name == wanted))
             };
             let owner = sources.open_all().into_iter().flatten().find(offers).ok_or(not_found)?;
             registry.load(owner.file.path)?;
@@ -184,7 +189,7 @@ fn describe(plugin: &LoadedPlugin) -> Value {
     let offer = plugin.plugin.offer();
     json!({
         "file": plugin.file.path, "sha256": plugin.file.sha256, "manifest": plugin.file.manifest,
-        "methods": offer.methods, "backbones": offer.backbones,
+        "methods": offer.methods, "backbones": offer.backbones, "probes": offer.probes,
     })
 }
 
@@ -206,6 +211,10 @@ fn print_info(plugin: &LoadedPlugin, out: &mut dyn Write) -> io::Result<()> {
         let names: Vec<&str> = same.iter().map(|b| b.name.as_str()).collect();
         writeln!(out, "\nbackbones {}", names.join(", "))?;
         print_schema("backbone", same[0].options.as_value(), out)?;
+    }
+    for probe in &offer.probes {
+        writeln!(out, "\nprobe {}", probe.name)?;
+        print_schema(&format!("eval.probes.{}", probe.name), probe.options.as_value(), out)?;
     }
     Ok(())
 }

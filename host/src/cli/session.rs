@@ -1,5 +1,6 @@
 //! What every command that works with a method puts together: its plugins, its settings, and the method itself.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -10,9 +11,10 @@ use serde_json::{Value, json};
 
 use super::exit::Usage;
 use crate::checkpoint::{CheckpointError, State, load_model, resolve_resume, restore};
-use crate::config::{Config, Layers, ResolvedConfig};
+use crate::config::{self, Config, Layers, ResolvedConfig};
 use crate::device::{self, check_native, device_text};
-use crate::plugin::{PluginSources, Registry};
+use crate::eval::PluginProbe;
+use crate::plugin::{Kind, PluginSources, Registry};
 use crate::train::Model;
 
 /// Key of the number that libtorch's generator starts from when weights are drawn.
@@ -44,12 +46,20 @@ impl Session {
             settings.config.method.name = Some(method.clone());
             settings.sources.set("method.name", "--plugin");
         }
-        let (owner, offer) = registry.method(&method)?;
         let backbone = settings.config.backbone_name()?.to_owned();
-        settings.adopt_plugin_options("method", owner.name(), offer.options.as_value())?;
-        registry.require_backbone(&backbone, sources)?;
-        let (owner, offer) = registry.backbone(&backbone)?;
-        settings.adopt_plugin_options("backbone", owner.name(), offer.options.as_value())?;
+        let probes = chosen_probes(&settings.config, &registry);
+        let chosen = [("method", Kind::Method, &method), ("backbone", Kind::Backbone, &backbone)];
+        for (section, kind, name) in chosen {
+            registry.require(kind, name, sources)?;
+            let (owner, options) = registry.find(kind, name)?;
+            settings.adopt_plugin_options(section, owner.name(), options.as_value())?;
+        }
+        for probe in probes {
+            registry.require(Kind::Probe, &probe, sources)?;
+            let (owner, options) = registry.find(Kind::Probe, &probe)?;
+            let section = format!("eval.probes.{probe}");
+            settings.adopt_plugin_options(&section, owner.name(), options.as_value())?;
+        }
         Ok(Session { registry, settings, method, backbone })
     }
 
@@ -84,13 +94,23 @@ impl Session {
     /// Builds the method with these options, unchecked, in a run of these `facts`.
     pub fn build_method_with(&self, options: &Value, facts: RunFacts) -> anyhow::Result<MethodHandle> {
         let config = self.config();
-        let (method_plugin, method) = self.registry.method(&self.method)?;
-        let (backbone_plugin, backbone) = self.registry.backbone(&self.backbone)?;
-        let (plugin, name) = (backbone_plugin.plugin.clone(), backbone.name.clone());
+        let (method_plugin, _) = self.registry.find(Kind::Method, &self.method)?;
+        let (backbone_plugin, _) = self.registry.find(Kind::Backbone, &self.backbone)?;
+        let (plugin, name) = (backbone_plugin.plugin.clone(), self.backbone.clone());
         let (backbone_options, on) = (json!(config.backbone.options), facts.device.clone());
         let build_backbone = Box::new(move || plugin.build_backbone(&name, &backbone_options, &on));
         seed_weights(facts.seed);
-        method_plugin.plugin.build_method(&method.name, options, facts, build_backbone)
+        method_plugin.plugin.build_method(&self.method, options, facts, build_backbone)
+    }
+
+    /// The plugins' probes that are enabled, each with its options tried.
+    pub fn probes(&self) -> anyhow::Result<Vec<PluginProbe>> {
+        let enabled = self.config().eval.probes.iter().filter(|(_, settings)| settings.enabled);
+        let probe = |(name, settings): (&String, &config::PluginProbe)| {
+            let plugin = self.registry.find(Kind::Probe, name)?.0.plugin.clone();
+            PluginProbe::new(name, json!(settings.options), plugin)
+        };
+        enabled.map(probe).collect()
     }
 
     /// The device that `trainer.device` asks for, with the threads that `trainer.threads` asks for.
@@ -114,7 +134,7 @@ fn choose_method(config: &Config, registry: &Registry) -> anyhow::Result<String>
     if let Some(name) = &config.method.name {
         return Ok(name.clone());
     }
-    match registry.method_names().as_slice() {
+    match registry.names(Kind::Method).as_slice() {
         [only] => Ok((*only).to_owned()),
         [] => Err(Usage(
             "no method is loaded: name its plugin with --plugin, such as --plugin cnn_jepa; `jepa-host plugin list` \
@@ -124,6 +144,12 @@ fn choose_method(config: &Config, registry: &Registry) -> anyhow::Result<String>
         .into()),
         several => Err(Usage(format!("set method.name to one of {}", several.join(", "))).into()),
     }
+}
+
+/// Probes in the settings, and those of the plugins that were asked for.
+fn chosen_probes(config: &Config, registry: &Registry) -> BTreeSet<String> {
+    let loaded = registry.names(Kind::Probe).into_iter().map(str::to_owned);
+    config.eval.probes.keys().cloned().chain(loaded).collect()
 }
 
 /// What the probes see: a centre crop, normalised as the method's own views are.
@@ -185,7 +211,7 @@ impl SavedArgs {
         }
         let device = session.device()?;
         let method = session.build_method(device, state.classes, 0, state.steps_per_epoch)?;
-        let model = Model::adopt(method, session.registry.method(&session.method)?.0.name())?;
+        let model = Model::adopt(method, session.registry.find(Kind::Method, &session.method)?.0.name())?;
         restore(&model.tensors(), &weights).with_context(|| format!("{}", checkpoint.display()))?;
         Ok(Saved { session, device, model, state, checkpoint })
     }

@@ -22,7 +22,7 @@ use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
-use crate::plugin::PluginSources;
+use crate::plugin::{Kind, PluginSources};
 use crate::provenance;
 use crate::track::{METRICS_FILE, Trackers};
 use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
@@ -92,7 +92,7 @@ impl TrainArgs {
         }
         let views = method.views().to_vec();
         let encoder = method.encoder().to_owned();
-        let model = Model::adopt(method, session.registry.method(&session.method)?.0.name())?;
+        let model = Model::adopt(method, session.registry.find(Kind::Method, &session.method)?.0.name())?;
         let optimizer = Optimizer::new(&config.optimizer, model.trained());
 
         let mut state = State {
@@ -131,7 +131,8 @@ impl TrainArgs {
         };
         let evaluation = match &val_set {
             Some(val_set) if config.eval.every_epochs > 0 => {
-                Some(Evaluation::new(config, evaluation_view(config, &views), &train_set, val_set)?)
+                let view = evaluation_view(config, &views);
+                Some(Evaluation::new(config, view, &train_set, val_set, session.probes()?)?)
             }
             Some(_) => None,
             None => {

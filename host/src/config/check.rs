@@ -26,7 +26,7 @@ pub(super) enum Checked {
 
 /// Checks one dotted key and its value against the host's schema.
 pub(super) fn check_setting(key: &str, value: &Value, raw: Option<&str>, schema: &Value) -> Checked {
-    let mut checker = Checker { schema: JsonSchema(schema), problems: Vec::new() };
+    let mut checker = Checker { section: "", schema: JsonSchema(schema), problems: Vec::new() };
     let mut at = checker.schema.resolve(schema);
     for name in key.split('.') {
         match at.get("properties").and_then(|properties| properties.get(name)) {
@@ -66,7 +66,7 @@ pub fn validate_plugin_options(
     schema: &Value,
     sources: &Sources,
 ) -> Result<Value, ConfigError> {
-    let mut checker = Checker { schema: JsonSchema(schema), problems: Vec::new() };
+    let mut checker = Checker { section, schema: JsonSchema(schema), problems: Vec::new() };
     let given = values.as_object().cloned().unwrap_or_default();
     let full = checker.check_object(section, &given, checker.schema.resolve(schema), Some(sources), true);
     if checker.problems.is_empty() {
@@ -78,6 +78,8 @@ pub fn validate_plugin_options(
 }
 
 struct Checker<'a> {
+    /// Where the schema's root lies among all settings.
+    section: &'a str,
     schema: JsonSchema<'a>,
     problems: Vec<(String, String)>,
 }
@@ -149,7 +151,8 @@ impl<'a> Checker<'a> {
             .iter()
             .filter(|form| types(form) != ["null"])
             .map(|form| {
-                let mut attempt = Checker { schema: self.schema, problems: Vec::new() };
+                let mut attempt =
+                    Checker { section: self.section, schema: self.schema, problems: Vec::new() };
                 (attempt.check(key, value, raw, form), attempt.problems)
             })
             .collect();
@@ -288,8 +291,8 @@ impl<'a> Checker<'a> {
                     full.insert(name.clone(), value.clone());
                 }
                 None => {
-                    let section = key.split('.').next().unwrap_or("");
-                    let known = properties.map_or(Vec::new(), |_| self.schema.keys(self.schema.0, section));
+                    let known =
+                        properties.map_or(Vec::new(), |_| self.schema.keys(self.schema.0, self.section));
                     let message = match known.as_slice() {
                         [] => "unknown key; there are no options here".to_owned(),
                         known => format!("unknown key; {}", advice(&path, known)),

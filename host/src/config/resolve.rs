@@ -212,8 +212,9 @@ impl Provider for Leaf {
 }
 
 impl ResolvedConfig {
-    /// Checks the options of the method or backbone (`section`) against the schema that its plugin publishes and
-    /// fills in its defaults. `owner` is the plugin's name for messages.
+    /// Checks the options of the method, the backbone or a probe (`section`: `method`, `backbone`, `eval.probes.NAME`)
+    /// against the schema that its plugin publishes and fills in its defaults. `owner` is the plugin's name for
+    /// messages.
     ///
     /// # Errors
     /// Unknown options, wrong types, values out of range, options that have no default and are not set.
@@ -223,9 +224,10 @@ impl ResolvedConfig {
         owner: &str,
         schema: &Value,
     ) -> Result<(), ConfigError> {
-        let options = match section {
-            "method" => &mut self.config.method.options,
-            _ => &mut self.config.backbone.options,
+        let options = match section.strip_prefix("eval.probes.") {
+            Some(probe) => &mut self.config.eval.probes.entry(probe.to_owned()).or_default().options,
+            None if section == "method" => &mut self.config.method.options,
+            None => &mut self.config.backbone.options,
         };
         let given = Value::Object(options.clone());
         let Value::Object(full) = check::validate_plugin_options(section, &given, schema, &self.sources)?

@@ -2,6 +2,7 @@
 //!
 //! The JSON Schema derived from these types is what layers are checked against, so a range stands here only.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -265,7 +266,7 @@ pub struct Checkpoint {
     #[schemars(range(min = 1))]
     pub keep: usize,
     /// Save and keep the state that is best by this metric too: `val/loss` (lowest) or a figure of the evaluation,
-    /// `eval/…` (highest); `none` keeps no such checkpoint. Default `eval/linear_top1_final`.
+    /// `eval/…` (highest, or lowest where it ends in `loss`); `none` keeps no such checkpoint. Default `eval/linear_top1_final`.
     pub best: Option<String>,
 }
 
@@ -317,6 +318,19 @@ pub struct Eval {
     pub knn: Knn,
     /// Whether views of one image are told from others.
     pub contrastive: Contrastive,
+    /// Probes of plugins, by their names. Those of the plugins that --plugin names run in any case.
+    pub probes: BTreeMap<String, PluginProbe>,
+}
+
+/// A probe of a plugin. Every other key of the section is the probe's own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct PluginProbe {
+    /// Whether it runs. Default true.
+    pub enabled: bool,
+    /// The probe's own options, checked against the schema that its plugin publishes.
+    #[serde(flatten)]
+    pub options: Map<String, Value>,
 }
 
 /// A linear classifier on frozen features, trained with Adam.
@@ -458,7 +472,14 @@ impl Default for Eval {
             linear: LinearProbe::default(),
             knn: Knn::default(),
             contrastive: Contrastive::default(),
+            probes: BTreeMap::new(),
         }
+    }
+}
+
+impl Default for PluginProbe {
+    fn default() -> Self {
+        PluginProbe { enabled: true, options: Map::new() }
     }
 }
 
@@ -539,9 +560,12 @@ impl Config {
                 faults.push((key, message.to_owned()));
             }
         }
+        // What a plugin's probe gives is known when it has run.
+        let of_a_plugin = |metric: &str| metric.strip_prefix("eval/").is_some_and(|rest| rest.contains('/'));
         let metrics = || FIGURES.into_iter().chain(["val/loss"]);
         if let Some(best) = &self.checkpoint.best
             && !metrics().any(|metric| metric == best)
+            && !of_a_plugin(best)
         {
             let close = nearest(best, metrics()).map(|close| format!("; did you mean {close}?"));
             let all: Vec<&str> = metrics().collect();

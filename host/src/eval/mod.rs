@@ -9,8 +9,10 @@ mod features;
 pub mod knn;
 pub mod linear;
 mod online;
+mod plugin;
 mod topk;
 
 pub use error::{EvalError, GoOn};
 pub use features::{Features, extract};
 pub use online::{Evaluation, FIGURES, feature_loader};
+pub use plugin::PluginProbe;

@@ -7,11 +7,11 @@ use jepa_plugin_api::nn::nt_xent;
 use jepa_plugin_api::tch::{Device, Kind, Tensor};
 use jepa_plugin_api::{Augmentation, Transform, ViewSpec};
 
-use super::{EvalError, Features, GoOn, descriptors, extract, knn, linear};
+use super::{EvalError, Features, GoOn, PluginProbe, descriptors, extract, knn, linear};
 use crate::config::{self, Config};
 use crate::data::{DataError, Dataset, Loader, LoaderOptions};
 
-/// Every figure that an [`Evaluation`] can give.
+/// Every figure of the host's own that an [`Evaluation`] can give.
 pub const FIGURES: [&str; 14] = [
     "eval/linear_top1",
     "eval/linear_top5",
@@ -39,6 +39,7 @@ pub struct Evaluation {
     classes: i64,
     seed: u64,
     settings: config::Eval,
+    plugin_probes: Vec<PluginProbe>,
 }
 
 /// Batches of `eval.batch_size` images of `set`, all of them, as `view` shows them; in the file's order, or in one
@@ -84,7 +85,8 @@ fn pair_loader(config: &Config, view: &ViewSpec, set: &Arc<Dataset>) -> Result<L
 }
 
 impl Evaluation {
-    /// Probes trained on `train_set` and measured on `val_set`, both seen through `view`.
+    /// The host's own probes and those of plugins, trained on `train_set` and measured on `val_set`, both seen through
+    /// `view`.
     ///
     /// # Errors
     /// When a data set has no labels, or labels that do not fit the other's.
@@ -93,6 +95,7 @@ impl Evaluation {
         view: ViewSpec,
         train_set: &Arc<Dataset>,
         val_set: &Arc<Dataset>,
+        plugin_probes: Vec<PluginProbe>,
     ) -> Result<Self, DataError> {
         train_set.require_labels("evaluation")?;
         val_set.require_labels("evaluation")?;
@@ -108,10 +111,11 @@ impl Evaluation {
             classes: train_set.classes().max(val_set.classes()) as i64,
             seed: config.seed,
             settings: config.eval.clone(),
+            plugin_probes,
         })
     }
 
-    /// The [`FIGURES`] of the encoder `encode`, which takes f32 `(B, 3, S, S)` on the CPU and gives `(B, D)`. The
+    /// The [`FIGURES`] and those of plugins' probes, of the encoder `encode`, which takes f32 `(B, 3, S, S)` on the CPU and gives `(B, D)`. The
     /// probes compute on `device`, where the features fit there.
     ///
     /// # Errors
@@ -161,6 +165,13 @@ impl Evaluation {
         }
         if let Some(accuracy) = contrastive_accuracy {
             note("contrastive_accuracy", accuracy);
+        }
+        for probe in &self.plugin_probes {
+            go_on()?;
+            let figures = probe.judge(&bank, &queries, self.classes, self.seed)?;
+            for (name, value) in figures {
+                note(&name, value);
+            }
         }
         let described = descriptors::describe(&queries.x)?;
         note("anisotropy", described.anisotropy);

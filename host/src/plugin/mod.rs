@@ -17,4 +17,4 @@ pub use error::PluginError;
 pub use file::{PluginFile, PluginRecord};
 pub use find::{PluginSources, plugin_files};
 pub use open::{LoadedPlugin, open};
-pub use registry::Registry;
+pub use registry::{Kind, Registry};

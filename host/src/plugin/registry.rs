@@ -2,12 +2,47 @@
 
 use std::path::PathBuf;
 
-use jepa_plugin_api::abi::{BackboneOffer, MethodOffer};
+use jepa_plugin_api::abi::Offer;
+use jepa_plugin_api::schemars::Schema;
 
 use super::{Admission, LoadedPlugin, PluginError, PluginSources, open, plugin_files};
 use crate::config::nearest;
 
-/// All loaded plugins. Names of plugins, methods and backbones are unique in it.
+/// What a plugin can offer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A pretraining method.
+    Method,
+    /// A convolutional network.
+    Backbone,
+    /// A judgement of frozen features.
+    Probe,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 3] = [Kind::Method, Kind::Backbone, Kind::Probe];
+
+    /// As people say it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Kind::Method => "method",
+            Kind::Backbone => "backbone",
+            Kind::Probe => "probe",
+        }
+    }
+
+    /// What of this kind is on offer: each name, with the JSON Schema of its options.
+    pub fn of(self, offer: &Offer) -> Vec<(&str, &Schema)> {
+        match self {
+            Kind::Method => offer.methods.iter().map(|o| (o.name.as_str(), &o.options)).collect(),
+            Kind::Backbone => offer.backbones.iter().map(|o| (o.name.as_str(), &o.options)).collect(),
+            Kind::Probe => offer.probes.iter().map(|o| (o.name.as_str(), &o.options)).collect(),
+        }
+    }
+}
+
+/// All loaded plugins. Names of plugins are unique in it, and so are the names of each kind that they offer.
 #[derive(Default)]
 pub struct Registry {
     plugins: Vec<LoadedPlugin>,
@@ -42,96 +77,81 @@ impl Registry {
 
     fn check_names(&self, new: &LoadedPlugin) -> Result<(), PluginError> {
         for old in &self.plugins {
-            let (first, second) = (old.file.path.clone(), new.file.path.clone());
+            let files = || (old.file.path.clone(), new.file.path.clone());
             if old.name() == new.name() {
+                let (first, second) = files();
                 return Err(PluginError::SameName { name: new.name().to_owned(), first, second });
             }
-            let (theirs, ours) = (old.plugin.offer(), new.plugin.offer());
-            if let Some(method) =
-                ours.methods.iter().find(|m| theirs.methods.iter().any(|t| t.name == m.name))
-            {
-                return Err(PluginError::SameOffer {
-                    what: "method",
-                    name: method.name.clone(),
-                    first,
-                    second,
-                });
-            }
-            if let Some(backbone) =
-                ours.backbones.iter().find(|b| theirs.backbones.iter().any(|t| t.name == b.name))
-            {
-                return Err(PluginError::SameOffer {
-                    what: "backbone",
-                    name: backbone.name.clone(),
-                    first,
-                    second,
-                });
+            for kind in Kind::ALL {
+                let taken = kind.of(old.plugin.offer());
+                let offered = kind.of(new.plugin.offer());
+                if let Some((name, _)) =
+                    offered.iter().find(|(name, _)| taken.iter().any(|(other, _)| other == name))
+                {
+                    let (first, second) = files();
+                    let (what, name) = (kind.word(), (*name).to_owned());
+                    return Err(PluginError::SameOffer { what, name, first, second });
+                }
             }
         }
         Ok(())
     }
 
-    /// The method called `name`, and the plugin that has it.
+    /// The plugin that offers `name`, with the JSON Schema of its options.
     ///
     /// # Errors
     /// When no loaded plugin offers it; the nearest name is in the message.
-    pub fn method(&self, name: &str) -> Result<(&LoadedPlugin, &MethodOffer), PluginError> {
-        let all = || self.plugins.iter().flat_map(|p| p.plugin.offer().methods.iter().map(move |m| (p, m)));
-        all()
-            .find(|(_, method)| method.name == name)
-            .ok_or_else(|| unknown("method", name, all().map(|(_, method)| method.name.as_str()).collect()))
+    pub fn find(&self, kind: Kind, name: &str) -> Result<(&LoadedPlugin, &Schema), PluginError> {
+        let offered = |plugin: &'_ LoadedPlugin| {
+            kind.of(plugin.plugin.offer()).iter().any(|(offered, _)| *offered == name)
+        };
+        let plugin = self.plugins.iter().find(|plugin| offered(plugin));
+        let plugin = plugin.ok_or_else(|| unknown(kind, name, &self.names(kind)))?;
+        let found = kind.of(plugin.plugin.offer()).into_iter().find(|(offered, _)| *offered == name);
+        Ok((plugin, found.expect("it offers that").1))
     }
 
-    /// The names of all methods.
-    pub fn method_names(&self) -> Vec<&str> {
-        self.plugins.iter().flat_map(|p| p.plugin.offer().methods.iter().map(|m| m.name.as_str())).collect()
+    /// All names of a kind.
+    pub fn names(&self, kind: Kind) -> Vec<&str> {
+        let names = self.plugins.iter().flat_map(|plugin| kind.of(plugin.plugin.offer()));
+        names.map(|(name, _)| name).collect()
     }
 
-    /// The backbone called `name`, and the plugin that has it.
-    ///
-    /// # Errors
-    /// When no loaded plugin offers it; the nearest name is in the message.
-    pub fn backbone(&self, name: &str) -> Result<(&LoadedPlugin, &BackboneOffer), PluginError> {
-        let all = || self.plugins.iter().flat_map(|p| p.plugin.offer().backbones.iter().map(move |b| (p, b)));
-        all().find(|(_, backbone)| backbone.name == name).ok_or_else(|| {
-            unknown("backbone", name, all().map(|(_, backbone)| backbone.name.as_str()).collect())
-        })
-    }
-
-    /// Makes sure that a loaded plugin offers backbone `name`: when none does, the plugins in `sources` are opened in
-    /// turn until one has it. Files that are no plugins are passed over.
+    /// Makes sure that a loaded plugin offers `name`: when none does, the plugins in `sources` are opened in turn until
+    /// one has it. Files that are no plugins are passed over.
     ///
     /// # Errors
     /// When no plugin anywhere offers it; plugins that were refused are in the message.
-    pub fn require_backbone(&mut self, name: &str, sources: &PluginSources) -> Result<(), PluginError> {
-        if self.backbone(name).is_ok() {
+    pub fn require(&mut self, kind: Kind, name: &str, sources: &PluginSources) -> Result<(), PluginError> {
+        if self.names(kind).contains(&name) {
             return Ok(());
         }
         let mut refused = Vec::new();
-        let mut offered: Vec<String> = self
-            .plugins
-            .iter()
-            .flat_map(|p| p.plugin.offer().backbones.iter().map(|b| b.name.clone()))
-            .collect();
+        let mut offered: Vec<String> = self.names(kind).into_iter().map(str::to_owned).collect();
         for path in plugin_files(sources.folders()) {
             if self.plugins.iter().any(|loaded| loaded.file.path == path) {
                 continue;
             }
             match open(&path, &self.admission) {
-                Ok(found) if found.plugin.offer().backbones.iter().any(|b| b.name == name) => {
-                    self.check_names(&found)?;
-                    tracing::info!("backbone {name} comes from {}", path.display());
-                    self.plugins.push(found);
-                    return Ok(());
+                Ok(found) => {
+                    let names = kind.of(found.plugin.offer()).into_iter().map(|(name, _)| name.to_owned());
+                    let names: Vec<String> = names.collect();
+                    if names.iter().any(|offered| offered == name) {
+                        self.check_names(&found)?;
+                        tracing::info!("{} {name} comes from {}", kind.word(), path.display());
+                        self.plugins.push(found);
+                        return Ok(());
+                    }
+                    offered.extend(names);
                 }
-                Ok(found) => offered.extend(found.plugin.offer().backbones.iter().map(|b| b.name.clone())),
                 Err(error @ (PluginError::Untrusted { .. } | PluginError::Locked { .. })) => {
                     refused.push(error.to_string());
                 }
                 Err(error) => tracing::debug!("passed over: {error}"),
             }
         }
-        let mut error = unknown("backbone", name, offered.iter().map(String::as_str).collect());
+        let offered: Vec<&str> = offered.iter().map(String::as_str).collect();
+        let mut error = unknown(kind, name, &offered);
         if let PluginError::Unknown { known, .. } = &mut error {
             refused.iter().for_each(|refused| known.push_str(&format!("; refused: {refused}")));
         }
@@ -139,10 +159,11 @@ impl Registry {
     }
 }
 
-fn unknown(what: &'static str, name: &str, known: Vec<&str>) -> PluginError {
+fn unknown(kind: Kind, name: &str, known: &[&str]) -> PluginError {
+    let what = kind.word();
     let nearest = nearest(name, known.iter().copied());
     let nearest = nearest.map(|n| format!(" (did you mean `{n}`?)")).unwrap_or_default();
-    let known = match known.as_slice() {
+    let known = match known {
         [] => format!("no {what} is loaded: name its plugin with --plugin, or its folder with --plugin-dir"),
         some => format!("there are {}", some.join(", ")),
     };

@@ -4,14 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What a new plugin offers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A method.
-    Method,
-    /// A backbone.
-    Backbone,
-}
+use super::Kind;
 
 /// Where each file of a new crate goes, and its text with `{{…}}` to fill in.
 type Template = [(&'static str, &'static str); 5];
@@ -22,6 +15,14 @@ const METHOD: Template = [
     ("train.toml", include_str!("../../templates/method/train.toml")),
     ("src/lib.rs", include_str!("../../templates/method/src/lib.rs")),
     ("tests/step.rs", include_str!("../../templates/method/tests/step.rs")),
+];
+
+const PROBE: Template = [
+    ("Cargo.toml", include_str!("../../templates/probe/Cargo.toml")),
+    (".gitignore", include_str!("../../templates/probe/gitignore")),
+    ("train.toml", include_str!("../../templates/probe/train.toml")),
+    ("src/lib.rs", include_str!("../../templates/probe/src/lib.rs")),
+    ("tests/judge.rs", include_str!("../../templates/probe/tests/judge.rs")),
 ];
 
 const BACKBONE: Template = [
@@ -103,7 +104,12 @@ pub fn create(name: &str, kind: Kind, path: &Path, api: Option<&Path>) -> Result
             .replace("{{api}}", &api.display().to_string())
             .replace("{{data}}", &demo_data.display().to_string())
     };
-    for (file, text) in if kind == Kind::Method { METHOD } else { BACKBONE } {
+    let template = match kind {
+        Kind::Method => METHOD,
+        Kind::Backbone => BACKBONE,
+        Kind::Probe => PROBE,
+    };
+    for (file, text) in template {
         let file = path.join(file);
         let folder = file.parent().unwrap_or(path);
         fs::create_dir_all(folder)

@@ -129,7 +129,7 @@ impl Plugin {
     pub fn build_probe(&self, name: &str, options: &Value) -> Result<ProbeHandle> {
         let build = self.module.build_probe().context("plugins of API 1.0 have no probes")?;
         let object = unwrap(build(name.into(), options.to_string().as_str().into()))?;
-        Ok(ProbeHandle { object })
+        Ok(ProbeHandle { plugin: self.name.clone(), object })
     }
 }
 
@@ -265,11 +265,14 @@ impl MethodHandle {
         }
     }
 
-    /// What is wrong with a value that the plugin returned.
     fn wrong(&self, message: String) -> Failure {
-        let plugin = self.plugin.clone();
-        Failure { plugin, kind: FailureKind::Error, message, chain: Vec::new() }
+        wrong(&self.plugin, message)
     }
+}
+
+/// What is wrong with a value that a plugin returned.
+fn wrong(plugin: &str, message: String) -> Failure {
+    Failure { plugin: plugin.to_owned(), kind: FailureKind::Error, message, chain: Vec::new() }
 }
 
 /// Kind and shape, for messages.
@@ -323,6 +326,7 @@ impl BackboneHandle {
 
 /// A probe, wherever its code is.
 pub struct ProbeHandle {
+    plugin: String,
     object: ProbeObject,
 }
 
@@ -330,7 +334,7 @@ impl ProbeHandle {
     /// The figures of these features, see [`Probe::judge`](crate::Probe::judge).
     ///
     /// # Errors
-    /// The plugin's [`Failure`].
+    /// The plugin's [`Failure`], also for a figure without a name or that is no finite number.
     pub fn judge(&mut self, features: FrozenFeatures) -> Result<Vec<(String, f64)>, Failure> {
         let FrozenFeatures { train, held_out, classes, seed } = features;
         let context = FeaturesContext { classes, seed };
@@ -341,6 +345,12 @@ impl ProbeHandle {
             held_out_y: held_out.y.into(),
             context_json: serde_json::to_string(&context).expect("numbers become JSON").into(),
         }))?;
-        Ok(figures.into_iter().map(|figure| (figure.name.into(), figure.value)).collect())
+        let figure = |AbiFigure { name, value }| -> Result<(String, f64), Failure> {
+            if name.is_empty() || !value.is_finite() {
+                return Err(wrong(&self.plugin, format!("`judge` returned {value} as the figure `{name}`")));
+            }
+            Ok((name.into(), value))
+        };
+        figures.into_iter().map(figure).collect()
     }
 }
