@@ -13,6 +13,8 @@
 mod exports;
 mod failure;
 mod handles;
+#[cfg(test)]
+mod layout;
 mod log;
 mod manifest;
 mod module;
