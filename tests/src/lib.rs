@@ -1,5 +1,6 @@
 //! Helpers shared by the integration tests.
 
+pub mod author;
 pub mod fixture;
 pub mod real;
 

@@ -1,63 +1,10 @@
 //! What the author of a plugin does: a new crate from `plugin new`, and the example in `examples/simsiam`, each built
 //! outside the workspace, tested by its own test, and trained by the real binary.
 
-use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use jepa_tests::real::{Room, checkpoints, demo_images, held_out_images, setting};
-
-fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
-}
-
-/// Builds and tests the crate in `folder` with plain cargo, and returns the folder of its plugin file.
-fn build_and_test(folder: &Path) -> PathBuf {
-    // The very versions of the workspace, which are on this machine already.
-    fs::copy(workspace().join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
-    let test = env::current_exe().unwrap();
-    let target = test.ancestors().nth(3).unwrap().join("authors");
-    // One crate at a time, over processes too: they share their build results, and cargo replaces those of a library
-    // while another cargo runs the tests of its documentation.
-    fs::create_dir_all(&target).unwrap();
-    let turn = fs::File::create(target.join("turn")).unwrap();
-    turn.lock().unwrap();
-    for action in ["build", "test"] {
-        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.args([action, "--release", "--offline"]).current_dir(folder).env("CARGO_TARGET_DIR", &target);
-        // No more than a stranger's shell would have.
-        for (name, _) in env::vars_os() {
-            let name_text = name.to_string_lossy();
-            let ours = ["CARGO_PKG", "CARGO_MANIFEST", "JEPA_", "LD_LIBRARY", "LIBTORCH", "RUST_"];
-            if ours.iter().any(|prefix| name_text.starts_with(prefix)) {
-                cargo.env_remove(&name);
-            }
-        }
-        let output = cargo.output().unwrap();
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success(), "cargo {action} in {}:\n{out}\n{err}", folder.display());
-        assert!(action == "build" || out.contains("1 passed"), "no test ran:\n{out}");
-    }
-    target.join("release")
-}
-
-/// A few steps, small and judged at the end.
-fn few_steps() -> Vec<String> {
-    let fixed = [
-        "data.size=16",
-        "optimizer.batch_size=64",
-        "trainer.max_steps=8",
-        "trainer.threads=1",
-        "trainer.device=cpu",
-        "trainer.log_every_steps=1",
-        "eval.at_start=false",
-        "eval.train_limit=500",
-        "eval.linear.epochs=3",
-    ];
-    let images = [setting("data.train", &demo_images()), setting("data.val", &held_out_images())];
-    fixed.map(str::to_owned).into_iter().chain(images).collect()
-}
+use jepa_tests::author::{build_and_test, few_steps, workspace};
+use jepa_tests::real::{Room, checkpoints};
 
 #[test]
 fn a_new_method_builds_tests_and_trains() {

@@ -1,0 +1,148 @@
+//! Plugins and hosts of other API minors and other compilers, compiled from source that is kept, with what is built
+//! today: old plugins on this host, today's plugins on an old host, and plugins of another rustc.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use jepa_host::plugin::{Admission, open};
+use jepa_tests::author::{cargo, few_steps, workspace};
+use jepa_tests::real::{Room, plugin};
+use serde_json::{Value, json};
+
+#[path = "../compat/host-1.0/src/train.rs"]
+mod train;
+
+/// A crate in `tests/compat`, compiled against the API crate of `version`; gives the folder of what it makes.
+fn old(name: &str, version: &str) -> PathBuf {
+    let (kept, name) = (workspace().join("tests/compat"), format!("{name}-{version}"));
+    let place = workspace().join("target/compat");
+    fs::create_dir_all(&place).unwrap();
+    let shell = |line: &str| {
+        let status = Command::new("sh").args(["-ec", line]).current_dir(&place).status().unwrap();
+        assert!(status.success(), "{line}");
+    };
+    let api = format!("jepa-plugin-api-{version}.0");
+    let patch = format!("patch.crates-io.jepa-plugin-api.path='{}'", place.join(&api).display());
+    // With the files' own times, so that nothing is compiled twice.
+    cargo(|| {
+        shell(&format!("tar -xzf '{0}/{api}.crate' && cp -pr '{0}/{name}' .", kept.display()));
+        (place.join(&name), vec!["--config".to_owned(), patch.clone()], "old".to_owned())
+    })
+    .join("release")
+}
+
+/// What this host makes of the plugins, in this process.
+fn losses_here(method: (&Path, &str, Value), backbone: (&Path, &str, Value)) -> Vec<f64> {
+    let open = |path: &Path| open(path, &Admission::default()).unwrap().plugin;
+    let (methods, backbones) = (open(method.0), open(backbone.0));
+    train::losses((&methods, method.1, &method.2), (&backbones, backbone.1, &backbone.2)).unwrap()
+}
+
+/// What a host of API 1.0 makes of them.
+fn losses_there(method: (&Path, &str, Value), backbone: (&Path, &str, Value)) -> Vec<f64> {
+    let host = old("host", "1.0").join("host-of-1-0");
+    let mut command = Command::new(host);
+    command.arg(method.0).args([method.1, &method.2.to_string()]);
+    command.arg(backbone.0).args([backbone.1, &backbone.2.to_string()]);
+    let output = command.env("LD_LIBRARY_PATH", workspace().join(".deps/lib")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn an_old_plugin_trains_on_this_host() {
+    let file = old("plugin", "1.0").join("libplugin_of_1_0.so");
+    let file = file.to_str().unwrap();
+    let room = Room::new();
+    let info = room.run(["plugin", "info", file, "--format", "json"]).expect(0).stdout;
+    let info: Value = serde_json::from_str(&info).unwrap();
+    assert_eq!((&info["manifest"]["api_major"], &info["manifest"]["api_minor"]), (&json!(1), &json!(0)));
+    assert_eq!(info["probes"], json!([]), "what it does not know of has a default");
+
+    let train = |plugins: &[&str], settings: &[&str]| {
+        let plugins = plugins.iter().flat_map(|plugin| ["--plugin", plugin]);
+        let arguments = plugins.chain(settings.iter().copied()).map(str::to_owned);
+        room.run(arguments.chain(few_steps()))
+    };
+    let own = ["backbone.name=elder_net"];
+    let ended = train(&[file], &own).expect(0);
+    assert!(
+        ended.stdout.contains("val/elder/spread") && ended.stdout.contains("eval/knn_top1"),
+        "{}",
+        ended.stdout
+    );
+    assert!(
+        ended.stderr.contains("a method of API 1.0 is built"),
+        "its log lines come through: {}",
+        ended.stderr
+    );
+    let settings = [own[0], "trainer.max_steps=10", "--resume", "auto"];
+    assert!(train(&[file], &settings).expect(0).stderr.contains("going on at step 8"));
+
+    // A method of then with a backbone of today, and the other way round.
+    let new = ["backbone.name=resnet18", "backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]"];
+    train(&[file], &new).expect(0);
+    train(&["simclr", file], &["method.name=simclr", "method.hidden=16", "method.output=8", own[0]])
+        .expect(0);
+
+    train(&[file], &[own[0], "method.hiden=3"]).expect(2).error_says(&["did you mean method.hidden?"]);
+    train(&[file], &[own[0], "method.panic_at=2"]).expect(6).error_says(&["plugin-of-1-0", "as asked"]);
+}
+
+#[test]
+fn old_and_new_hosts_and_plugins_give_the_same_losses() {
+    let elder = old("plugin", "1.0").join("libplugin_of_1_0.so");
+    let resnet = || json!({ "stem": "small", "width": 4, "depths": [1, 1] });
+    let jepa = json!({ "mask": { "min_keep": 1, "strategy": "random" } });
+    let (of_jepa, of_simclr, of_resnet) = (plugin("cnn_jepa"), plugin("simclr"), plugin("sparse_resnet"));
+    for (method, backbone) in [
+        ((&*elder, "elder", json!({})), (&*elder, "elder_net", json!({}))),
+        ((&*elder, "elder", json!({})), (&*of_resnet, "resnet18", resnet())),
+        ((&*of_simclr, "simclr", json!({ "hidden": 16, "output": 8 })), (&*elder, "elder_net", json!({}))),
+        ((&*of_jepa, "cnn_jepa", jepa), (&*of_resnet, "resnet18", resnet())),
+    ] {
+        let names = (method.1, backbone.1);
+        let (here, there) = (losses_here(method.clone(), backbone.clone()), losses_there(method, backbone));
+        assert!(here.len() == 3 && here.iter().all(|loss| loss.is_finite()), "{names:?}: {here:?}");
+        assert_eq!(here, there, "{names:?}");
+        assert!(here[0] != here[2], "it trains: {names:?}: {here:?}");
+    }
+}
+
+/// A compiler that is not the workspace's: `$JEPA_OTHER_RUSTC`, or the distribution's.
+fn other_rustc() -> Option<(PathBuf, String)> {
+    let named = env::var_os("JEPA_OTHER_RUSTC").map(PathBuf::from);
+    let path = named.unwrap_or_else(|| "/usr/bin/rustc".into());
+    let version = |rustc: &Path| {
+        let output = Command::new(rustc).arg("--version").output().ok()?;
+        Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())
+    };
+    let other = version(&path)?;
+    (version("rustc".as_ref())? != other).then_some((path, other))
+}
+
+#[test]
+fn a_plugin_of_another_rustc_trains() {
+    let Some((rustc, version)) = other_rustc() else {
+        eprintln!(
+            "not tried: there is no other compiler; Debian's package rustc-web has one, or set JEPA_OTHER_RUSTC"
+        );
+        return;
+    };
+    let room = Room::new();
+    room.run(["plugin", "new", "foreign"]).expect(0);
+    let target = cargo(|| {
+        let compiler = format!("build.rustc='{}'", rustc.display());
+        (room.file("foreign"), vec!["--config".to_owned(), compiler], "other-rustc".to_owned())
+    });
+    let file = target.join("release/libforeign.so");
+    let file = file.to_str().unwrap();
+    let info = room.run(["plugin", "info", file]).expect(0).stdout;
+    assert!(info.contains(&format!("compiler {version}")), "{info}");
+    let arguments = ["--plugin", file, "--config", "foreign/train.toml"].map(str::to_owned);
+    let ended = room.run(arguments.into_iter().chain(few_steps())).expect(0);
+    assert!(ended.stdout.contains("val/foreign/contrastive_accuracy"), "{}", ended.stdout);
+    room.run(["plugin", "check", file, "--only", "panics"]).expect(0);
+}
