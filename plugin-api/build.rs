@@ -47,12 +47,16 @@ fn build() -> Result<(), String> {
     Ok(())
 }
 
-/// The compiler, for the manifest of every plugin: `rustc 1.95.0 (hash date)`.
+/// The compiler, for the manifest of every plugin: `rustc 1.95.0 (hash date)`. Distributions say more, and the manifest
+/// has room for 63 bytes.
 fn rustc_version() -> String {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let output = Command::new(rustc).arg("--version").output().ok();
     let text = output.and_then(|output| String::from_utf8(output.stdout).ok());
-    text.map_or_else(|| "unknown".to_owned(), |text| text.trim().to_owned())
+    text.map_or_else(
+        || "unknown".to_owned(),
+        |text| text.trim().chars().filter(char::is_ascii).take(63).collect(),
+    )
 }
 
 /// Writes `lib{STUB}.so`: every symbol, one address, no code.
