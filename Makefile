@@ -27,9 +27,10 @@ test: setup  ## run all tests
 bench: build  ## time PyTorch and jepa-host side by side
 	scripts/bench.sh
 
-lint: setup  ## check formatting and lints
+lint: setup  ## check formatting, lints and documentation
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p jepa-plugin-api
 
 data: build  ## build the full Fashion-MNIST files
 	scripts/data.sh

@@ -7,6 +7,13 @@ use crate::{Interpolation, ViewSpec};
 
 /// How a view is augmented: crop, flip, colour jitter, grey, blur, solarise, in this order. A step of probability 0 is
 /// left out.
+///
+/// ```
+/// use jepa_plugin_api::Augmentation;
+/// let gentle = Augmentation { jitter: 0.0, blur: 0.0, ..Augmentation::SIMCLR };
+/// let view = gentle.view("first");
+/// assert_eq!(view.transforms.len(), 4, "crop, flip, grey, normalise");
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Augmentation {

@@ -8,6 +8,39 @@ use tch::Tensor;
 use crate::{Params, Result};
 
 /// A convolutional network that turns images into a map of features.
+///
+/// ```
+/// use jepa_plugin_api::nn::{Conv2d, ConvOptions};
+/// use jepa_plugin_api::tch::{Device, Kind, Tensor};
+/// use jepa_plugin_api::{Backbone, BackboneInfo, NoOptions, NormKind, Params, Result, ensure};
+///
+/// /// One layer of windows of 8 pixels.
+/// struct Windows(Conv2d);
+///
+/// impl Backbone for Windows {
+///     const NAMES: &'static [&'static str] = &["windows8"];
+///     type Options = NoOptions;
+///
+///     fn new(_name: &str, _: NoOptions, params: &Params) -> Result<Self> {
+///         let window = ConvOptions { stride: 8, ..ConvOptions::default() };
+///         Ok(Windows(Conv2d::new(&params.sub("conv"), 3, 16, 8, window)))
+///     }
+///
+///     fn info(&self) -> BackboneInfo {
+///         BackboneInfo { channels: 16, downsample: 8, norm: NormKind::Batch, sparse: false }
+///     }
+///
+///     fn forward(&self, images: &Tensor, mask: Option<&Tensor>, _train: bool) -> Result<Tensor> {
+///         ensure!(mask.is_none(), "windows8 has no sparse mode");
+///         Ok(self.0.forward(images).relu())
+///     }
+/// }
+///
+/// let net = Windows::new("windows8", NoOptions {}, &Params::new(Device::Cpu))?;
+/// let images = Tensor::zeros([2, 3, 32, 32], (Kind::Float, Device::Cpu));
+/// assert_eq!(net.forward(&images, None, true)?.size(), [2, 16, 4, 4]);
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 pub trait Backbone: Send + Sized + 'static {
     /// The names in `backbone.name` that this type builds: timm's, where timm has the architecture.
     const NAMES: &'static [&'static str];
@@ -31,6 +64,12 @@ pub trait Backbone: Send + Sized + 'static {
 }
 
 /// The normalisation that a family of backbones uses; a predictor on top of one follows it.
+///
+/// ```
+/// use jepa_plugin_api::{NormKind, Params, nn::Norm, tch::Device};
+/// let norm = Norm::new(NormKind::Batch, &Params::new(Device::Cpu), 8);
+/// assert!(matches!(norm, Norm::Batch(_)));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NormKind {
@@ -41,6 +80,14 @@ pub enum NormKind {
 }
 
 /// What a method has to know about a backbone.
+///
+/// ```
+/// use jepa_plugin_api::testing::SmallBackbone;
+/// use jepa_plugin_api::{Backbone as _, Params, tch::Device};
+/// let info = SmallBackbone::new(&Params::new(Device::Cpu))?.info();
+/// assert!(info.sparse && 32 / info.downsample == 8);
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BackboneInfo {
     /// Channels C of the feature map.

@@ -8,6 +8,13 @@ use crate::abi::BackboneHandle;
 use crate::{BackboneInfo, Params, Result};
 
 /// The facts of a run that a method may depend on.
+///
+/// ```
+/// use jepa_plugin_api::testing;
+/// let facts = testing::facts();
+/// let total_steps = facts.epochs * facts.steps_per_epoch;
+/// assert_eq!((facts.device.as_str(), total_steps), ("cpu", 1000));
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunFacts {
     /// `cpu` or `cuda:<n>`.
@@ -32,6 +39,13 @@ pub struct RunFacts {
 /// How the momentum of an EMA pair moves: a half cosine from `from` to `to` over the epochs, constant within one.
 ///
 /// It can be an option of a method as it is; by default it goes from 0.996 to 1.
+///
+/// ```
+/// use jepa_plugin_api::EmaSchedule;
+/// let schedule: EmaSchedule = serde_json::from_str(r#"{ "from": 0.99 }"#)?;
+/// assert_eq!((schedule.from, schedule.to), (0.99, 1.0));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmaSchedule {
@@ -51,6 +65,12 @@ impl Default for EmaSchedule {
 }
 
 /// Two subtrees of parameters of which one follows the other.
+///
+/// ```
+/// use jepa_plugin_api::{EmaPair, EmaSchedule};
+/// let pair = EmaPair { online: "encoder".into(), target: "teacher".into(), schedule: EmaSchedule::default() };
+/// assert_eq!(pair.schedule.to, 1.0);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EmaPair {
     /// Name of the subtree that is trained.
@@ -71,6 +91,20 @@ pub(crate) struct HostParts {
 }
 
 /// The host, as a method sees it while it is built.
+///
+/// ```
+/// use jepa_plugin_api::nn::Linear;
+/// use jepa_plugin_api::{BackboneHandle, EmaSchedule, Host, Result};
+///
+/// /// What a method with a teacher does in its `new`.
+/// fn build(host: &mut Host) -> Result<(BackboneHandle, BackboneHandle, Linear)> {
+///     let (student, teacher) = (host.backbone("student")?, host.backbone("teacher")?);
+///     host.ema("student", "teacher", EmaSchedule::default());
+///     let classes = host.facts().classes.max(1);
+///     let head = Linear::new(&host.params().sub("head"), student.info().channels, classes, true);
+///     Ok((student, teacher, head))
+/// }
+/// ```
 pub struct Host<'a> {
     facts: RunFacts,
     device: Device,
@@ -136,6 +170,13 @@ impl<'a> Host<'a> {
 ///
 /// # Errors
 /// When it is none of these.
+///
+/// ```
+/// use jepa_plugin_api::{parse_device, tch::Device};
+/// assert_eq!(parse_device("cuda:1")?, Device::Cuda(1));
+/// assert!(parse_device("gpu").is_err());
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 pub fn parse_device(text: &str) -> Result<Device> {
     match text.split_once(':').unwrap_or((text, "0")) {
         ("cpu", _) => Ok(Device::Cpu),

@@ -37,10 +37,12 @@ pub use view::{IMAGENET_MEAN_STD, Interpolation, Transform, ViewSpec};
 
 /// Makes a plugin of this crate: exports its methods, backbones and probes under the crate's name and version. Once per crate.
 ///
-/// ```ignore
-/// jepa_plugin_api::export_plugin! { methods: [SimSiam] }
-/// jepa_plugin_api::export_plugin! { backbones: [MobileNet] }
-/// jepa_plugin_api::export_plugin! { methods: [A, B], backbones: [C], probes: [D] }
+/// Any of `methods: [A, B]`, `backbones: [C]` and `probes: [D]`, in this order.
+///
+/// ```
+/// use jepa_plugin_api::testing::SmallBackbone;
+/// jepa_plugin_api::export_plugin! { backbones: [SmallBackbone] }
+/// # fn main() {}
 /// ```
 #[macro_export]
 macro_rules! export_plugin {

@@ -8,6 +8,12 @@ use tch::{Kind, Tensor};
 use crate::{Host, Result, Rng, ViewSpec};
 
 /// The options of a method or backbone that has none.
+///
+/// ```
+/// use jepa_plugin_api::NoOptions;
+/// assert!(serde_json::from_str::<NoOptions>("{ }").is_ok());
+/// assert!(serde_json::from_str::<NoOptions>(r#"{ "depth": 1 }"#).is_err());
+/// ```
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct NoOptions {}
@@ -16,6 +22,48 @@ pub struct NoOptions {}
 ///
 /// The host owns everything else: device, precision, data, random numbers, optimizer, schedules, EMA updates,
 /// checkpoints, evaluation and logging.
+///
+/// ```
+/// use jepa_plugin_api::nn::l2_normalize;
+/// use jepa_plugin_api::tch::{self, Kind, Tensor};
+/// use jepa_plugin_api::testing::{self, SmallBackbone};
+/// use jepa_plugin_api::{Augmentation, BackboneHandle, Batch, Host, Method, NoOptions, Result, Step, ViewSpec};
+///
+/// /// Draws two views of an image together. It collapses, of course.
+/// struct Attract(BackboneHandle);
+///
+/// impl Method for Attract {
+///     const NAME: &'static str = "attract";
+///     const ENCODER: &'static str = "encoder";
+///     type Options = NoOptions;
+///
+///     fn new(_: NoOptions, host: &mut Host) -> Result<Self> {
+///         Ok(Attract(host.backbone("encoder")?))
+///     }
+///
+///     fn views(&self) -> Vec<ViewSpec> {
+///         ["first", "second"].map(|name| Augmentation::SIMCLR.view(name)).to_vec()
+///     }
+///
+///     fn step(&mut self, batch: &Batch) -> Result<Step> {
+///         let [a, b] = [0, 1].map(|i| self.0.pooled(&batch.views[i], batch.train));
+///         let apart = l2_normalize(&a?, 1) - l2_normalize(&b?, 1);
+///         Ok(Step::new(apart.square().sum(Kind::Float) / batch.len() as f64))
+///     }
+///
+///     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
+///         tch::no_grad(|| self.0.pooled(images, false))
+///     }
+/// }
+///
+/// let options = serde_json::json!({});
+/// let mut built = testing::method::<Attract, _>(options, testing::facts(), SmallBackbone::new)?;
+/// let view = || Tensor::rand([4, 3, 32, 32], (Kind::Float, tch::Device::Cpu));
+/// let step = built.method.step(&testing::batch(vec![view(), view()]))?;
+/// step.loss.backward();
+/// assert!(built.tensor("encoder.conv.weight")?.grad().defined());
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 pub trait Method: Send + Sized + 'static {
     /// The name in `method.name`, in `snake_case`.
     const NAME: &'static str;
@@ -48,6 +96,18 @@ pub trait Method: Send + Sized + 'static {
 }
 
 /// One batch of views, and where in the run it stands.
+///
+/// ```
+/// use jepa_plugin_api::{testing, tch};
+/// let view = tch::Tensor::zeros([4, 3, 32, 32], (tch::Kind::Float, tch::Device::Cpu));
+/// let batch = testing::batch(vec![view]);
+/// assert_eq!((batch.len(), batch.samples.as_slice()), (4, [0, 1, 2, 3].as_slice()));
+///
+/// // A mask for each image, the same whenever this step is taken again.
+/// const MASKS: u64 = 0x6d61_736b;
+/// let hidden = |i| batch.sample_rng(i, MASKS).below(64);
+/// assert_eq!(hidden(2), hidden(2));
+/// ```
 #[derive(Debug)]
 pub struct Batch {
     /// One tensor f32 `(B, 3, S, S)` for each declared view.
@@ -94,6 +154,13 @@ impl Batch {
 }
 
 /// What a step gives back: the loss to differentiate, and figures to log.
+///
+/// ```
+/// use jepa_plugin_api::{Step, tch::Tensor};
+/// let loss = Tensor::from(1.5f32);
+/// let step = Step::new(loss.shallow_clone()).metric("distance", &loss.sqrt());
+/// assert_eq!(step.metrics[0].0, "distance");
+/// ```
 #[derive(Debug)]
 pub struct Step {
     /// Scalar with a graph.

@@ -7,6 +7,14 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 /// Whether a tensor is trained or merely kept.
+///
+/// ```
+/// use jepa_plugin_api::params::Kind;
+/// use jepa_plugin_api::{Params, tch};
+/// let params = Params::new(tch::Device::Cpu);
+/// params.buffer("seen", tch::Tensor::from(0i64));
+/// assert_eq!(params.entries()[0].kind, Kind::Buffer);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -17,6 +25,14 @@ pub enum Kind {
 }
 
 /// One named tensor.
+///
+/// ```
+/// use jepa_plugin_api::{Params, nn::Linear, tch::Device};
+/// let params = Params::new(Device::Cpu);
+/// Linear::new(&params.sub("head"), 8, 2, true);
+/// let names: Vec<String> = params.entries().into_iter().map(|entry| entry.name).collect();
+/// assert_eq!(names, ["head.weight", "head.bias"]);
+/// ```
 #[derive(Debug)]
 pub struct Entry {
     /// Full name, dots between the parts: `context.layer1.0.conv1.weight`.
@@ -31,11 +47,14 @@ pub struct Entry {
 ///
 /// Register everything that training changes, or it will be missing from checkpoints. Backbones use timm's names.
 ///
-/// ```no_run
-/// # fn layer(params: &jepa_plugin_api::Params) {
+/// ```
+/// use jepa_plugin_api::{Params, tch};
+/// let params = Params::new(tch::Device::Cpu);
+/// let on = (tch::Kind::Float, params.device());
 /// let head = params.sub("head");
-/// let weight = head.parameter("weight", tch::Tensor::zeros([10, 64], (tch::Kind::Float, params.device())));
-/// # let _ = weight; }
+/// let weight = head.parameter("weight", tch::Tensor::zeros([10, 64], on));
+/// let seen = head.buffer("seen", tch::Tensor::zeros([1], on));
+/// assert!(weight.requires_grad() && !seen.requires_grad());
 /// ```
 #[derive(Clone)]
 pub struct Params {

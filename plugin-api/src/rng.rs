@@ -7,6 +7,17 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng};
 
 /// A keyed generator (ChaCha with 8 rounds; the key is the seed, so two keys never share a stream).
+///
+/// ```
+/// use jepa_plugin_api::Rng;
+/// const MY_PURPOSE: u64 = 0x6d79;
+/// let mut rng = Rng::keyed(42, 0, 17, MY_PURPOSE);
+/// let mut order = [0, 1, 2, 3];
+/// rng.shuffle(&mut order);
+/// assert!((2.0..3.0).contains(&rng.uniform(2.0, 3.0)) && rng.below(5) < 5);
+/// // The same key, the same numbers.
+/// assert_eq!(Rng::keyed(42, 0, 17, MY_PURPOSE).bits(), Rng::keyed(42, 0, 17, MY_PURPOSE).bits());
+/// ```
 #[derive(Clone, Debug)]
 pub struct Rng(ChaCha8Rng);
 

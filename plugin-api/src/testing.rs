@@ -1,23 +1,4 @@
-//! Runs a method in a unit test, in the test's own process: no plugin file, no host, no data set.
-//!
-//! ```no_run
-//! use jepa_plugin_api::testing::{self, LinkedMethod};
-//! use jepa_plugin_api::{Backbone, Method, Result};
-//! use serde_json::json;
-//!
-//! fn loss_is_finite<M: Method, B: Backbone>() -> Result<()> {
-//!     let backbone = |params: &_| B::new("resnet18", serde_json::from_value(json!({}))?, params);
-//!     let mut built: LinkedMethod<M> = testing::method(json!({ "depth": 1 }), testing::facts(), backbone)?;
-//!     let images = jepa_plugin_api::tch::Tensor::randn([4, 3, 32, 32], tch_options());
-//!     let step = built.method.step(&testing::batch(vec![images]))?;
-//!     assert!(f64::try_from(step.loss)?.is_finite());
-//!     assert!(!built.tensor("mask_token")?.grad().defined());
-//!     Ok(())
-//! }
-//! # fn tch_options() -> (jepa_plugin_api::tch::Kind, jepa_plugin_api::tch::Device) {
-//! #     (jepa_plugin_api::tch::Kind::Float, jepa_plugin_api::tch::Device::Cpu)
-//! # }
-//! ```
+//! Runs a method in a unit test, in the test's own process: no plugin file, no host, no data set. [`Method`] shows how.
 
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -31,6 +12,17 @@ use crate::{
 };
 
 /// A method built in this process, with all that it registered and declared.
+///
+/// ```
+/// use jepa_plugin_api::testing::{self, LinkedMethod, SmallBackbone};
+/// use jepa_plugin_api::{Method, Result};
+///
+/// /// Names of what a method has registered.
+/// fn names<M: Method>(options: serde_json::Value) -> Result<Vec<String>> {
+///     let built: LinkedMethod<M> = testing::method(options, testing::facts(), SmallBackbone::new)?;
+///     Ok(built.entries.into_iter().map(|entry| entry.name).collect())
+/// }
+/// ```
 pub struct LinkedMethod<M> {
     /// The method itself.
     pub method: M,
@@ -54,6 +46,14 @@ impl<M> LinkedMethod<M> {
 ///
 /// # Errors
 /// When there is none.
+///
+/// ```
+/// use jepa_plugin_api::{Params, nn::Linear, tch::Device, testing};
+/// let params = Params::new(Device::Cpu);
+/// Linear::new(&params, 8, 2, false);
+/// assert_eq!(testing::tensor(&params.entries(), "weight")?.size(), [2, 8]);
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 pub fn tensor<'a>(entries: &'a [Entry], name: &str) -> Result<&'a Tensor> {
     let entry = entries.iter().find(|entry| entry.name == name);
     Ok(&entry.with_context(|| format!("no tensor is named `{name}`"))?.tensor)
@@ -63,6 +63,15 @@ pub fn tensor<'a>(entries: &'a [Entry], name: &str) -> Result<&'a Tensor> {
 ///
 /// # Errors
 /// When there is none, or its shape differs.
+///
+/// ```
+/// use jepa_plugin_api::{Params, nn::Linear, tch, testing};
+/// let params = Params::new(tch::Device::Cpu);
+/// let linear = Linear::new(&params, 2, 1, false);
+/// testing::set_tensor(&params.entries(), "weight", &tch::Tensor::from_slice(&[1f32, 2.0]).view([1, 2]))?;
+/// assert_eq!(f64::try_from(linear.forward(&tch::Tensor::from_slice(&[1f32, 1.0])))?, 3.0);
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 pub fn set_tensor(entries: &[Entry], name: &str, value: &Tensor) -> Result<()> {
     let tensor = tensor(entries, name)?;
     let (theirs, ours) = (value.size(), tensor.size());
@@ -93,6 +102,15 @@ pub fn method<M: Method, B: Backbone>(
 
 /// A backbone for tests: one convolution whose windows are its cells, so that 32 px give an 8 × 8 map of 8 channels,
 /// dense or sparse.
+///
+/// ```
+/// use jepa_plugin_api::testing::SmallBackbone;
+/// use jepa_plugin_api::{Backbone as _, Params, tch};
+/// let net = SmallBackbone::new(&Params::new(tch::Device::Cpu))?;
+/// let images = tch::Tensor::zeros([2, 3, 32, 32], (tch::Kind::Float, tch::Device::Cpu));
+/// assert_eq!(net.forward(&images, None, true)?.size(), [2, 8, 8, 8]);
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 pub struct SmallBackbone(Conv2d);
 
 impl SmallBackbone {
@@ -136,6 +154,12 @@ impl Backbone for SmallBackbone {
 }
 
 /// Facts of a small run on the CPU: 32 px, batches of 4, ten epochs of 100 steps, ten classes, seed 0.
+///
+/// ```
+/// use jepa_plugin_api::{RunFacts, testing};
+/// let facts = RunFacts { image_size: 96, ..testing::facts() };
+/// assert_eq!((facts.image_size, facts.batch_size), (96, 4));
+/// ```
 pub fn facts() -> RunFacts {
     RunFacts {
         device: "cpu".to_owned(),
@@ -150,6 +174,12 @@ pub fn facts() -> RunFacts {
 }
 
 /// The first training batch of such a run, of `views` f32 `(B, 3, S, S)`: samples 0, 1, …, of unknown classes.
+///
+/// ```
+/// use jepa_plugin_api::{testing, tch};
+/// let view = tch::Tensor::zeros([4, 3, 32, 32], (tch::Kind::Float, tch::Device::Cpu));
+/// assert!(testing::batch(vec![view]).train);
+/// ```
 pub fn batch(views: Vec<Tensor>) -> Batch {
     let images = views.first().map_or(0, |view| view.size()[0]);
     Batch {

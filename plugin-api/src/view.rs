@@ -6,9 +6,21 @@
 use serde::{Deserialize, Serialize};
 
 /// The mean and standard deviation of ImageNet's RGB channels, in units of [0, 1].
+///
+/// ```
+/// use jepa_plugin_api::{IMAGENET_MEAN_STD, Transform, ViewSpec};
+/// let (mean, std) = IMAGENET_MEAN_STD;
+/// assert_eq!(ViewSpec::new("view").normalize_imagenet().transforms, [Transform::Normalize { mean, std }]);
+/// ```
 pub const IMAGENET_MEAN_STD: ([f32; 3], [f32; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
 
 /// How pixels are interpolated when an image is resized. Both are antialiased, as Pillow and torchvision do it.
+///
+/// ```
+/// use jepa_plugin_api::{Interpolation, ViewSpec};
+/// let view = ViewSpec::new("view").resize_center_crop(0.875, Interpolation::Bicubic);
+/// assert_eq!(view.name, "view");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Interpolation {
@@ -19,6 +31,12 @@ pub enum Interpolation {
 }
 
 /// One step from the decoded 8-bit RGB image towards a view. Steps run in the order they are listed.
+///
+/// ```
+/// use jepa_plugin_api::{Transform, ViewSpec};
+/// let upside_up = Transform::HorizontalFlip { p: 0.5 };
+/// assert_eq!(ViewSpec::new("view").then(upside_up.clone()).transforms, [upside_up]);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Transform {

@@ -281,6 +281,18 @@ fn described(tensor: &Tensor) -> String {
 }
 
 /// A backbone, wherever its code is.
+///
+/// ```
+/// use jepa_plugin_api::testing::SmallBackbone;
+/// use jepa_plugin_api::{BackboneHandle, Params, tch};
+/// let params = Params::new(tch::Device::Cpu);
+/// let backbone = BackboneHandle::linked(SmallBackbone::new(&params)?, &params)?;
+/// let images = tch::Tensor::zeros([2, 3, 32, 32], (tch::Kind::Float, tch::Device::Cpu));
+/// assert_eq!(backbone.cells(32)?, 8);
+/// assert_eq!(backbone.forward(&images, None, true)?.size(), [2, 8, 8, 8]);
+/// assert_eq!(backbone.pooled(&images, true)?.size(), [2, 8]);
+/// # Ok::<(), jepa_plugin_api::Error>(())
+/// ```
 pub struct BackboneHandle {
     object: BackboneObject,
     declaration: BackboneDeclaration,

@@ -2,8 +2,8 @@
 //!
 //! What crosses, and who owns it:
 //! - [`Manifest`]: a static of plain bytes, read from the file before anything of it runs;
-//! - [`module`]: the table of functions behind it, checked type by type by abi_stable;
-//! - tensors, as owned pointers to libtorch's own objects, so that gradients flow across ([`tensor`]);
+//! - `module`: the table of functions behind it, checked type by type by abi_stable;
+//! - tensors, as owned pointers to libtorch's own objects, so that gradients flow across (`tensor`);
 //! - errors, as code + message + chain + plugin name ([`Failure`]);
 //! - everything else as JSON text, which grows by keys and never by layout.
 //!

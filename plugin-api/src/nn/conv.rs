@@ -6,6 +6,12 @@ use super::Init;
 use crate::Params;
 
 /// What [`Conv2d::new`] takes beside the sizes. The default is stride 1, no padding, one group, with bias.
+///
+/// ```
+/// use jepa_plugin_api::nn::{ConvOptions, Init};
+/// let depthwise = ConvOptions { padding: 3, groups: 96, init: Init::Normal, ..ConvOptions::default() };
+/// assert!(depthwise.bias && depthwise.stride == 1);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct ConvOptions {
     /// Step between outputs, both ways.
@@ -27,6 +33,16 @@ impl Default for ConvOptions {
 }
 
 /// A convolution with a square kernel.
+///
+/// ```
+/// use jepa_plugin_api::nn::{Conv2d, ConvOptions};
+/// use jepa_plugin_api::{Params, tch};
+/// let params = Params::new(tch::Device::Cpu);
+/// let conv = Conv2d::new(&params.sub("stem"), 3, 8, 3, ConvOptions { stride: 2, padding: 1, ..Default::default() });
+/// let x = tch::Tensor::zeros([4, 3, 32, 32], (tch::Kind::Float, tch::Device::Cpu));
+/// assert_eq!(conv.forward(&x).size(), [4, 8, 16, 16]);
+/// assert_eq!(params.entries()[0].name, "stem.weight");
+/// ```
 #[derive(Debug)]
 pub struct Conv2d {
     /// `(out, in / groups, k, k)`.

@@ -3,6 +3,13 @@
 use tch::{Device, Kind, Tensor};
 
 /// How the weight of a layer begins.
+///
+/// ```
+/// use jepa_plugin_api::nn::{Init, Linear};
+/// use jepa_plugin_api::{Params, tch::Device};
+/// let head = Linear::with_init(&Params::new(Device::Cpu), 64, 10, true, Init::Normal);
+/// assert_eq!(f64::try_from(head.bias.unwrap().abs().max()).unwrap(), 0.0);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Init {
     /// PyTorch's default for convolutions and linear layers: uniform in ±1/√fan_in.
@@ -47,6 +54,12 @@ fn uniform_bound(fan_in: i64) -> f64 {
 }
 
 /// Normal numbers f32 of mean 0 and standard deviation `std`, conditioned on lying within ±`cut`.
+///
+/// ```
+/// use jepa_plugin_api::{nn::truncated_normal, tch::Device};
+/// let token = truncated_normal(&[1, 64], 0.02, 0.04, Device::Cpu);
+/// assert!(f64::try_from(token.abs().max()).unwrap() <= 0.04);
+/// ```
 pub fn truncated_normal(shape: &[i64], std: f64, cut: f64, device: Device) -> Tensor {
     // The inverse distribution function, applied to uniform numbers between its values at both ends: Φ is
     // (1 + erf(x / √2)) / 2, so erf itself is what is uniform.

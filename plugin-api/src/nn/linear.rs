@@ -6,6 +6,14 @@ use super::Init;
 use crate::Params;
 
 /// y = x Wᵀ + b.
+///
+/// ```
+/// use jepa_plugin_api::nn::Linear;
+/// use jepa_plugin_api::{Params, tch};
+/// let classifier = Linear::new(&Params::new(tch::Device::Cpu), 64, 10, true);
+/// let features = tch::Tensor::zeros([4, 64], (tch::Kind::Float, tch::Device::Cpu));
+/// assert_eq!(classifier.forward(&features).size(), [4, 10]);
+/// ```
 #[derive(Debug)]
 pub struct Linear {
     /// `(out, in)`.

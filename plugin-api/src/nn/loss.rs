@@ -5,22 +5,47 @@
 use tch::{Kind, Reduction, Tensor};
 
 /// `x / max(‖x‖₂, 10⁻¹²)` over dimension `dim`: unit vectors, same shape.
+///
+/// ```
+/// use jepa_plugin_api::{nn::l2_normalize, tch::Tensor};
+/// let x = Tensor::from_slice(&[3f32, 4.0]).view([1, 2]);
+/// assert_eq!(Vec::<f32>::try_from(l2_normalize(&x, 1).view(-1)).unwrap(), [0.6, 0.8]);
+/// ```
 pub fn l2_normalize(x: &Tensor, dim: i64) -> Tensor {
     x / x.norm_scalaropt_dim(2, [dim], true).clamp_min(1e-12)
 }
 
 /// Smooth-L1 of each element, same shape: ½ d² / β where |d| < β, else |d| − ½ β.
+///
+/// ```
+/// use jepa_plugin_api::{nn::smooth_l1, tch::Tensor};
+/// let (x, y) = (Tensor::from_slice(&[0f32, 0.0]), Tensor::from_slice(&[1f32, 4.0]));
+/// assert_eq!(Vec::<f32>::try_from(smooth_l1(&x, &y, 2.0)).unwrap(), [0.25, 3.0]);
+/// ```
 pub fn smooth_l1(prediction: &Tensor, target: &Tensor, beta: f64) -> Tensor {
     prediction.smooth_l1_loss(target, Reduction::None, beta)
 }
 
 /// Mean of `values` where `mask`, of the same shape, is true: the sum divided by (count + 10⁻⁸), so 0 of nothing.
+///
+/// ```
+/// use jepa_plugin_api::{nn::masked_mean, tch::Tensor};
+/// let (values, mask) = (Tensor::from_slice(&[1f32, 2.0, 6.0]), Tensor::from_slice(&[true, false, true]));
+/// assert_eq!(f64::try_from(masked_mean(&values, &mask)).unwrap(), 3.5);
+/// ```
 pub fn masked_mean(values: &Tensor, mask: &Tensor) -> Tensor {
     let mask = mask.to_kind(values.kind());
     (values * &mask).sum(Kind::Float) / (mask.sum(Kind::Float) + 1e-8)
 }
 
 /// The mean over rows of −cos(a, b), for `(B, D)` and `(B, D)`: a scalar in [−1, 1].
+///
+/// ```
+/// use jepa_plugin_api::{nn::negative_cosine, tch::Tensor};
+/// let a = Tensor::from_slice(&[1f32, 0.0, 0.0, 2.0]).view([2, 2]);
+/// let b = Tensor::from_slice(&[5f32, 0.0, 3.0, 0.0]).view([2, 2]);
+/// assert_eq!(f64::try_from(negative_cosine(&a, &b)).unwrap(), -0.5);
+/// ```
 pub fn negative_cosine(a: &Tensor, b: &Tensor) -> Tensor {
     -Tensor::cosine_similarity(a, b, 1, 1e-8).mean(Kind::Float)
 }
@@ -38,6 +63,14 @@ fn matmul_f32(a: &Tensor, b: &Tensor) -> Tensor {
 /// NT-Xent (SimCLR, arXiv 2002.05709, eq. 1) of two views `(B, D)` and `(B, D)`: the cross-entropy, averaged over all
 /// 2 B views, of finding the other view of the same image among the 2 B − 1 others by cosine similarity / temperature.
 /// Also returns how often the other view is the most similar one. Two scalars.
+///
+/// ```
+/// use jepa_plugin_api::{nn::nt_xent, tch};
+/// let views = tch::Tensor::eye(4, (tch::Kind::Float, tch::Device::Cpu));
+/// let (loss, accuracy) = nt_xent(&views, &views, 0.1);
+/// assert!(f64::try_from(loss).unwrap() < 0.01, "each view has its twin");
+/// assert_eq!(f64::try_from(accuracy).unwrap(), 1.0);
+/// ```
 pub fn nt_xent(a: &Tensor, b: &Tensor, temperature: f64) -> (Tensor, Tensor) {
     let images = a.size()[0];
     let z = l2_normalize(&Tensor::cat(&[a, b], 0), 1);
@@ -51,6 +84,12 @@ pub fn nt_xent(a: &Tensor, b: &Tensor, temperature: f64) -> (Tensor, Tensor) {
 
 /// VICReg's variance term (arXiv 2105.04906, eq. 1) of `(B, D)`: the mean over dimensions of max(0, 1 − √(var + 10⁻⁴)),
 /// with the unbiased variance, 0 for a single row. A scalar in [0, 1].
+///
+/// ```
+/// use jepa_plugin_api::{nn::variance_loss, tch};
+/// let collapsed = tch::Tensor::ones([4, 8], (tch::Kind::Float, tch::Device::Cpu));
+/// assert!((f64::try_from(variance_loss(&collapsed)).unwrap() - 0.99).abs() < 1e-6);
+/// ```
 pub fn variance_loss(x: &Tensor) -> Tensor {
     let variance = centre(x).square().sum_dim_intlist([0i64].as_slice(), false, Kind::Float) / freedom(x);
     let deviation = (variance + 1e-4).sqrt();
@@ -59,6 +98,12 @@ pub fn variance_loss(x: &Tensor) -> Tensor {
 
 /// VICReg's covariance term (arXiv 2105.04906, eq. 4) of `(B, D)`: the squared unbiased covariances of different
 /// dimensions, summed and divided by D; 0 for a single row. A scalar.
+///
+/// ```
+/// use jepa_plugin_api::{nn::covariance_loss, tch::Tensor};
+/// let same = Tensor::from_slice(&[1f32, 1.0, -1.0, -1.0]).view([2, 2]);
+/// assert_eq!(f64::try_from(covariance_loss(&same)).unwrap(), 4.0, "two covariances of 2, squared, over D = 2");
+/// ```
 pub fn covariance_loss(x: &Tensor) -> Tensor {
     let centred = centre(x);
     let covariance = matmul_f32(&centred.transpose(0, 1), &centred) / freedom(x);
@@ -80,6 +125,12 @@ fn freedom(x: &Tensor) -> f64 {
 /// How far the rows of `(B, D)` differ in direction: the standard deviation of each dimension of the unit vectors,
 /// averaged, times √D. Near 0 where they have collapsed to one, near 1 where they point everywhere. A scalar without a
 /// graph.
+///
+/// ```
+/// use jepa_plugin_api::{nn::spread, tch};
+/// let collapsed = tch::Tensor::ones([4, 8], (tch::Kind::Float, tch::Device::Cpu));
+/// assert_eq!(f64::try_from(spread(&collapsed)).unwrap(), 0.0);
+/// ```
 pub fn spread(x: &Tensor) -> Tensor {
     tch::no_grad(|| {
         let columns = x.size()[1] as f64;

@@ -6,6 +6,14 @@ use super::{BatchNorm, Linear};
 use crate::Params;
 
 /// Linear layers with batch norm and ReLU between them.
+///
+/// ```
+/// use jepa_plugin_api::nn::Mlp;
+/// use jepa_plugin_api::{Params, tch};
+/// let projector = Mlp::new(&Params::new(tch::Device::Cpu), &[64, 128, 32], false);
+/// let features = tch::Tensor::randn([4, 64], (tch::Kind::Float, tch::Device::Cpu));
+/// assert_eq!(projector.forward(&features, true).size(), [4, 32]);
+/// ```
 #[derive(Debug)]
 pub struct Mlp {
     layers: Vec<(Linear, Option<BatchNorm>)>,

@@ -3,15 +3,15 @@
 //! Parameter names and initial values are PyTorch's and timm's. Initial values come from torch's global generator,
 //! which the host seeds. Layers take and give maps `(B, C, H, W)` unless they say otherwise.
 //!
-//! ```no_run
+//! ```
 //! use jepa_plugin_api::nn::{Conv2d, ConvOptions, Norm};
-//! use jepa_plugin_api::{NormKind, Params, tch::Tensor};
+//! use jepa_plugin_api::{NormKind, Params, tch};
 //!
-//! fn layer(params: &Params, x: &Tensor, train: bool) -> Tensor {
-//!     let conv = Conv2d::new(&params.sub("conv"), 3, 64, 3, ConvOptions { padding: 1, ..Default::default() });
-//!     let norm = Norm::new(NormKind::Batch, &params.sub("norm"), 64);
-//!     norm.forward(&conv.forward(x), train).relu()
-//! }
+//! let params = Params::new(tch::Device::Cpu);
+//! let conv = Conv2d::new(&params.sub("conv"), 3, 64, 3, ConvOptions { padding: 1, ..Default::default() });
+//! let norm = Norm::new(NormKind::Batch, &params.sub("norm"), 64);
+//! let images = tch::Tensor::zeros([2, 3, 32, 32], (tch::Kind::Float, tch::Device::Cpu));
+//! assert_eq!(norm.forward(&conv.forward(&images), true).relu().size(), [2, 64, 32, 32]);
 //! ```
 
 mod conv;

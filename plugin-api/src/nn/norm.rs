@@ -7,6 +7,15 @@ use crate::{NormKind, Params};
 /// Batch norm of maps `(B, C, H, W)` or of vectors `(B, C)`, with PyTorch's ε = 10⁻⁵ and momentum 0.1.
 ///
 /// The biased variance of the batch normalises it, the unbiased one goes into the running variance.
+///
+/// ```
+/// use jepa_plugin_api::nn::BatchNorm;
+/// use jepa_plugin_api::{Params, tch};
+/// let norm = BatchNorm::new(&Params::new(tch::Device::Cpu), 8);
+/// let x = tch::Tensor::randn([4, 8, 6, 6], (tch::Kind::Float, tch::Device::Cpu)) + 3.0;
+/// let mean = norm.forward(&x, true).mean(tch::Kind::Float);
+/// assert!(f64::try_from(mean).unwrap().abs() < 1e-5);
+/// ```
 #[derive(Debug)]
 pub struct BatchNorm {
     /// Scale γ `(C)`.
@@ -68,6 +77,15 @@ impl BatchNorm {
 }
 
 /// Layer norm over the channels of each position, with ε = 10⁻⁶ as in ConvNeXt.
+///
+/// ```
+/// use jepa_plugin_api::nn::LayerNorm2d;
+/// use jepa_plugin_api::{Params, tch};
+/// let norm = LayerNorm2d::new(&Params::new(tch::Device::Cpu), 8);
+/// let x = tch::Tensor::randn([4, 8, 6, 6], (tch::Kind::Float, tch::Device::Cpu));
+/// let of_a_position = norm.forward(&x).mean_dim([1i64].as_slice(), false, tch::Kind::Float);
+/// assert!(f64::try_from(of_a_position.abs().max()).unwrap() < 1e-5);
+/// ```
 #[derive(Debug)]
 pub struct LayerNorm2d {
     /// Scale `(C)`.
@@ -98,6 +116,14 @@ impl LayerNorm2d {
 }
 
 /// The normalisation that goes with a family of backbones.
+///
+/// ```
+/// use jepa_plugin_api::nn::Norm;
+/// use jepa_plugin_api::{NormKind, Params, tch};
+/// let norm = Norm::new(NormKind::Layer, &Params::new(tch::Device::Cpu), 8);
+/// let x = tch::Tensor::randn([4, 8, 6, 6], (tch::Kind::Float, tch::Device::Cpu));
+/// assert_eq!(norm.forward(&x, true).size(), x.size());
+/// ```
 #[derive(Debug)]
 pub enum Norm {
     /// Batch norm.
