@@ -1,9 +1,9 @@
 //! Everything that the author of a jepa-host plugin needs: three traits, a host to ask, and building blocks.
 //!
-//! A plugin is a crate of type `cdylib` with a [`Method`], a [`Backbone`] or a [`Probe`], and one [`export_plugin!`]. The host owns
-//! the device, the data, random numbers, the optimizer, schedules, EMA, checkpoints, evaluation and logging; a plugin
-//! owns the computation of a loss and says what it needs. So every plugin gets exact resume, mixed precision and
-//! evaluation for nothing.
+//! A plugin is a crate of type `cdylib` with a [`Method`], a [`Backbone`] or a [`Probe`], and one [`export_plugin!`]. The
+//! host owns the device, the data, random numbers, the optimizer, schedules, EMA, checkpoints, evaluation and logging; a
+//! plugin owns the computation of a loss and says what it needs. So every plugin gets exact resume, mixed precision and
+//! evaluation for nothing. The guide is this crate's `README.md`.
 
 #![deny(missing_docs)]
 
@@ -35,11 +35,16 @@ pub use probe::{FrozenFeatures, LabelledFeatures, Probe};
 pub use rng::Rng;
 pub use view::{IMAGENET_MEAN_STD, Interpolation, Transform, ViewSpec};
 
+/// The guide, whose code has to run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Guide;
+
 /// Makes a plugin of this crate: exports its methods, backbones and probes under the crate's name and version. Once per crate.
 ///
 /// Any of `methods: [A, B]`, `backbones: [C]` and `probes: [D]`, in this order.
 ///
-/// ```
+/// ```standalone_crate
 /// use jepa_plugin_api::testing::SmallBackbone;
 /// jepa_plugin_api::export_plugin! { backbones: [SmallBackbone] }
 /// # fn main() {}

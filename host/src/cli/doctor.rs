@@ -1,6 +1,8 @@
 //! `jepa-host doctor`: what is there, and what is missing.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 
 use clap::Args;
 use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE, Offer};
@@ -52,6 +54,7 @@ impl DoctorArgs {
             "libtorch": torch.version,
             "libtorch folder": path(&torch.folder),
             "torch bridge": path(&torch.bridge).map(|file| format!("{BRIDGE} at {file}")),
+            "bridge lacks": torch.bridge.as_deref().map_or("unknown".to_owned(), lacking),
             "native library": native.unwrap_or_else(|| "loaded".to_owned()),
             "CPU kernels": cpu_capability().unwrap_or_else(|error| error.to_string()),
             "threads": tch::get_num_threads(),
@@ -89,6 +92,16 @@ fn print_report(report: &Value, out: &mut dyn Write) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The functions of tch that the libtorch behind `bridge` has no more, which its build has written down.
+fn lacking(bridge: &Path) -> String {
+    let Ok(names) = fs::read_to_string(bridge.with_extension("lacks")) else { return "unknown".to_owned() };
+    let names: Vec<&str> = names.lines().collect();
+    match names.as_slice() {
+        [] => "nothing".to_owned(),
+        some => format!("{} functions of libtorch, which are errors when called: {}", some.len(), some.join(", ")),
+    }
 }
 
 /// W&B's engine: in `$JEPA_WANDB_CORE`, or inside an installed `wandb` package on the path of Python.
