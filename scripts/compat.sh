@@ -49,11 +49,28 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$jepa_host" doctor | tee "$folder/doctor"
 grep -q "^libtorch  *$version" "$folder/doctor" || die "the host does not run on libtorch $version."
+# What is gone has to say so: the body of such a function looks at no argument.
+while read -r gone; do
+    python3 - "$place/lib/libjepa_torch_0_24.so" "$gone" <<'PYTHON' || die "calling $gone gives no error that names it."
+import ctypes
+import sys
+
+bridge, gone = ctypes.CDLL(sys.argv[1]), sys.argv[2]
+last_error = bridge.get_and_reset_last_err
+last_error.restype = ctypes.c_char_p
+getattr(bridge, "atg_" + gone)(*[None] * 12)
+said = (last_error() or b"").decode()
+print(f"compat: {gone}: {said}")
+sys.exit(gone.rstrip("_") not in said)
+PYTHON
+done <"$place/lib/libjepa_torch_0_24.lacks"
+
 small=(backbone.name=resnet18 backbone.stem=small backbone.width=8 'backbone.depths=[1,1]' data.size=32
     data.train=$data/fashion_mnist_train.h5 data.val=$data/fashion_mnist_test.h5 eval.train_limit=500 eval.at_start=false
     eval.linear.epochs=3 optimizer.batch_size=64 trainer.max_steps=5 run.dir="$folder/runs")
 heads=(method.hidden=32 method.output=16)
-train() { "$jepa_host" --quiet --plugin "$1" "${small[@]}" "${@:2}" || die "$1 does not train over libtorch $version."; }
+report() { printf 'compat: %-12s val/loss %s\n' "$1" "$(awk '$1 == "val/loss" { print $3 }' "$folder/out")"; }
+train() { "$jepa_host" --quiet --plugin "$1" "${small[@]}" "${@:2}" >"$folder/out" || die "$1 does not train over libtorch $version." && report "$1"; }
 train cnn_jepa method.mask.min_keep=1
 train cnn_jepa method.mask.min_keep=1 backbone.name=convnext_atto 'backbone.depths=[1,1,1,1]'
 train byol "${heads[@]}"
