@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench compat lint data
+.PHONY: help setup build demo test bench compat memcheck lint data
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
@@ -29,6 +29,9 @@ bench: build  ## time PyTorch and jepa-host side by side
 
 compat: build  ## train with the same files over a newer libtorch; TORCH=version chooses it
 	scripts/compat.sh
+
+memcheck: build  ## load, train and drop every plugin under valgrind
+	scripts/memcheck.sh
 
 lint: setup  ## check formatting, lints and documentation
 	cargo fmt --all --check
