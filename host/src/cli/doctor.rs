@@ -100,7 +100,9 @@ fn lacking(bridge: &Path) -> String {
     let names: Vec<&str> = names.lines().collect();
     match names.as_slice() {
         [] => "nothing".to_owned(),
-        some => format!("{} functions of libtorch, which are errors when called: {}", some.len(), some.join(", ")),
+        some => {
+            format!("{} functions of libtorch, which are errors when called: {}", some.len(), some.join(", "))
+        }
     }
 }
 
