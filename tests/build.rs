@@ -6,4 +6,5 @@
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-link-arg-tests=-Wl,--allow-multiple-definition");
+    println!("cargo::rustc-link-arg-benches=-Wl,--allow-multiple-definition");
 }
