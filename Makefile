@@ -24,8 +24,10 @@ test: setup  ## run all tests
 	cargo test --release --workspace
 	cargo test --release -p jepa-host --test data -- --ignored
 
-bench: build  ## time PyTorch and jepa-host side by side
+bench: build  ## time PyTorch and jepa-host side by side, and the plugin boundary
 	scripts/bench.sh
+	cargo build --release --workspace
+	cargo bench -p jepa-tests --bench boundary
 
 compat: build  ## train with the same files over a newer libtorch; TORCH=version chooses it
 	scripts/compat.sh
