@@ -69,6 +69,8 @@ fn a_new_probe_judges_in_training_and_by_itself() {
     let state = fs::read_to_string(checkpoints.last().unwrap().join("state.json")).unwrap();
     assert!(state.contains("\"metric\": \"eval/near_mean/top1\""), "{state}");
 
+    room.run(["plugin", "check", file]).expect(0);
+
     // Once more from the checkpoint, and once without.
     let again = room
         .run(["eval", "probe", "near_mean", "runs/near_mean", "--plugin", "simclr", "--plugin", file])

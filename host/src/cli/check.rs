@@ -33,7 +33,7 @@ const LOADS: (&str, &str) = ("loads", "manifest, symbols, types and autograd fit
 const CHECK_HELP: &str = "\
 Checks, in this order: loads, options, gradients, seed, state, bf16, features, sparse, panics, leaks, cost.
 
-A plugin's methods are checked, each with a small ResNet-18 on 32 px; or its backbone that backbone.name names, by
+Probes are loaded and no more. A plugin's methods are checked, each with a small ResNet-18 on 32 px; or its backbone that backbone.name names, by
 default the first one of a plugin without methods. Settings make it smaller, or choose what it needs:
   jepa-host plugin check libmy_method.so method.hidden=64
   jepa-host plugin check libmy_net.so backbone.name=my_net_50 data.size=64
@@ -150,7 +150,8 @@ impl CheckArgs {
         if matches!(lines[0].verdict, Verdict::Passed(_)) {
             let plugin = open(file, sources.admission())?;
             let subjects = self.subjects(&plugin);
-            if subjects.is_empty() {
+            let offer = plugin.plugin.offer();
+            if subjects.is_empty() && !(offer.methods.is_empty() && offer.backbones.is_empty()) {
                 return Err(Usage(format!(
                     "{} offers nothing by the names in the settings; see `jepa-host plugin info {0}`",
                     file.display()
