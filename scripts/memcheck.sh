@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs each bundled plugin under valgrind: load, build, train, save, load, train on, drop. Fails on an invalid read or
 # write, on a decision by memory that was never written, and on memory that nothing leads to any more.
-# tests/libtorch.supp names what libtorch does itself.
+# tests/libtorch.supp names what libtorch does itself. A plugin that loses memory comes first: it has to be found out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,12 +13,27 @@ command -v valgrind >/dev/null || {
 # Valgrind knows no AVX-512.
 export ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1
 
-check() {
-    echo "memcheck: $*"
+# A plugin, the check to run on it, and settings.
+under_valgrind() {
     valgrind --quiet --error-exitcode=99 --leak-check=full --show-leak-kinds=definite \
         --errors-for-leak-kinds=definite --suppressions=tests/libtorch.supp \
-        "$jepa_host" --quiet plugin check "$1" --only state trainer.threads=1 "${@:2}" >/dev/null
+        "$jepa_host" --quiet plugin check "$1" --only "$2" trainer.threads=1 "${@:3}"
 }
+check() {
+    echo "memcheck: $*"
+    under_valgrind "$1" state "${@:2}" >/dev/null
+}
+loses() {
+    echo "memcheck: $* (has to be found out)"
+    local code=0
+    under_valgrind "$@" >/dev/null 2>&1 || code=$?
+    [[ $code == 99 ]] || {
+        echo "memcheck: memory was lost, and valgrind ended with $code instead of 99" >&2
+        exit 1
+    }
+}
+loses faulty_plugin state method.keep_batches=true
+loses faulty_probe figures eval.probes.faulty.keep_features=true
 small=(backbone.name=resnet18 backbone.stem=small backbone.width=4 'backbone.depths=[1,1]')
 check cnn_jepa "${small[@]}" method.mask.min_keep=1
 check byol "${small[@]}" method.hidden=16 method.output=8
@@ -27,4 +42,7 @@ check vicreg "${small[@]}" method.units=16
 check supervised "${small[@]}"
 check sparse_resnet "${small[@]}" data.size=32
 check sparse_convnext backbone.name=convnext_atto backbone.stem=small backbone.width=4 'backbone.depths=[1,1,1,1]' data.size=32
+check torchscript_backbone backbone.file=tests/fixtures/TS data.size=32
+echo "memcheck: a probe"
+under_valgrind faulty_probe figures >/dev/null
 echo "memcheck: every plugin is clean"

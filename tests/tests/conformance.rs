@@ -7,9 +7,13 @@ use serde_json::Value;
 
 const REFUSED: i32 = 3;
 
-/// Runs the checks, and gives the names of those that failed, with their words.
+/// Checks of a method or a backbone, and of a probe.
+const ALL: usize = 11;
+const OF_A_PROBE: usize = 5;
+
+/// Runs `all` checks, and gives the names of those that failed, with their words.
 #[track_caller]
-fn failed(code: i32, arguments: &[&str]) -> Vec<(String, String)> {
+fn failed(all: usize, code: i32, arguments: &[&str]) -> Vec<(String, String)> {
     let arguments = ["plugin", "check", "--format", "json"].iter().chain(arguments);
     let ended = Room::new().run(arguments.chain(&["trainer.threads=1"])).expect(code);
     let report: Value = serde_json::from_str(&ended.stdout).expect("a report");
@@ -18,14 +22,15 @@ fn failed(code: i32, arguments: &[&str]) -> Vec<(String, String)> {
     let text = |value: &Value| value.as_str().expect("text").to_owned();
     let failed: Vec<_> = failed.map(|check| (text(&check["check"]), text(&check["detail"]))).collect();
     assert_eq!(report["passed"], failed.is_empty(), "{report:#}");
-    assert!(checks.len() == 11 || failed[0].0 == "loads", "{report:#}");
+    assert!(checks.len() == all || failed[0].0 == "loads", "{report:#}");
     failed
 }
 
 /// The only check that failed is `check`, and says `says`.
 #[track_caller]
 fn fails_just(check: &str, says: &str, arguments: &[&str]) {
-    let failed = failed(REFUSED, arguments);
+    let all = if arguments[0] == "faulty_probe" { OF_A_PROBE } else { ALL };
+    let failed = failed(all, REFUSED, arguments);
     let [(name, words)] = failed.as_slice() else { panic!("{check} alone has to fail, and not {failed:?}") };
     assert_eq!(name, check, "{words}");
     assert!(words.contains(says), "{words}");
@@ -33,17 +38,17 @@ fn fails_just(check: &str, says: &str, arguments: &[&str]) {
 
 #[test]
 fn a_healthy_method_passes() {
-    assert_eq!(failed(0, &["faulty_plugin"]), []);
+    assert_eq!(failed(ALL, 0, &["faulty_plugin"]), []);
     let small =
         ["backbone.name=resnet18", "backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]"];
     let predictor = ["cnn_jepa", "method.mask.sampling=uniform"];
-    assert_eq!(failed(0, &[&predictor[..], &small[..]].concat()), []);
+    assert_eq!(failed(ALL, 0, &[&predictor[..], &small[..]].concat()), []);
 }
 
 #[test]
 fn healthy_backbones_pass() {
     let small = ["backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]", "data.size=32"];
-    assert_eq!(failed(0, &[&["sparse_resnet"][..], &small[..]].concat()), []);
+    assert_eq!(failed(ALL, 0, &[&["sparse_resnet"][..], &small[..]].concat()), []);
 }
 
 #[test]
@@ -60,6 +65,25 @@ fn each_promise_is_broken_by_itself() {
     fails_just("cost", "return fewer metrics", &faulty("method.metrics=3000"));
     fails_just("options", "deny_unknown_fields", &["careless_plugin"]);
     fails_just("sparse", "are not zero", &["careless_plugin", "backbone.name=leaky"]);
+}
+
+#[test]
+fn a_probe_has_checks_of_its_own() {
+    let faulty = ["faulty_probe", "eval.probes.faulty.enabled=true"];
+    assert_eq!(failed(OF_A_PROBE, 0, &faulty), []);
+    let faulty = |option: &str| -> Vec<String> {
+        faulty.iter().map(|&a| a.to_owned()).chain([format!("eval.probes.faulty.{option}=true")]).collect()
+    };
+    let fails_just = |check: &str, says: &str, arguments: &[String]| {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        fails_just(check, says, &arguments);
+    };
+    fails_just("figures", "draw every number", &faulty("unseeded"));
+    fails_just("figures", "work on a copy", &faulty("in_place"));
+    fails_just("panics", "ended the process by signal 6", &faulty("abort_on_misfit"));
+    fails_just("leaks", "every evaluation keeps", &faulty("keep_features"));
+    let careless = ["faulty_probe".to_owned(), "eval.probes.careless.enabled=true".to_owned()];
+    fails_just("options", "deny_unknown_fields", &careless);
 }
 
 #[test]

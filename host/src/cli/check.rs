@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::RunFacts;
+use jepa_plugin_api::abi::Plugin;
 use jepa_plugin_api::tch::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -21,7 +22,7 @@ use super::exit::Usage;
 use super::output::{Format, print};
 use super::session::{Session, seed_weights};
 use crate::config::{Base, Config, Layers, ResolvedConfig};
-use crate::conformance::{Built, CHECKS, CLASSES, Subject, Verdict};
+use crate::conformance::{Built, CHECKS, CLASSES, Check, PROBE_CHECKS, Subject, Verdict};
 use crate::device::check_native;
 use crate::plugin::{Admission, Kind, LoadedPlugin, PluginError, PluginSources, Registry, open};
 
@@ -32,11 +33,14 @@ const LOADS: (&str, &str) = ("loads", "manifest, symbols, types and autograd fit
 
 const CHECK_HELP: &str = "\
 Checks, in this order: loads, options, gradients, seed, state, bf16, features, sparse, panics, leaks, cost.
+Of a probe: options, figures, panics, leaks.
 
-Probes are loaded and no more. A plugin's methods are checked, each with a small ResNet-18 on 32 px; or its backbone that backbone.name names, by
-default the first one of a plugin without methods. Settings make it smaller, or choose what it needs:
+A plugin's methods and probes are checked, each method with a small ResNet-18 on 32 px; or its backbone that
+backbone.name names, by default the first one of a plugin without methods. Settings make it smaller, or choose what it
+needs:
   jepa-host plugin check libmy_method.so method.hidden=64
   jepa-host plugin check libmy_net.so backbone.name=my_net_50 data.size=64
+  jepa-host plugin check libmy_probe.so eval.probes.my_probe.cosine=false
   jepa-host plugin check libmy_method.so --format json > report.json";
 
 /// Try every promise that the host relies on, on synthetic images; exit 3 when one is broken
@@ -52,6 +56,9 @@ pub(super) struct CheckArgs {
     /// Run this check only, in this process: for a debugger
     #[arg(long, value_name = "CHECK")]
     only: Option<String>,
+    /// Check this subject only, in the words of the report
+    #[arg(long, hide = true)]
+    subject: Option<String>,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -68,7 +75,7 @@ struct Report {
 /// What one check said.
 #[derive(Clone, Serialize, Deserialize)]
 struct Line {
-    /// `plugin`, `method NAME` or `backbone NAME`.
+    /// `plugin`, `method NAME`, `backbone NAME` or `probe NAME`.
     subject: String,
     check: String,
     promise: String,
@@ -77,33 +84,49 @@ struct Line {
     seconds: f64,
 }
 
-/// A method or a backbone of the plugin.
+/// A method, a backbone or a probe of the plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum What {
-    Method(String),
-    Backbone(String),
+struct What {
+    kind: Kind,
+    name: String,
 }
 
 impl What {
     fn words(&self) -> String {
-        match self {
-            What::Method(name) => format!("method {name}"),
-            What::Backbone(name) => format!("backbone {name}"),
-        }
+        format!("{} {}", self.kind.word(), self.name)
     }
 
     /// The setting that chooses it.
     fn setting(&self) -> String {
-        match self {
-            What::Method(name) => format!("method.name={name}"),
-            What::Backbone(name) => format!("backbone.name={name}"),
+        match self.kind {
+            Kind::Method => format!("method.name={}", self.name),
+            Kind::Backbone => format!("backbone.name={}", self.name),
+            Kind::Probe => format!("{}.enabled=true", self.section()),
+        }
+    }
+
+    /// Where its options stand in the settings.
+    fn section(&self) -> String {
+        match self.kind {
+            Kind::Method | Kind::Backbone => self.kind.word().to_owned(),
+            Kind::Probe => format!("eval.probes.{}", self.name),
+        }
+    }
+
+    fn checks(&self) -> &'static [Check] {
+        match self.kind {
+            Kind::Method | Kind::Backbone => &CHECKS,
+            Kind::Probe => &PROBE_CHECKS,
         }
     }
 }
 
 impl CheckArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
-        let names = || [LOADS.0].into_iter().chain(CHECKS.iter().map(|check| check.name));
+        let of_probes =
+            PROBE_CHECKS.iter().filter(|check| CHECKS.iter().all(|other| other.name != check.name));
+        let names =
+            || [LOADS.0].into_iter().chain(CHECKS.iter().chain(of_probes.clone()).map(|check| check.name));
         if let Some(unknown) = self.only.as_ref().filter(|only| !names().any(|name| name == only.as_str())) {
             let all: Vec<_> = names().collect();
             return Err(Usage(format!("there is no check `{unknown}`; there are {}", all.join(", "))).into());
@@ -129,29 +152,34 @@ impl CheckArgs {
     fn here(&self, only: &str, file: &Path, sources: &PluginSources) -> anyhow::Result<Report> {
         let begun = Instant::now();
         let plugin = open(file, sources.admission())?;
-        let Some(check) = CHECKS.iter().find(|check| check.name == only) else {
+        if only == LOADS.0 {
             let fits = Verdict::Passed(format!("{} {}", plugin.name(), plugin.file.manifest.version));
             return Ok(report(file, vec![line("plugin".to_owned(), LOADS, fits, begun)]));
-        };
+        }
         let mut lines = Vec::new();
         for what in self.subjects(&plugin) {
+            let Some(check) = what.checks().iter().find(|check| check.name == only) else { continue };
             let begun = Instant::now();
             let subject = self.subject(&what, file, sources)?;
             let scratch = Scratch::new()?;
             let verdict = check.run(&*subject, &scratch.0);
             lines.push(line(what.words(), (check.name, check.promise), verdict, begun));
         }
+        if lines.is_empty() {
+            return Err(
+                Usage(format!("{} offers nothing that `{only}` is a check of", file.display())).into()
+            );
+        }
         Ok(report(file, lines))
     }
 
     /// Every check, each in a process.
     fn all(&self, file: &Path, sources: &PluginSources) -> anyhow::Result<Report> {
-        let mut lines = vec![self.in_process(LOADS, "plugin", &[], file, sources)?];
+        let mut lines = vec![self.in_process(LOADS, None, file, sources)?];
         if matches!(lines[0].verdict, Verdict::Passed(_)) {
             let plugin = open(file, sources.admission())?;
             let subjects = self.subjects(&plugin);
-            let offer = plugin.plugin.offer();
-            if subjects.is_empty() && !(offer.methods.is_empty() && offer.backbones.is_empty()) {
+            if subjects.is_empty() {
                 return Err(Usage(format!(
                     "{} offers nothing by the names in the settings; see `jepa-host plugin info {0}`",
                     file.display()
@@ -161,15 +189,9 @@ impl CheckArgs {
             for what in subjects {
                 // Settings that do not fit are the user's, and no check.
                 self.subject(&what, file, sources)?;
-                for check in CHECKS {
-                    let setting = [what.setting()];
-                    lines.push(self.in_process(
-                        (check.name, check.promise),
-                        &what.words(),
-                        &setting,
-                        file,
-                        sources,
-                    )?);
+                for check in what.checks() {
+                    let check = (check.name, check.promise);
+                    lines.push(self.in_process(check, Some(&what), file, sources)?);
                 }
             }
         }
@@ -180,12 +202,12 @@ impl CheckArgs {
     fn in_process(
         &self,
         check: (&str, &str),
-        subject: &str,
-        settings: &[String],
+        what: Option<&What>,
         file: &Path,
         sources: &PluginSources,
     ) -> anyhow::Result<Line> {
         let begun = Instant::now();
+        let subject = what.map_or("plugin".to_owned(), What::words);
         if io::stderr().is_terminal() {
             eprint!("\r\x1b[K{subject}: {}", check.0);
         }
@@ -194,7 +216,10 @@ impl CheckArgs {
         let mut command = Command::new(std::env::current_exe().context("where is this program?")?);
         command.args(plugin_arguments(sources));
         command.args(["--quiet", "plugin", "check", "--format", "json", "--only", check.0]).arg(file);
-        command.args(&self.overrides).args(settings);
+        command.args(&self.overrides);
+        if what.is_some() {
+            command.args(["--subject", &subject]);
+        }
         command.stdin(Stdio::null()).stdout(File::create(&answer)?).stderr(File::create(&words)?);
         let mut child = command.spawn().context("cannot start a process for a check")?;
         let status = loop {
@@ -219,35 +244,42 @@ impl CheckArgs {
             (_, status) => {
                 let words = String::from_utf8_lossy(&fs::read(&words)?).trim().to_owned();
                 let verdict = Verdict::Failed(ending(status, &words));
-                Ok(line(subject.to_owned(), check, verdict, begun))
+                Ok(line(subject, check, verdict, begun))
             }
         }
     }
 
-    /// What to check: the methods that `method.name` leaves, or one backbone.
+    /// What to check: methods and probes, or one backbone, or what the settings name.
     fn subjects(&self, plugin: &LoadedPlugin) -> Vec<What> {
-        let wanted = |key: &str| {
-            let mut values =
-                self.overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
-            values.next_back().map(|name| name.trim_matches('"').to_owned())
+        let all = |kind: Kind| {
+            let names = kind.of(plugin.plugin.offer()).into_iter().map(|(name, _)| name.to_owned());
+            names.map(move |name| What { kind, name }).collect::<Vec<_>>()
         };
-        let (method, backbone) = (wanted("method.name"), wanted("backbone.name"));
-        let offer = plugin.plugin.offer();
-        let mut backbones = offer.backbones.iter().map(|backbone| backbone.name.clone());
-        let own = backbones.clone().find(|name| backbone.as_ref() == Some(name));
-        match (own, offer.methods.is_empty()) {
-            (Some(own), _) if method.is_none() => vec![What::Backbone(own)],
-            (_, true) => {
-                backbones.next().filter(|_| backbone.is_none()).map(What::Backbone).into_iter().collect()
+        let (methods, backbones, probes) = (all(Kind::Method), all(Kind::Backbone), all(Kind::Probe));
+        // As in a run, the last of several values counts.
+        let value_of = |key: &str| {
+            let values =
+                self.overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
+            values.last().map(|value| value.trim_matches('"').to_owned())
+        };
+        let (method, backbone) = (value_of("method.name"), value_of("backbone.name"));
+        let own_backbone = backbones.iter().find(|what| backbone.as_ref() == Some(&what.name)).cloned();
+        let enabled =
+            |what: &&What| value_of(&format!("{}.enabled", what.section())).as_deref() == Some("true");
+        let named_probes: Vec<What> = probes.iter().filter(enabled).cloned().collect();
+
+        let mut subjects = match (method, own_backbone) {
+            (Some(method), _) => methods.into_iter().filter(|what| what.name == method).collect(),
+            (None, Some(own)) => [vec![own], named_probes].concat(),
+            (None, None) if !named_probes.is_empty() => named_probes,
+            (None, None) => {
+                let alone = methods.is_empty() && backbone.is_none();
+                let first = backbones.into_iter().take(usize::from(alone)).collect();
+                [methods, first, probes].concat()
             }
-            _ => {
-                let methods = offer.methods.iter().map(|method| method.name.clone());
-                methods
-                    .filter(|name| method.as_ref().is_none_or(|wanted| wanted == name))
-                    .map(What::Method)
-                    .collect()
-            }
-        }
+        };
+        subjects.retain(|what| self.subject.as_ref().is_none_or(|words| *words == what.words()));
+        subjects
     }
 
     fn subject(&self, what: &What, file: &Path, sources: &PluginSources) -> anyhow::Result<Box<dyn Subject>> {
@@ -259,33 +291,29 @@ impl CheckArgs {
             "optimizer": { "batch_size": 8, "algorithm": "adamw" },
             "trainer": { "device": "cpu" },
         });
-        if matches!(what, What::Method(_)) && !own_backbone {
+        if what.kind == Kind::Method && !own_backbone {
             settings["backbone"] =
                 json!({ "name": "resnet18", "stem": "small", "width": 16, "depths": [1, 1, 1] });
         }
-        if matches!(what, What::Backbone(_)) {
+        if what.kind == Kind::Backbone {
             settings["data"]["size"] = json!(64);
             settings["optimizer"]["batch_size"] = json!(4);
         }
         let settings = settings.as_object().cloned().unwrap_or_default();
         let base = Base { layer: "default of plugin check".to_owned(), settings };
         let layers = Layers { base: Some(base), overrides, ..Layers::default() };
-        match what {
-            What::Method(_) => {
-                let session = Session::open(&[file.to_owned()], layers, sources)?;
-                session.device()?;
-                Ok(Box::new(MethodSubject(session)))
-            }
-            What::Backbone(name) => {
-                check_native()?;
-                let mut registry = Registry::new(sources.admission());
-                registry.load(file.to_owned())?;
-                let mut settings = layers.with_process_environment().load()?;
-                let (owner, options) = registry.find(Kind::Backbone, name)?;
-                settings.adopt_plugin_options("backbone", owner.name(), options.as_value())?;
-                Ok(Box::new(BackboneSubject { registry, settings, name: name.clone() }))
-            }
+        if what.kind == Kind::Method {
+            let session = Session::open(&[file.to_owned()], layers, sources)?;
+            session.device()?;
+            return Ok(Box::new(MethodSubject(session)));
         }
+        check_native()?;
+        let mut registry = Registry::new(sources.admission());
+        registry.load(file.to_owned())?;
+        let mut settings = layers.with_process_environment().load()?;
+        let (owner, options) = registry.find(what.kind, &what.name)?;
+        settings.adopt_plugin_options(&what.section(), owner.name(), options.as_value())?;
+        Ok(Box::new(PartSubject { registry, settings, what: what.clone() }))
     }
 }
 
@@ -380,29 +408,43 @@ impl Subject for MethodSubject {
     }
 }
 
-struct BackboneSubject {
+/// A backbone or a probe, which needs no method around it.
+struct PartSubject {
     registry: Registry,
     settings: ResolvedConfig,
-    name: String,
+    what: What,
 }
 
-impl Subject for BackboneSubject {
+impl PartSubject {
+    fn plugin(&self) -> anyhow::Result<&Plugin> {
+        Ok(&self.registry.find(self.what.kind, &self.what.name)?.0.plugin)
+    }
+}
+
+impl Subject for PartSubject {
     fn config(&self) -> &Config {
         &self.settings.config
     }
 
     fn build(&self, seed: u64) -> anyhow::Result<Built> {
         seed_weights(seed);
-        self.build_with(&json!(self.config().backbone.options))
+        let config = self.config();
+        self.build_with(&match self.what.kind {
+            Kind::Probe => json!(config.eval.probes.get(&self.what.name).map(|probe| &probe.options)),
+            _ => json!(config.backbone.options),
+        })
     }
 
     fn build_with(&self, options: &Value) -> anyhow::Result<Built> {
-        let (plugin, _) = self.registry.find(Kind::Backbone, &self.name)?;
-        Ok(Built::Backbone(plugin.plugin.build_backbone(&self.name, options, "cpu")?))
+        let name = &self.what.name;
+        Ok(match self.what.kind {
+            Kind::Probe => Built::Probe(self.plugin()?.build_probe(name, options)?),
+            _ => Built::Backbone(self.plugin()?.build_backbone(name, options, "cpu")?),
+        })
     }
 
     fn cross(&self, x: &Tensor) -> anyhow::Result<Tensor> {
-        self.registry.find(Kind::Backbone, &self.name)?.0.plugin.cross(x)
+        self.plugin()?.cross(x)
     }
 }
 

@@ -24,8 +24,9 @@ const BF16_STEPS: u64 = 20;
 /// than so many seconds.
 const LEAK_WINDOW: std::ops::RangeInclusive<u64> = 10..=60;
 const LEAK_WINDOW_SECONDS: f64 = 3.0;
-/// Memory that a step may keep on average: less than any image of a batch, more than caches that still grow.
-const LEAK_PER_STEP: u64 = 8 << 10;
+/// Memory that a step or an evaluation may keep on average: less than any image of a batch, more than caches that still
+/// grow.
+const LEAK_PER_TURN: u64 = 8 << 10;
 /// Times that a subject is built and dropped.
 const BUILDS: u64 = 4;
 /// A call that does nothing else is timed so many times.
@@ -237,34 +238,8 @@ pub fn panics(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
 
 pub fn leaks(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
     let mut trainee = Trainee::new(subject, 0)?;
-    let begun = Instant::now();
-    losses(&mut trainee, 0..5)?;
-    let affordable = LEAK_WINDOW_SECONDS * 5.0 / begun.elapsed().as_secs_f64();
-    let length = (affordable as u64).clamp(*LEAK_WINDOW.start(), *LEAK_WINDOW.end());
-    // The least memory in a window: batches and graphs come and go.
-    let mut window = |index: u64| -> anyhow::Result<Held> {
-        let mut held = Held { memory: u64::MAX, ..Held::now()? };
-        for step in index * length..(index + 1) * length {
-            trainee.step(step, false)?;
-            let now = Held::now()?;
-            held = Held { memory: held.memory.min(now.memory), ..now };
-        }
-        Ok(held)
-    };
-    window(0)?;
-    let [first, middle, last] = [window(1)?, window(2)?, window(3)?];
-    let between = |from: u64, to: u64| to.saturating_sub(from) / length;
-    let kept = between(first.memory, middle.memory).min(between(middle.memory, last.memory));
-    if last.threads > first.threads {
-        return failed(format!("threads grow from {} to {} in training", first.threads, last.threads));
-    }
-    if last.files > first.files {
-        return failed(format!("open files grow from {} to {} in training", first.files, last.files));
-    }
-    // Threads and files take memory too, so that it is asked for last.
-    if kept > LEAK_PER_STEP {
-        return failed(format!("every step keeps {} KiB of memory", kept >> 10));
-    }
+    let verdict = kept("step", |step| trainee.step(step, false).map(drop))?;
+    let Verdict::Passed(steps) = verdict else { return Ok(verdict) };
 
     let size: u64 =
         trainee.tensors()?[0].iter().map(|(_, t)| (t.numel() * t.kind().elt_size_in_bytes()) as u64).sum();
@@ -282,7 +257,41 @@ pub fn leaks(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
     if after.threads > before.threads || after.files > before.files {
         return failed("building and dropping it keeps threads or files".to_owned());
     }
-    passed(format!("{} steps, {} builds", 4 * length, 2 * BUILDS))
+    passed(format!("{steps}, {} builds", 2 * BUILDS))
+}
+
+/// Whether any of these turns, each of which is called a `what`, keeps memory, threads or open files.
+pub fn kept(what: &str, mut turn: impl FnMut(u64) -> anyhow::Result<()>) -> anyhow::Result<Verdict> {
+    let begun = Instant::now();
+    (0..5).try_for_each(&mut turn)?;
+    let affordable = LEAK_WINDOW_SECONDS * 5.0 / begun.elapsed().as_secs_f64();
+    let length = (affordable as u64).clamp(*LEAK_WINDOW.start(), *LEAK_WINDOW.end());
+    // The least memory in a window: batches and graphs come and go.
+    let mut window = |index: u64| -> anyhow::Result<Held> {
+        let mut held = Held { memory: u64::MAX, ..Held::now()? };
+        for index in index * length..(index + 1) * length {
+            turn(index)?;
+            let now = Held::now()?;
+            held = Held { memory: held.memory.min(now.memory), ..now };
+        }
+        Ok(held)
+    };
+    window(0)?;
+    let [first, middle, last] = [window(1)?, window(2)?, window(3)?];
+    let between = |from: u64, to: u64| to.saturating_sub(from) / length;
+    let kept = between(first.memory, middle.memory).min(between(middle.memory, last.memory));
+    let turns = 2 * length;
+    if last.threads > first.threads {
+        return failed(format!("threads grow from {} to {} in {turns} {what}s", first.threads, last.threads));
+    }
+    if last.files > first.files {
+        return failed(format!("open files grow from {} to {} in {turns} {what}s", first.files, last.files));
+    }
+    // Threads and files take memory too, so that it is asked for last.
+    if kept > LEAK_PER_TURN {
+        return failed(format!("every {what} keeps {} KiB of memory", kept >> 10));
+    }
+    passed(format!("{} {what}s", 4 * length))
 }
 
 /// A tensor's way in and out is timed by itself, and counted for each tensor that a step sends.
@@ -348,10 +357,10 @@ fn first_view(trainee: &Trainee, count: usize) -> anyhow::Result<Tensor> {
     }
 }
 
-fn passed(detail: impl Into<String>) -> anyhow::Result<Verdict> {
+pub fn passed(detail: impl Into<String>) -> anyhow::Result<Verdict> {
     Ok(Verdict::Passed(detail.into()))
 }
 
-fn failed(detail: String) -> anyhow::Result<Verdict> {
+pub fn failed(detail: String) -> anyhow::Result<Verdict> {
     Ok(Verdict::Failed(detail))
 }

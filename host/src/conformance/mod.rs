@@ -1,8 +1,9 @@
 //! What `jepa-host plugin check` asks of a plugin: each [`Check`] is one promise that the host relies on, tried on
-//! synthetic images. A check knows methods, backbones and tensors; it does not know plugin files.
+//! synthetic images or features. A check knows methods, backbones, probes and tensors; it does not know plugin files.
 
 mod checks;
 mod images;
+mod probe;
 mod process;
 mod trainee;
 
@@ -10,14 +11,14 @@ pub use images::CLASSES;
 
 use std::path::Path;
 
-use jepa_plugin_api::abi::{BackboneHandle, MethodHandle};
+use jepa_plugin_api::abi::{BackboneHandle, MethodHandle, ProbeHandle};
 use jepa_plugin_api::tch::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::Config;
 
-/// What is checked: one method or one backbone of a plugin, which can be built again and again.
+/// What is checked: one method, backbone or probe of a plugin, which can be built again and again.
 pub trait Subject {
     /// The settings that it is built by.
     fn config(&self) -> &Config;
@@ -47,6 +48,8 @@ pub enum Built {
     Method(MethodHandle),
     /// A backbone by itself.
     Backbone(BackboneHandle),
+    /// A probe.
+    Probe(ProbeHandle),
 }
 
 /// One promise.
@@ -69,9 +72,13 @@ pub enum Verdict {
     Failed(String),
 }
 
-/// The checks, in the order in which they run.
+/// Of anything that takes options.
+const OPTIONS: Check =
+    Check { name: "options", promise: "bad options are refused with a message", run: checks::options };
+
+/// The checks of methods and backbones, in the order in which they run.
 pub const CHECKS: [Check; 10] = [
-    Check { name: "options", promise: "bad options are refused with a message", run: checks::options },
+    OPTIONS,
     Check { name: "gradients", promise: "gradients reach every trainable parameter", run: checks::gradients },
     Check { name: "seed", promise: "the same seed gives the same losses", run: checks::seed },
     Check { name: "state", promise: "the state survives save and load exactly", run: checks::state },
@@ -85,6 +92,18 @@ pub const CHECKS: [Check; 10] = [
     Check { name: "panics", promise: "inputs that do not fit are contained", run: checks::panics },
     Check { name: "leaks", promise: "memory, threads and files do not grow", run: checks::leaks },
     Check { name: "cost", promise: "the boundary costs next to nothing", run: checks::cost },
+];
+
+/// The checks of probes.
+pub const PROBE_CHECKS: [Check; 4] = [
+    OPTIONS,
+    Check {
+        name: "figures",
+        promise: "figures are finite, repeatable, and change nothing",
+        run: probe::figures,
+    },
+    Check { name: "panics", promise: "inputs that do not fit are contained", run: probe::panics },
+    Check { name: "leaks", promise: "memory, threads and files do not grow", run: probe::leaks },
 ];
 
 impl Check {

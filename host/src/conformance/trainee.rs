@@ -60,6 +60,7 @@ impl Trainee {
                 let view = ViewSpec::new("image").resize_center_crop(1.0, Interpolation::Bilinear);
                 (Body::Backbone(backbone), trained, vec![view.normalize_imagenet()])
             }
+            Built::Probe(_) => anyhow::bail!("a probe is not trained"),
         };
         Ok(Trainee {
             body,
