@@ -8,8 +8,9 @@ use super::state::State;
 use crate::plugin::PluginRecord;
 
 /// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
-const FREE: [&str; 8] = [
+const FREE: [&str; 9] = [
     "run.",
+    "track.",
     "checkpoint.",
     "eval.",
     "data.threads",

@@ -10,6 +10,7 @@ mod export;
 mod output;
 mod plugin;
 mod session;
+mod trackers;
 mod train;
 
 use std::path::PathBuf;

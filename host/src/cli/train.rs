@@ -12,9 +12,10 @@ use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::{ViewSpec, tch};
 use serde_json::json;
 
-use super::exit::Usage;
+use super::exit::{self, Usage};
 use super::output::print_text;
 use super::session::{Session, evaluation_view};
+use super::trackers::{open_trackers, patience_at_end};
 use crate::checkpoint::{
     self, Checkpoint, FORMAT, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume, restore,
 };
@@ -24,7 +25,8 @@ use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
 use crate::plugin::{Kind, PluginSources};
 use crate::provenance;
-use crate::track::{METRICS_FILE, Trackers};
+use crate::track::METRICS_FILE;
+use crate::track::console::keep_log;
 use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
 
 #[derive(Debug, Default, PartialEq, Args)]
@@ -163,10 +165,10 @@ impl TrainArgs {
         };
         provenance::write(directory.path(), &session.settings, &state)?;
 
-        let path = directory.path().to_owned();
-        let trackers = Trackers::open(&path)?;
+        keep_log(directory.path())?;
+        let mut trackers = open_trackers(&session, &directory)?;
         let (config, started) = (session.settings.config, Instant::now());
-        let outcome = run(Resources {
+        let resources = Resources {
             config,
             device,
             model,
@@ -175,11 +177,14 @@ impl TrainArgs {
             validation,
             evaluation,
             directory,
-            trackers,
             signals,
             state,
             steps_per_epoch,
-        })?;
+        };
+        let ended = run(resources, &mut trackers);
+        let exit_code = ended.as_ref().err().map_or(0, exit::code);
+        trackers.close(exit_code.into(), patience_at_end(exit_code));
+        let outcome = ended?;
         print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))
     }
 

@@ -39,6 +39,8 @@ pub struct Config {
     pub eval: Eval,
     /// What the backbone begins with.
     pub init: Init,
+    /// Where figures go besides the console and `metrics.jsonl`.
+    pub track: Track,
 }
 
 /// Where results go: `<dir>/<name>/version_<n>`.
@@ -382,6 +384,68 @@ pub struct Knn {
     pub temperature: f64,
 }
 
+/// Where figures go besides the console and `metrics.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Track {
+    /// Weights & Biases.
+    pub wandb: Wandb,
+}
+
+/// Weights & Biases. What is not set here is taken from W&B's own environment variables, such as `WANDB_PROJECT`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Wandb {
+    /// `online` uploads while training, `offline` writes files for `wandb sync`. Default: `WANDB_MODE`, else `online`
+    /// under `wandb agent`, else `disabled`.
+    pub mode: Option<WandbMode>,
+    /// Project. Default: `jepa-host`.
+    pub project: Option<String>,
+    /// User or team. Default: that of the API key.
+    pub entity: Option<String>,
+    /// Runs that belong together.
+    pub group: Option<String>,
+    /// Kind of run within a group, such as `pretrain`.
+    pub job_type: Option<String>,
+    /// Name that people see. Default: `<run.name>/version_<n>`.
+    pub name: Option<String>,
+    /// Identifies the run within its project, for ever. Default: drawn at random, and kept in the run's directory.
+    pub id: Option<String>,
+    /// Text for people.
+    pub notes: Option<String>,
+    /// Words to find the run by.
+    pub tags: Vec<String>,
+    /// What to do about a run of this id on the server: go on with it if it is there (`allow`, the default), only if it
+    /// is there (`must`), or only if it is not (`never`). A run that is resumed here is gone on with in any case.
+    pub resume: Option<WandbResume>,
+    /// Upload the newest and the best checkpoint as artifacts when the run ends. Default false.
+    pub checkpoints: bool,
+}
+
+/// Where W&B's records go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WandbMode {
+    /// Nowhere.
+    Disabled,
+    /// To files in the run's directory.
+    Offline,
+    /// To files, and to the server.
+    Online,
+}
+
+/// What to do about a W&B run that is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WandbResume {
+    /// Go on with it, if it is there.
+    Allow,
+    /// It has to be there.
+    Must,
+    /// It must not be there.
+    Never,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -395,6 +459,7 @@ impl Default for Config {
             checkpoint: Checkpoint::default(),
             eval: Eval::default(),
             init: Init::default(),
+            track: Track::default(),
         }
     }
 }

@@ -2,9 +2,12 @@
 //! line for each record.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
-use std::sync::OnceLock;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use anyhow::Context as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -62,6 +65,36 @@ pub fn init_logging(verbosity: Verbosity) {
         .try_init();
 }
 
+/// The file's name in a run directory.
+pub const CONSOLE_FILE: &str = "console.log";
+
+/// Keeps log lines in `console.log` of `directory` too, from now on.
+///
+/// # Errors
+/// When the file cannot be opened.
+pub fn keep_log(directory: &Path) -> anyhow::Result<()> {
+    let path = directory.join(CONSOLE_FILE);
+    let file = File::options().create(true).append(true).open(&path);
+    *log_file() = Some(file.with_context(|| format!("cannot open {}", path.display()))?);
+    Ok(())
+}
+
+fn log_file() -> MutexGuard<'static, Option<File>> {
+    static FILE: Mutex<Option<File>> = Mutex::new(None);
+    FILE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The text without the codes that color it: from an escape to the next letter.
+fn without_colors(bytes: &[u8]) -> Vec<u8> {
+    let mut in_code = false;
+    let visible = |byte: &u8| {
+        let hidden = in_code || *byte == 0x1b;
+        in_code = hidden && !byte.is_ascii_alphabetic();
+        !hidden
+    };
+    bytes.iter().copied().filter(visible).collect()
+}
+
 struct AroundBars;
 
 impl<'a> MakeWriter<'a> for AroundBars {
@@ -73,6 +106,10 @@ impl<'a> MakeWriter<'a> for AroundBars {
 
 impl Write for AroundBars {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(file) = &mut *log_file() {
+            // A full disk must not end the run, and there is nowhere to say so.
+            let _ = file.write_all(&without_colors(bytes));
+        }
         bars().suspend(|| io::stderr().write_all(bytes))?;
         Ok(bytes.len())
     }

@@ -1,12 +1,12 @@
 //! `metrics.jsonl`: one JSON object a line, the truth that every other tracker is fed from.
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use serde_json::{Map, Value};
+
+use super::Record;
 
 /// The file's name in a run directory.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -32,15 +32,11 @@ impl Jsonl {
         Ok(Jsonl { path: path.to_owned(), file, lines, length, unwritten: Vec::new() })
     }
 
-    /// Appends one line: `step`, `epoch`, and the figures by name. What cannot be written is kept, and tried again
-    /// with the next line.
-    pub fn append(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
-        let mut record = Map::new();
-        record.insert("step".to_owned(), step.into());
-        record.insert("epoch".to_owned(), epoch.into());
-        record.extend(figures.iter().map(|(name, value)| (name.clone(), Value::from(*value))));
+    /// Appends one line. What cannot be written is kept, and tried again with the next line.
+    pub fn append(&mut self, record: &Record) {
         let in_trouble = !self.unwritten.is_empty();
-        self.unwritten.extend(format!("{}\n", Value::Object(record)).into_bytes());
+        let line = serde_json::to_string(record).expect("a record has text keys and finite values");
+        self.unwritten.extend(format!("{line}\n").into_bytes());
         self.lines += 1;
         match self.write() {
             Err(error) if !in_trouble => tracing::error!("{error:#}; what it lacks is kept and tried again"),

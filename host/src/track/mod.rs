@@ -1,29 +1,46 @@
 //! Where a run's figures go: the console for people, `metrics.jsonl` for everything else.
 
 pub mod console;
+mod follow;
 mod jsonl;
+mod record;
+pub mod wandb;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use console::Console;
 pub use console::StepReport;
+use follow::Follower;
+pub use follow::Tracker;
 use jsonl::Jsonl;
 pub use jsonl::METRICS_FILE;
+pub use record::Record;
 
 /// All trackers of a run.
 pub struct Trackers {
     jsonl: Jsonl,
     console: Console,
+    followers: Vec<Follower>,
+    run: PathBuf,
 }
 
 impl Trackers {
-    /// Trackers that append to `metrics.jsonl` in `directory`.
+    /// Trackers that append to `metrics.jsonl` in `directory`, which `others` follow.
     ///
     /// # Errors
     /// When the file cannot be opened.
-    pub fn open(directory: &Path) -> anyhow::Result<Self> {
-        Ok(Trackers { jsonl: Jsonl::open(&directory.join(METRICS_FILE))?, console: Console::new() })
+    pub fn open(directory: &Path, others: Vec<Box<dyn Tracker>>) -> anyhow::Result<Self> {
+        let metrics = directory.join(METRICS_FILE);
+        let jsonl = Jsonl::open(&metrics)?;
+        let followers = others.into_iter().map(|tracker| Follower::start(metrics.clone(), tracker));
+        Ok(Trackers {
+            jsonl,
+            console: Console::new(),
+            followers: followers.collect::<anyhow::Result<_>>()?,
+            run: directory.to_owned(),
+        })
     }
 
     /// Shows that training goes from step `from` to step `to`.
@@ -45,7 +62,9 @@ impl Trackers {
     /// [`sync`](Trackers::sync) fails until it does.
     pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
         self.console.log(step, epoch, figures);
-        self.jsonl.append(step, epoch, figures);
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|time| time.as_secs_f64());
+        self.jsonl.append(&Record { step, epoch, time, images: BTreeMap::new(), figures: figures.clone() });
+        self.followers.iter().for_each(Follower::news);
     }
 
     /// Brings `metrics.jsonl` to the disk and returns how many lines it has.
@@ -59,5 +78,21 @@ impl Trackers {
     /// Takes the progress bar away.
     pub fn finish(&mut self) {
         self.console.finish();
+    }
+
+    /// The run has ended with `exit_code`: whoever follows gets `patience` to take what is missing. What fails is said,
+    /// and is no failure of the run.
+    pub fn close(self, exit_code: i32, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        for follower in self.followers {
+            let name = follower.name();
+            if let Err(error) = follower.finish(exit_code, deadline) {
+                let run = self.run.display();
+                tracing::warn!(
+                    "{name}: {error:#}; what is missing is in {run}/{METRICS_FILE}: jepa-host track replay {run} --to {}",
+                    name.to_lowercase().replace('&', "and")
+                );
+            }
+        }
     }
 }

@@ -45,8 +45,6 @@ pub struct Resources {
     pub evaluation: Option<Evaluation>,
     /// Where checkpoints go.
     pub directory: RunDir,
-    /// Where figures go.
-    pub trackers: Trackers,
     /// Who may ask for the end.
     pub signals: Signals,
     /// Where to begin: at zero, or where a checkpoint stopped.
@@ -68,12 +66,12 @@ pub struct Outcome {
     pub checkpoint: Option<PathBuf>,
 }
 
-/// Trains to the last epoch, or to `trainer.max_steps`.
+/// Trains to the last epoch, or to `trainer.max_steps`, and records figures with `trackers`.
 ///
 /// # Errors
 /// Whatever ends the run early. It leaves a checkpoint of where the run stands; NaN leaves the last good one.
-pub fn run(resources: Resources) -> anyhow::Result<Outcome> {
-    let mut run = Run::new(resources);
+pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outcome> {
+    let mut run = Run::new(resources, trackers);
     match run.until_done() {
         Ok(()) => Ok(Outcome {
             steps: run.state.step,
@@ -98,7 +96,7 @@ pub fn has_diverged(cause: &(dyn Error + 'static)) -> bool {
         || matches!(cause.downcast_ref(), Some(EvalError::NotFinite { .. } | EvalError::Diverged { .. }))
 }
 
-struct Run {
+struct Run<'t> {
     config: Config,
     device: Device,
     model: Model,
@@ -107,7 +105,7 @@ struct Run {
     validation: Option<Loader>,
     evaluation: Option<Evaluation>,
     directory: RunDir,
-    trackers: Trackers,
+    trackers: &'t mut Trackers,
     signals: Signals,
     state: State,
 
@@ -120,8 +118,8 @@ struct Run {
     gradients_checked: bool,
 }
 
-impl Run {
-    fn new(r: Resources) -> Self {
+impl<'t> Run<'t> {
+    fn new(r: Resources, trackers: &'t mut Trackers) -> Self {
         let (settings, steps_per_epoch) = (&r.config.optimizer, r.steps_per_epoch);
         let progress = Progress {
             total_steps: r.config.trainer.epochs * steps_per_epoch,
@@ -137,7 +135,7 @@ impl Run {
             validation: r.validation,
             evaluation: r.evaluation,
             directory: r.directory,
-            trackers: r.trackers,
+            trackers,
             signals: r.signals,
             state: r.state,
             steps_per_epoch,

@@ -1,0 +1,24 @@
+//! A record of `metrics.jsonl`: what was measured at a step.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// One line of `metrics.jsonl`. A file may have lines without a time, which older versions have written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Epochs done, with the fraction of the current one.
+    pub epoch: f64,
+    /// When it was measured, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<f64>,
+    /// Images by name, each a PNG file relative to the run's directory.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub images: BTreeMap<String, PathBuf>,
+    /// Values by metric name, such as `train/loss`.
+    #[serde(flatten)]
+    pub figures: BTreeMap<String, f64>,
+}
