@@ -7,8 +7,8 @@ SHELL := /bin/bash
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
 
-# LIBTORCH and CUDA reach the script through the environment, as make passes on what its command line sets.
-setup:  ## fetch libtorch and cmake, compile the torch bridge; LIBTORCH=/path uses your PyTorch 2.11, CUDA=1 adds CUDA
+# LIBTORCH, CUDA and WANDB reach the script through the environment, as make passes on what its command line sets.
+setup:  ## fetch libtorch and cmake, compile the torch bridge; LIBTORCH=/path uses your PyTorch 2.11, CUDA=1 adds CUDA, WANDB=1 W&B
 	@scripts/setup.sh
 
 build: setup  ## build the host and all plugins
@@ -23,6 +23,7 @@ test: setup  ## run all tests
 	cargo build --release --workspace
 	cargo test --release --workspace
 	cargo test --release -p jepa-host --test data -- --ignored
+	cargo test --release -p jepa-tests --test tracking -- --ignored
 
 bench: build  ## time PyTorch and jepa-host side by side, and the plugin boundary
 	scripts/bench.sh

@@ -3,11 +3,12 @@
 #
 #     .deps/site/torch   libtorch, with .deps/site/nvidia beside it, where libtorch_cpu.so looks for it
 #     .deps/cmake        for the build of HDF5
-#     .deps/lib          the torch bridge (host/bridge) and the native library (host/native)
+#     .deps/lib          the torch bridge (host/bridge), the native library (host/native), and wandb-core
 #
 # Variables, all optional:
 #     LIBTORCH=/path     use this PyTorch 2.11 (its `torch` folder, or a libtorch folder) instead of a download
 #     CUDA=1             also fetch the CUDA libraries that torch's metadata names (some 4 GB on disk)
+#     WANDB=1            also fetch wandb-core, W&B's engine (20 MB)
 #     CXX=...            the C++17 compiler
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -184,6 +185,21 @@ PYTHON
     printf '%s\n' "${names[@]}" >"$deps/site/.cuda"
 }
 
+# W&B's engine, out of the wandb wheel. Its Python code is not needed.
+install_wandb() {
+    local pin
+    pin=$(pins wandb)
+    [[ -f $deps/lib/.wandb.pin && $(<"$deps/lib/.wandb.pin") == "$pin" ]] && return
+    say "wandb-core (20 MB)"
+    check_pip
+    check_disk 200
+    download "$tmp/wheels" --no-deps --require-hashes -r <(echo "$pin")
+    unpack "$tmp/wandb" "$tmp"/wheels/wandb-*.whl
+    rm -r "$tmp/wheels"
+    mv "$tmp"/wandb/wandb/bin/wandb-{core,symon} "$deps/lib/"
+    echo "$pin" >"$deps/lib/.wandb.pin"
+}
+
 # build NAME FOLDER TIME: runs FOLDER/build.sh unless the library was made from the same sources, by the same
 # compiler, against the same libtorch, in the same place.
 build() {
@@ -220,6 +236,7 @@ trap 'rm -rf "$tmp"' EXIT
 install_cmake
 if [[ -n ${LIBTORCH:-} ]]; then use_torch "$LIBTORCH"; else install_torch; fi
 if [[ -n ${CUDA:-} && $CUDA != 0 ]]; then install_cuda; fi
+if [[ -n ${WANDB:-} && $WANDB != 0 ]]; then install_wandb; fi
 build libjepa_torch_0_24.so host/bridge "80 s on two cores"
 build libjepa_native.so host/native "15 s"
 say "ready"

@@ -108,6 +108,17 @@ impl Room {
         self.launch(Command::new(binary()), arguments)
     }
 
+    /// Starts `jepa-host` with these arguments and environment variables.
+    pub fn start_in<S: AsRef<OsStr>>(
+        &self,
+        environment: &[(&str, &str)],
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Running {
+        let mut command = Command::new("env");
+        command.args(environment.iter().map(|(name, value)| format!("{name}={value}"))).arg(binary());
+        self.launch(command, arguments)
+    }
+
     fn launch<S: AsRef<OsStr>>(
         &self,
         mut command: Command,
@@ -117,7 +128,9 @@ impl Room {
         let (out, err) = (self.file(format!("out.{number}")), self.file(format!("err.{number}")));
         command.args(arguments).current_dir(self.path());
         for (name, _) in env::vars_os() {
-            if name.to_str().is_some_and(|name| name.starts_with("JEPA_") || name.starts_with("RUST_")) {
+            let configures =
+                |name: &str| ["JEPA_", "RUST_", "WANDB_"].iter().any(|prefix| name.starts_with(prefix));
+            if name.to_str().is_some_and(configures) {
                 command.env_remove(name);
             }
         }
@@ -158,6 +171,11 @@ impl Running {
             assert!(started.elapsed() < PATIENCE, "no {what} within {PATIENCE:?}:\n{}", read(&self.err));
             thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Its process number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// What it has written to the standard error so far.

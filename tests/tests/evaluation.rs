@@ -52,7 +52,7 @@ fn metrics(room: &Room) -> Vec<Value> {
     let without_clock = |line: &str| {
         let mut record: Value = serde_json::from_str(line).unwrap();
         let fields = record.as_object_mut().unwrap();
-        fields.retain(|name, _| name != "train/images_per_s" && name != "train/data_wait");
+        fields.retain(|name, _| !["time", "train/images_per_s", "train/data_wait"].contains(&name.as_str()));
         record
     };
     text.lines().map(without_clock).collect()

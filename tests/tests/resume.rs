@@ -80,7 +80,7 @@ fn metrics(room: &Room) -> Vec<Value> {
     let text = fs::read_to_string(room.file(RUN).join("metrics.jsonl")).unwrap();
     let without_clock = |line: &str| {
         let mut record: Value = serde_json::from_str(line).unwrap();
-        for timed in ["train/images_per_s", "train/data_wait"] {
+        for timed in ["time", "train/images_per_s", "train/data_wait"] {
             record.as_object_mut().unwrap().remove(timed).expect("speed is logged");
         }
         record

@@ -51,6 +51,12 @@ pub enum CheckpointError {
         /// What is missing.
         why: String,
     },
+    /// A path where a run was asked for and there is none.
+    #[error("{} is no run: give a run directory, such as runs/demo, or one of its versions", path.display())]
+    NotARun {
+        /// The path.
+        path: PathBuf,
+    },
     /// A file of a checkpoint that is missing or unreadable.
     #[error("{} cannot be used: {why}. {}", file.display(), instead(others))]
     Damaged {

@@ -124,6 +124,18 @@ impl RunDir {
     }
 }
 
+/// The directory of the run that `path` means: that of a version, or the newest version of a run.
+///
+/// # Errors
+/// [`CheckpointError::NotARun`] when it is neither.
+pub fn find_run(path: &Path) -> Result<PathBuf, CheckpointError> {
+    if path.join("config.toml").is_file() {
+        return Ok(path.to_owned());
+    }
+    let newest = versions(path)?.pop();
+    newest.map(|(_, version)| version).ok_or_else(|| CheckpointError::NotARun { path: path.to_owned() })
+}
+
 /// The versions of a run by number. A directory that is not there holds none.
 pub(super) fn versions(run: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
     let entries = match fs::read_dir(run) {

@@ -10,9 +10,11 @@ use jepa_plugin_api::tch;
 use serde_json::{Value, json};
 
 use super::output::{Format, print};
+use super::trackers::beside_bridge;
 use crate::config::Device;
 use crate::device::{self, DeviceError, check_native, cpu_capability, libtorch};
 use crate::plugin::PluginSources;
+use crate::track::wandb::core::Program;
 
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
@@ -60,7 +62,7 @@ impl DoctorArgs {
             "threads": tch::get_num_threads(),
             "CUDA": cuda,
             "HDF5": crate::data::hdf5_version(),
-            "wandb-core": find_wandb_core(),
+            "wandb-core": wandb_core(),
             "plugins": plugins,
             "verdict": verdict,
         });
@@ -106,24 +108,14 @@ fn lacking(bridge: &Path) -> String {
     }
 }
 
-/// W&B's engine: in `$JEPA_WANDB_CORE`, or inside an installed `wandb` package on the path of Python.
-fn find_wandb_core() -> String {
-    if let Some(file) = std::env::var_os("JEPA_WANDB_CORE") {
-        let file = std::path::PathBuf::from(file);
-        let there = if file.is_file() { "" } else { " (JEPA_WANDB_CORE names it, but it does not exist)" };
-        return format!("{}{there}", file.display());
-    }
-    let code = "import importlib.util as u; s = u.find_spec('wandb'); print(s.submodule_search_locations[0] if s else '')";
-    let found = std::process::Command::new("python3").args(["-c", code]).output().ok().and_then(|output| {
-        let folder = String::from_utf8(output.stdout).ok()?;
-        let file = std::path::Path::new(folder.trim()).join("bin/wandb-core");
-        file.is_file().then_some(file)
-    });
-    match found {
-        Some(file) => file.display().to_string(),
-        None => {
-            "not found in an installed wandb package, and JEPA_WANDB_CORE is not set; training does without"
-                .to_owned()
+/// W&B's engine: where it is and of which version, or how to get it.
+fn wandb_core() -> String {
+    match Program::find(beside_bridge().as_deref()) {
+        Ok(program) => {
+            let version = program.version.as_deref().unwrap_or("of unknown version");
+            let remark = if program.is_tested() { "" } else { ", which was not tried" };
+            format!("{version}{remark} at {}", program.file.display())
         }
+        Err(error) => format!("no: {error:#}; training does without"),
     }
 }

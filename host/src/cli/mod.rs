@@ -10,6 +10,7 @@ mod export;
 mod output;
 mod plugin;
 mod session;
+mod track;
 mod trackers;
 mod train;
 
@@ -87,6 +88,9 @@ enum Command {
     Eval(eval::EvalCommand),
     Embed(embed::EmbedArgs),
     Export(export::ExportArgs),
+    /// Send a run's records to W&B or TensorBoard, or print them as CSV
+    #[command(subcommand)]
+    Track(track::TrackCommand),
     /// Show what is installed and what is missing
     Doctor(doctor::DoctorArgs),
     /// Print a completion script for a shell
@@ -130,6 +134,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Eval(command)) => command.run(&sources),
         Some(Command::Embed(args)) => args.run(&sources),
         Some(Command::Export(args)) => args.run(),
+        Some(Command::Track(command)) => command.run(),
         Some(Command::Doctor(args)) => args.run(&sources),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -11,7 +11,8 @@ use super::session::Session;
 use crate::checkpoint::RunDir;
 use crate::config::{Config, WandbMode};
 use crate::device::libtorch;
-use crate::track::wandb::core::Program;
+use crate::track::tensorboard::TensorBoard;
+use crate::track::wandb::core::{Program, TESTED};
 use crate::track::wandb::{Wandb, WandbRun, mode};
 use crate::track::{Tracker, Trackers};
 
@@ -26,13 +27,16 @@ pub(super) fn open_trackers(session: &Session, directory: &RunDir) -> anyhow::Re
         Ok(Some(run)) => {
             if !run.program.is_tested() {
                 let version = run.program.version.as_deref().unwrap_or("unknown");
-                let tested = crate::track::wandb::core::TESTED.join(", ");
+                let tested = TESTED.join(", ");
                 tracing::warn!("wandb-core is of version {version}, which was not tried (tried: {tested})");
             }
             others.push(Box::new(Wandb::new(run)));
         }
         Ok(None) => {}
         Err(error) => tracing::warn!("W&B is off: {error:#}"),
+    }
+    if session.config().track.tensorboard {
+        others.push(Box::new(TensorBoard::new(directory.path())));
     }
     Trackers::open(directory.path(), others)
 }

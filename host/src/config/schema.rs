@@ -385,11 +385,21 @@ pub struct Knn {
 }
 
 /// Where figures go besides the console and `metrics.jsonl`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Track {
+    /// Keep images of what the method sees, of the first epoch and of those that are evaluated. Default true.
+    pub examples: bool,
     /// Weights & Biases.
     pub wandb: Wandb,
+    /// Write TensorBoard's event files into the run's directory. Default false.
+    pub tensorboard: bool,
+}
+
+impl Default for Track {
+    fn default() -> Self {
+        Track { examples: true, wandb: Wandb::default(), tensorboard: false }
+    }
 }
 
 /// Weights & Biases. What is not set here is taken from W&B's own environment variables, such as `WANDB_PROJECT`.

@@ -108,11 +108,11 @@ impl Follower {
     }
 }
 
-/// Feeds `tracker` all records of `metrics`, as `track replay` does.
+/// Feeds `tracker` those records of `metrics` that it does not have, and returns their number.
 ///
 /// # Errors
 /// The first failure of the tracker, or of reading the file.
-pub(super) fn replay(metrics: &Path, tracker: Box<dyn Tracker>, exit_code: i32) -> anyhow::Result<u64> {
+pub fn replay(metrics: &Path, tracker: Box<dyn Tracker>, exit_code: i32) -> anyhow::Result<u64> {
     let mut feed = Feed::new(metrics.to_owned(), tracker);
     feed.catch_up()?;
     feed.tracker.close(exit_code)?;

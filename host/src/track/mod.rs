@@ -1,9 +1,11 @@
 //! Where a run's figures go: the console for people, `metrics.jsonl` for everything else.
 
 pub mod console;
+mod examples;
 mod follow;
 mod jsonl;
 mod record;
+pub mod tensorboard;
 pub mod wandb;
 
 use std::collections::BTreeMap;
@@ -12,8 +14,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use console::Console;
 pub use console::StepReport;
+use examples::write_examples;
 use follow::Follower;
-pub use follow::Tracker;
+pub use follow::{Tracker, replay};
+use jepa_plugin_api::ViewSpec;
+use jepa_plugin_api::tch::Tensor;
 use jsonl::Jsonl;
 pub use jsonl::METRICS_FILE;
 pub use record::Record;
@@ -62,8 +67,22 @@ impl Trackers {
     /// [`sync`](Trackers::sync) fails until it does.
     pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
         self.console.log(step, epoch, figures);
+        self.append(Record { step, epoch, time: None, images: BTreeMap::new(), figures: figures.clone() });
+    }
+
+    /// Records the first images of each tensor in `columns`, f32 `(B, 3, S, S)` as `views` normalise, by its name. When
+    /// they cannot be written, on a full disk for one, that is said, and the record has no images.
+    pub fn log_examples(&mut self, step: u64, epoch: f64, views: &[ViewSpec], columns: &[(String, Tensor)]) {
+        let images = write_examples(&self.run, step, views, columns).unwrap_or_else(|error| {
+            tracing::warn!("no example images of step {step}: {error:#}");
+            BTreeMap::new()
+        });
+        self.append(Record { step, epoch, time: None, images, figures: BTreeMap::new() });
+    }
+
+    fn append(&mut self, record: Record) {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|time| time.as_secs_f64());
-        self.jsonl.append(&Record { step, epoch, time, images: BTreeMap::new(), figures: figures.clone() });
+        self.jsonl.append(&Record { time, ..record });
         self.followers.iter().for_each(Follower::news);
     }
 

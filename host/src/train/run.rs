@@ -215,6 +215,9 @@ impl<'t> Run<'t> {
             images += batch.indices.len();
             figures.push(("train/replaced".to_owned(), batch.replaced as f64));
             let batch = self.to_device(batch, true);
+            if i == 0 {
+                self.show_examples(&batch);
+            }
             tch::manual_seed(Rng::keyed(self.state.seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
@@ -259,6 +262,20 @@ impl<'t> Run<'t> {
         self.clock.step(images, waited);
         self.report_step(lr);
         Ok(())
+    }
+
+    /// Records what the method sees, with the first batch of the run and of every epoch that is evaluated.
+    fn show_examples(&mut self, batch: &Batch) {
+        let every = self.config.eval.every_epochs;
+        let evaluated = every > 0 && (self.state.epoch + 1).is_multiple_of(every);
+        let due = self.state.epoch == 0 || evaluated;
+        if !self.config.track.examples || !due || self.state.batch_in_epoch > 0 {
+            return;
+        }
+        let views = self.model.method.views();
+        let names = views.iter().map(|view| view.name.clone());
+        let columns: Vec<_> = names.zip(batch.views.iter().map(tch::Tensor::shallow_clone)).collect();
+        self.trackers.log_examples(self.state.step, self.epochs(), views, &columns);
     }
 
     /// Puts back what a step that failed half-way has changed, but for the EMA update, which the state tells of.
@@ -392,9 +409,13 @@ impl<'t> Run<'t> {
         if figures.is_empty() {
             return;
         }
+        self.trackers.log(self.state.step, self.epochs(), figures);
+    }
+
+    /// Epochs done, with the fraction of the current one.
+    fn epochs(&self) -> f64 {
         let per_epoch = self.steps_per_epoch * self.config.trainer.accumulate as u64;
-        let epoch = self.state.epoch as f64 + self.state.batch_in_epoch as f64 / per_epoch as f64;
-        self.trackers.log(self.state.step, epoch, figures);
+        self.state.epoch as f64 + self.state.batch_in_epoch as f64 / per_epoch as f64
     }
 
     fn save(&mut self) -> anyhow::Result<()> {

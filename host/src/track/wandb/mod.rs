@@ -12,9 +12,9 @@ mod settings;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -24,11 +24,11 @@ use time::OffsetDateTime;
 
 use self::core::Core;
 use self::proto::{
-    ArtifactRecord, ConfigRecord, Control, DoubleValue, Empty, FileType, FilesItem, FilesRecord, HistoryAction,
-    HistoryStep, Info, Inform, InformInit, Int32Value, Item, ListString, LogArtifactRequest, MetricOptions,
-    MetricRecord, Outcome, OutcomeKind, OutputRawRecord, OutputType, PartialHistoryRequest, RecordKind, Request,
-    RequestKind, RequestType, Response, ResponseKind, ResponseType, RunExitRecord, RunRecord, RunStartRequest,
-    RunUpdateResult, Settings, StringValue, SummaryRecord, Teardown, BoolValue,
+    ArtifactRecord, BoolValue, ConfigRecord, Control, DoubleValue, Empty, FileType, FilesItem, FilesRecord,
+    HistoryAction, HistoryStep, Info, Inform, InformInit, Int32Value, Item, ListString, LogArtifactRequest,
+    MetricOptions, MetricRecord, Outcome, OutcomeKind, OutputRawRecord, OutputType, PartialHistoryRequest,
+    RecordKind, Request, RequestKind, RequestType, Response, ResponseKind, ResponseType, RunExitRecord,
+    RunRecord, RunStartRequest, RunUpdateResult, Settings, StringValue, SummaryRecord, Teardown,
 };
 use self::settings::now;
 pub use self::settings::{WandbRun, mode};
@@ -81,7 +81,8 @@ impl Wandb {
             fs::create_dir_all(made).with_context(|| format!("cannot make {}", made.display()))?;
         }
         let mut core = Core::start(&run.program, &logs)?;
-        let init = InformInit { settings: Some(self.settings(&folder, &timespec, has)), info: Some(self.info()) };
+        let init =
+            InformInit { settings: Some(self.settings(&folder, &timespec, has)), info: Some(self.info()) };
         let id = core.next_id();
         core.communicate(&id, RequestKind::InformInit(init), LOCAL)?;
         self.session = Some(Session { core, folder, known: RunRecord::default() });
@@ -263,10 +264,13 @@ impl Wandb {
                 self.publish(RecordKind::Artifact(record))?;
                 continue;
             }
-            let ask = LogArtifactRequest { artifact: Some(record), history_step: 0, staging_dir: String::new() };
+            let ask =
+                LogArtifactRequest { artifact: Some(record), history_step: 0, staging_dir: String::new() };
             match self.request(RequestType::LogArtifact(ask), UPLOAD)? {
                 Some(ResponseType::LogArtifact(done)) if done.error_message.is_empty() => {}
-                Some(ResponseType::LogArtifact(done)) => bail!("{}: {}", folder.display(), done.error_message),
+                Some(ResponseType::LogArtifact(done)) => {
+                    bail!("{}: {}", folder.display(), done.error_message)
+                }
                 _ => bail!("wandb-core does not say whether it has {}", folder.display()),
             }
         }
@@ -349,7 +353,11 @@ fn item(key: &str, value: &Value) -> Item {
 /// The step is the horizontal axis of everything; the epoch can be chosen.
 fn axes() -> [MetricRecord; 3] {
     let options = |step_sync: bool, hidden: bool| Some(MetricOptions { step_sync, hidden, defined: true });
-    let axis = |name: &str| MetricRecord { name: name.to_owned(), options: options(false, false), ..Default::default() };
+    let axis = |name: &str| MetricRecord {
+        name: name.to_owned(),
+        options: options(false, false),
+        ..Default::default()
+    };
     let all = MetricRecord {
         glob_name: "*".to_owned(),
         step_metric: "step".to_owned(),
@@ -394,8 +402,7 @@ fn new_folder(wandb: &Path, run: &WandbRun) -> anyhow::Result<(PathBuf, String)>
     }
 }
 
-/// How many records the files of earlier offline sessions hold, by W&B's own reader: also of a file that ends in the
-/// middle of a record.
+/// How many records the files of earlier offline sessions hold.
 fn steps_in_files(run: &WandbRun) -> anyhow::Result<u64> {
     let mut steps = 0;
     for folder in fs::read_dir(run.folder()).into_iter().flatten().flatten() {
@@ -405,21 +412,32 @@ fn steps_in_files(run: &WandbRun) -> anyhow::Result<u64> {
             continue;
         }
         let file = folder.path().join(format!("run-{}.wandb", run.id));
-        if !fs::metadata(&file).is_ok_and(|file| file.len() > 0) {
-            continue;
+        if fs::metadata(&file).is_ok_and(|file| file.len() > 0) {
+            steps = steps.max(steps_in_file(&run.program.file, &file)?);
         }
-        let mut command = Command::new(&run.program.file);
-        command.args(["leet", "inspect", "-no-observability", "-json", "-summary", "-run-file"]).arg(&file);
-        let output = command.output().with_context(|| format!("cannot run {}", run.program.file.display()))?;
-        let summary: Value = serde_json::from_slice(&output.stdout).with_context(|| {
-            let words = String::from_utf8_lossy(&output.stderr);
-            format!("wandb-core does not read {}: {}", file.display(), words.trim())
-        })?;
-        // A file without history has no step.
-        if let Some(last) = summary["summary"]["_step"].as_u64() {
+    }
+    Ok(steps)
+}
+
+/// As W&B's own reader has it, which takes a file that ends in the middle of a record too.
+fn steps_in_file(program: &Path, file: &Path) -> anyhow::Result<u64> {
+    let mut command = Command::new(program);
+    command.args(["leet", "inspect", "-no-observability", "-json", "-run-file"]).arg(file);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut reader = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
+    let (mut records, mut steps) = (0, 0);
+    for line in BufReader::new(reader.stdout.take().context("no pipe")?).lines() {
+        let line = line.with_context(|| format!("cannot read {}", file.display()))?;
+        records += 1;
+        if line.contains(r#""type":"history""#) {
+            let row: Value = serde_json::from_str(&line).context("wandb-core prints what is no JSON")?;
+            let last =
+                row["history"]["step"]["num"].as_u64().context("a row of the history without a step")?;
             steps = steps.max(last + 1);
         }
     }
+    reader.wait()?;
+    anyhow::ensure!(records > 0, "wandb-core does not read {}", file.display());
     Ok(steps)
 }
 
