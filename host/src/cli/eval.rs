@@ -88,7 +88,7 @@ enum Probe {
 
 impl EvalArgs {
     fn run(&self, probe: Probe, sources: &PluginSources) -> anyhow::Result<()> {
-        let signals = Signals::install()?;
+        let signals = Signals::install("ending; a second signal ends at once")?;
         let mut saved = self.saved.open(sources)?;
         let config = &mut saved.session.settings.config;
         config.eval.linear.enabled = probe == Probe::Linear;

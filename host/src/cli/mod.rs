@@ -17,9 +17,12 @@ mod train;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory as _, Parser, Subcommand};
+use serde_json::json;
 
 use self::exit::Usage;
+use crate::config::Config;
 use crate::plugin::{Admission, Lock, PluginSources};
 use crate::track::console::{Verbosity, init_logging};
 
@@ -102,7 +105,7 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| explain(error).exit());
     init_logging(match (cli.common.quiet, cli.common.verbose) {
         (true, _) => Verbosity::Quiet,
         (_, true) => Verbosity::Verbose,
@@ -115,6 +118,27 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit::code(&error))
         }
     }
+}
+
+/// Who writes a setting with dashes is told how settings are written; the parser's own advice leads astray.
+fn explain(mut error: clap::Error) -> clap::Error {
+    let given = match (error.kind(), error.get(ContextKind::InvalidArg)) {
+        (ErrorKind::UnknownArgument, Some(ContextValue::String(given))) => {
+            given.trim_start_matches('-').to_owned()
+        }
+        _ => return error,
+    };
+    let settings = json!(Config::default());
+    let sections = settings.as_object().into_iter().flatten();
+    let mut keys = sections.flat_map(|(section, keys)| {
+        keys.as_object().into_iter().flat_map(|keys| keys.keys()).map(move |key| format!("{section}.{key}"))
+    });
+    let key = keys.find(|key| *key == given || key.split_once('.').is_some_and(|(_, name)| name == given));
+    if let Some(key) = key {
+        let advice = format!("a setting is written {key}=…, without dashes");
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![advice.into()]));
+    }
+    error
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {

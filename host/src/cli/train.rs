@@ -29,6 +29,9 @@ use crate::track::METRICS_FILE;
 use crate::track::console::keep_log;
 use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
 
+/// What comes of Ctrl-C.
+const ON_SIGNAL: &str = "ending after this step, with a checkpoint; a second signal ends at once, with the checkpoints that are there";
+
 #[derive(Debug, Default, PartialEq, Args)]
 pub(super) struct TrainArgs {
     /// Plugin to load: a path, a file name (libcnn_jepa.so) or a bare name (cnn_jepa); may be repeated
@@ -68,7 +71,7 @@ impl TrainArgs {
 
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         self.refuse_words()?;
-        let signals = Signals::install().context("cannot take over signals")?;
+        let signals = Signals::install(ON_SIGNAL).context("cannot take over signals")?;
         let session = self.session(sources)?;
         if self.print_config {
             return print_text(|out| out.write_all(session.settings.print().as_bytes()));

@@ -8,7 +8,7 @@ use std::io::Cursor;
 
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::PngDecoder;
-use image::{ColorType, ImageDecoder, ImageFormat, Limits};
+use image::{ColorType, ImageDecoder, ImageError, ImageFormat, Limits};
 
 /// More pixels than this in one image are refused: decoded, they would take 300 MB in every loader thread. Pillow
 /// warns of a decompression bomb from 89 million on.
@@ -46,6 +46,11 @@ pub fn decode(encoded: &[u8]) -> Result<Rgb, String> {
     Ok(image)
 }
 
+/// A decoder's words on one line.
+fn words(error: ImageError) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// As [`decode`], into an image whose memory is used again.
 pub fn decode_into(encoded: &[u8], image: &mut Rgb) -> Result<(), String> {
     match open(encoded)? {
@@ -76,16 +81,14 @@ fn open(encoded: &[u8]) -> Result<Opened<'_>, String> {
         return Err("it has no bytes".into());
     }
     match image::guess_format(encoded) {
-        Ok(ImageFormat::Jpeg) => {
-            JpegDecoder::new(Cursor::new(encoded)).map(Opened::Jpeg).map_err(|error| error.to_string())
-        }
+        Ok(ImageFormat::Jpeg) => JpegDecoder::new(Cursor::new(encoded)).map(Opened::Jpeg).map_err(words),
         Ok(ImageFormat::Png) => {
             // Bounds what metadata may unpack to; pixels are bounded by MAX_PIXELS.
             let mut limits = Limits::no_limits();
             limits.max_alloc = Some(64 << 20);
             PngDecoder::with_limits(Cursor::new(encoded), limits)
                 .map(|decoder| Opened::Png(Box::new(decoder)))
-                .map_err(|error| error.to_string())
+                .map_err(words)
         }
         Ok(other) => Err(format!("it is {other:?}, and only JPEG and PNG are read")),
         Err(_) => {
@@ -114,7 +117,7 @@ fn read(decoder: impl ImageDecoder, image: &mut Rgb) -> Result<(), String> {
     image.height = height;
     // The decoder writes every byte, so the memory is only cleared where it grows.
     image.pixels.resize(count * usize::from(color.bytes_per_pixel()), 0);
-    decoder.read_image(&mut image.pixels).map_err(|error| error.to_string())?;
+    decoder.read_image(&mut image.pixels).map_err(words)?;
     match color {
         ColorType::Rgb8 => {}
         ColorType::Rgba8 => {

@@ -10,6 +10,9 @@ use super::error::DataError;
 use super::idx::{self, Idx};
 use super::pack::Split;
 
+/// Folders that hold the class folders of one part of a data set, and are no classes.
+const PARTS: [&str; 5] = ["train", "val", "valid", "validation", "test"];
+
 /// Images to pack, in the order in which they will lie in the file.
 pub(super) struct Source {
     kind: Kind,
@@ -84,6 +87,18 @@ impl Source {
                 labels: None,
                 class_names: None,
                 ignored,
+            });
+        }
+        let names = folders.iter().filter_map(|folder| folder.file_name()?.to_str());
+        let parts: Vec<&str> = names.filter(|name| PARTS.contains(name)).collect();
+        if let [first, ..] = parts[..] {
+            return Err(DataError::Source {
+                path: path.to_owned(),
+                reason: format!(
+                    "{} would become a class; pack each part of the data set by itself: {}, …",
+                    parts.join(" and "),
+                    path.join(first).display()
+                ),
             });
         }
         ignored += loose.len();

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -118,18 +119,26 @@ impl Write for AroundBars {
     }
 }
 
+/// Without a terminal, a sign of life comes at least so often.
+const SILENCE: Duration = Duration::from_secs(30);
+
 pub(super) struct Console {
     terminal: bool,
     bar: Option<ProgressBar>,
+    /// The last step.
+    end: u64,
+    last_line: Instant,
 }
 
 impl Console {
     pub fn new() -> Self {
-        Console { terminal: io::stderr().is_terminal(), bar: None }
+        Console { terminal: io::stderr().is_terminal(), bar: None, end: 0, last_line: Instant::now() }
     }
 
     pub fn start(&mut self, from: u64, to: u64) {
+        self.end = to;
         if !self.terminal {
+            tracing::info!("steps {from} to {to}");
             return;
         }
         let style =
@@ -141,7 +150,18 @@ impl Console {
     }
 
     pub fn step(&mut self, report: &StepReport) {
-        let Some(bar) = &self.bar else { return };
+        let Some(bar) = &self.bar else {
+            if self.last_line.elapsed() > SILENCE {
+                self.last_line = Instant::now();
+                let (step, end) = (report.step, self.end);
+                tracing::info!(
+                    "step {step}/{end}  loss {:.4}  {:.1} images/s",
+                    report.loss,
+                    report.images_per_s
+                );
+            }
+            return;
+        };
         bar.set_position(report.step);
         bar.set_message(format!(
             "epoch {}/{}  loss {:.4}  {:.0} images/s  data wait {:.0}%",
@@ -174,7 +194,8 @@ impl Console {
             .filter(|(name, _)| shown(name))
             .map(|(name, value)| format!("{} {}", short(name), number(*value)))
             .collect();
-        tracing::info!("step {step}  epoch {epoch:.2}  {}", text.join("  "));
+        self.last_line = Instant::now();
+        tracing::info!("step {step}/{}  epoch {epoch:.2}  {}", self.end, text.join("  "));
     }
 
     pub fn finish(&mut self) {

@@ -13,7 +13,7 @@ pub enum TrainError {
     #[error(
         "diverged at step {step}: {metric} is {value}; the last good checkpoint is {}. Try a lower optimizer.lr, \
          a longer optimizer.warmup_epochs, trainer.clip = 1.0, or trainer.precision = \"fp32\"",
-        checkpoint.as_ref().map_or("none yet".to_owned(), |path| path.display().to_string())
+        checkpoint.as_ref().map_or("not there yet".to_owned(), |path| path.display().to_string())
     )]
     Diverged {
         /// Optimizer steps taken before.
@@ -75,7 +75,7 @@ pub enum TrainError {
     Torch(#[from] jepa_plugin_api::tch::TchError),
 }
 
-fn signal_name(signal: i32) -> &'static str {
+pub(super) fn signal_name(signal: i32) -> &'static str {
     match signal {
         libc::SIGINT => "SIGINT",
         libc::SIGTERM => "SIGTERM",

@@ -1,29 +1,38 @@
-//! SIGINT and SIGTERM: the first asks the loop to stop at the next step, a second one ends the process at once.
+//! SIGINT and SIGTERM: the first asks for the end at the next step, a second one ends the process at once.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::iterator::Signals as Incoming;
+use signal_hook::low_level;
+
+use super::error::signal_name;
 
 /// The signal that arrived, if one did.
 #[derive(Clone, Debug, Default)]
 pub struct Signals(Arc<AtomicUsize>);
 
 impl Signals {
-    /// Takes over SIGINT and SIGTERM for this process.
+    /// Takes over SIGINT and SIGTERM for this process, and says when one arrives `what` comes of it.
     ///
     /// # Errors
     /// When the system refuses handlers.
-    pub fn install() -> io::Result<Self> {
-        let (arrived, once) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the first signal finds `once` false, and only then sets it.
-            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&once))?;
-            flag::register(signal, Arc::clone(&once))?;
-            flag::register_usize(signal, Arc::clone(&arrived), signal as usize)?;
-        }
+    pub fn install(what: &'static str) -> io::Result<Self> {
+        let arrived = Arc::new(AtomicUsize::new(0));
+        let pending = Arc::clone(&arrived);
+        let mut incoming = Incoming::new([SIGINT, SIGTERM])?;
+        thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            for signal in incoming.forever() {
+                if pending.swap(signal as usize, Ordering::Relaxed) != 0 {
+                    // Nothing is torn down: another thread may be in the middle of a step.
+                    low_level::exit(128 + signal);
+                }
+                tracing::warn!("{}: {what}", signal_name(signal));
+            }
+        })?;
         Ok(Signals(arrived))
     }
 

@@ -425,10 +425,9 @@ fn steps_in_file(program: &Path, file: &Path) -> anyhow::Result<u64> {
     command.args(["leet", "inspect", "-no-observability", "-json", "-run-file"]).arg(file);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut reader = command.spawn().with_context(|| format!("cannot run {}", program.display()))?;
-    let (mut records, mut steps) = (0, 0);
+    let mut steps = 0;
     for line in BufReader::new(reader.stdout.take().context("no pipe")?).lines() {
         let line = line.with_context(|| format!("cannot read {}", file.display()))?;
-        records += 1;
         if line.contains(r#""type":"history""#) {
             let row: Value = serde_json::from_str(&line).context("wandb-core prints what is no JSON")?;
             let last =
@@ -436,8 +435,8 @@ fn steps_in_file(program: &Path, file: &Path) -> anyhow::Result<u64> {
             steps = steps.max(last + 1);
         }
     }
-    reader.wait()?;
-    anyhow::ensure!(records > 0, "wandb-core does not read {}", file.display());
+    let status = reader.wait().context("wandb-core cannot be waited for")?;
+    anyhow::ensure!(status.success(), "wandb-core does not read {}", file.display());
     Ok(steps)
 }
 
