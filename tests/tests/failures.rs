@@ -95,7 +95,7 @@ fn a_panic_between_accumulated_batches_counts_nothing_twice() {
     let losses = |room: &Room| -> Vec<f64> {
         let text = fs::read_to_string(room.file("runs/faulty/version_0/metrics.jsonl")).unwrap();
         let record = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
-        text.lines().map(|line| record(line)["train/loss"].as_f64().unwrap()).collect()
+        text.lines().filter_map(|line| record(line)["train/loss"].as_f64()).collect()
     };
     assert_eq!(losses(&room), losses(&whole));
 }
@@ -143,7 +143,7 @@ fn a_disk_without_room_costs_a_checkpoint_and_not_the_run() {
     }
     ended.error_says(&["step_00000012", "File too large"]);
     let metrics = fs::read_to_string(room.file("runs/faulty/version_0/metrics.jsonl")).unwrap();
-    assert_eq!(metrics.lines().count(), 12, "all steps were taken:\n{metrics}");
+    assert_eq!(metrics.matches("train/loss").count(), 12, "all steps were taken:\n{metrics}");
     assert_eq!(checkpoints(&folder(&room)), [] as [PathBuf; 0], "nothing half-written is left");
 
     // With room again there is nothing to go on from: the same command begins anew.
@@ -178,7 +178,7 @@ fn what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint() {
 fn not_finite_before_the_first_checkpoint_says_that_there_is_none() {
     let room = Room::new();
     let ended = train(&room, &["method.nan_at_step=2"]).expect(DIVERGED);
-    ended.error_says(&["diverged at step 2: train/loss is NaN", "none yet"]);
+    ended.error_says(&["diverged at step 2: train/loss is NaN", "not there yet"]);
     assert_eq!(checkpoints(&folder(&room)), [] as [PathBuf; 0]);
 }
 

@@ -248,8 +248,7 @@ fn cnn_jepa_trains_on_it() {
         }
         // The predictor normalises as its backbone does.
         assert!(names.iter().all(|name| !name.contains("running_mean")), "{names:?}");
-        let losses: Vec<f64> =
-            metrics.iter().map(|record| record["train/loss"].as_f64().expect("a loss")).collect();
+        let losses: Vec<f64> = metrics.iter().filter_map(|record| record["train/loss"].as_f64()).collect();
         assert_eq!(losses.len(), 60);
         let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
         assert!(mean(&losses[50..]) < 0.9 * mean(&losses[..10]), "the loss falls: {losses:?}");

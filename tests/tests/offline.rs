@@ -116,7 +116,7 @@ fn fine_tuning_trains_the_run_s_backbone_with_labels() {
     // It began with what the run had learnt: as many steps from random weights have another first loss.
     let first_loss = |run: &str| {
         let text = fs::read_to_string(room.file(run).join("metrics.jsonl")).unwrap();
-        json(text.lines().next().unwrap())["train/loss"].as_f64().unwrap()
+        text.lines().find_map(|line| json(line)["train/loss"].as_f64()).unwrap()
     };
     let again = ["eval", "finetune", RUN, "trainer.max_steps=1", "run.name=again"];
     room.run(again.into_iter().chain(["optimizer.warmup_epochs=0"])).expect(0);
