@@ -113,6 +113,20 @@ fn another_api_major_is_refused() {
 }
 
 #[test]
+fn a_refused_file_may_be_the_one_that_is_missed() {
+    let room = Room::new();
+    patched(&room, API_MAJOR, &[9, 0]);
+    fs::write(room.file("libtext.so"), "a text\n").unwrap();
+    let old = "libpatched.so: was built for plugin API 9.";
+    let train = ["--plugin", "simclr", "--plugin-dir", ".", "backbone.name=my_net"];
+    let ended = room.run(train).expect(PLUGIN_REFUSED);
+    ended.error_says(&["no plugin offers the backbone `my_net`", old, "build it with jepa-plugin-api"]);
+    assert!(!ended.stderr.contains("libtext.so"), "what is no plugin is not missed: {}", ended.stderr);
+    let ended = room.run(["plugin", "info", "my_net", "--plugin-dir", "."]).expect(PLUGIN_REFUSED);
+    ended.error_says(&["no plugin `my_net`", old]);
+}
+
+#[test]
 fn an_unknown_bridge_is_refused() {
     let room = Room::new();
     let library = patched(&room, BRIDGE, b"jepa_torch_0_99");

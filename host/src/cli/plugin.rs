@@ -172,12 +172,26 @@ fn info(name: &Path, sources: &PluginSources, format: Format) -> anyhow::Result<
             registry.load(path)?;
         }
         // Not a file: perhaps something that a plugin offers.
-        Err(not_found) => {
+        Err(mut not_found) => {
             let offers = |plugin: &LoadedPlugin| {
                 let offer = plugin.plugin.offer();
                 Kind::ALL.iter().any(|kind| kind.of(offer).iter().any(|(name, _)| *name == wanted))
             };
-            let owner = sources.open_all().into_iter().flatten().find(offers).ok_or(not_found)?;
+            let (mut owner, mut refusals) = (None, Vec::new());
+            for found in sources.open_all() {
+                match found {
+                    Ok(plugin) if owner.is_none() && offers(&plugin) => owner = Some(plugin),
+                    Ok(_) => {}
+                    Err(error) if error.is_no_plugin() => {}
+                    Err(error) => refusals.push(error),
+                }
+            }
+            let Some(owner) = owner else {
+                if let PluginError::NotFound { refused, .. } = &mut not_found {
+                    *refused = PluginError::tail(&refusals);
+                }
+                return Err(not_found.into());
+            };
             registry.load(owner.file.path)?;
         }
     }

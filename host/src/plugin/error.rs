@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE};
 use thiserror::Error;
 
-/// A plugin, method or backbone that cannot be used. Exit code 3.
+/// A plugin, or something on offer, that cannot be used. Exit code 3.
 #[derive(Debug, Error)]
 pub enum PluginError {
     /// No file of that name in any place.
     #[error(
-        "no plugin `{name}`{nearest}: looked for {tried}; give its path, or name its folder with --plugin-dir"
+        "no plugin `{name}`{nearest}: looked for {tried}; give its path, or name its folder with --plugin-dir{refused}"
     )]
     NotFound {
         /// As the user wrote it.
@@ -19,6 +19,8 @@ pub enum PluginError {
         nearest: String,
         /// The paths that were tried.
         tried: String,
+        /// The plugins that were refused meanwhile, by [`PluginError::tail`].
+        refused: String,
     },
     /// The file cannot be read.
     #[error("{}: cannot be read: {source}", path.display())]
@@ -133,10 +135,10 @@ pub enum PluginError {
         /// The other one.
         second: PathBuf,
     },
-    /// Two plugins offer one method or backbone.
+    /// Two plugins offer one method, backbone or probe.
     #[error("{what} `{name}` is offered by two plugins: {} and {}; load one of them", first.display(), second.display())]
     SameOffer {
-        /// `method` or `backbone`.
+        /// `method`, `backbone` or `probe`.
         what: &'static str,
         /// The name.
         name: String,
@@ -146,15 +148,29 @@ pub enum PluginError {
         second: PathBuf,
     },
     /// No loaded plugin has it.
-    #[error("no plugin offers the {what} `{name}`{nearest}; {known}")]
+    #[error("no plugin offers the {what} `{name}`{nearest}; {known}{refused}")]
     Unknown {
-        /// `method` or `backbone`.
+        /// `method`, `backbone` or `probe`.
         what: &'static str,
         /// As the user wrote it.
         name: String,
-        /// `, did you mean …?` or nothing.
+        /// ` (did you mean …?)`, or nothing.
         nearest: String,
         /// What there is.
         known: String,
+        /// The plugins that were refused meanwhile, by [`PluginError::tail`].
+        refused: String,
     },
+}
+
+impl PluginError {
+    /// Whether the file is no plugin at all, so that nobody misses it in a folder.
+    pub fn is_no_plugin(&self) -> bool {
+        matches!(self, PluginError::NoManifest { .. } | PluginError::NotALibrary { .. })
+    }
+
+    /// Refusals, for the end of a sentence: what somebody looks for may be in one of these files.
+    pub fn tail(refused: &[PluginError]) -> String {
+        refused.iter().map(|error| format!("; refused: {error}")).collect()
+    }
 }
