@@ -14,6 +14,7 @@ const DATA: i32 = 4;
 const MAGIC: Range<usize> = 0..8;
 const STRUCT_SIZE: Range<usize> = 8..12;
 const API_MAJOR: Range<usize> = 12..14;
+const API_MINOR: Range<usize> = 14..16;
 const NAME: Range<usize> = 16..80;
 const BRIDGE: Range<usize> = 176..208;
 const LIBTORCH: Range<usize> = 208..240;
@@ -32,16 +33,34 @@ fn refused(room: &Room, library: &Path) -> Ended {
 
 /// A copy of CNN-JEPA's plugin as `libpatched.so`, with these bytes in this field of its manifest.
 fn patched(room: &Room, field: Range<usize>, value: &[u8]) -> PathBuf {
+    let path = room.file("libpatched.so");
     let mut bytes = fs::read(plugin("cnn_jepa")).unwrap();
+    patch(&mut bytes, field, value);
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Writes these bytes into this field of a plugin's manifest.
+fn patch(bytes: &mut [u8], field: Range<usize>, value: &[u8]) {
     let start = [b"JEPAPLUG".as_slice(), &248u32.to_le_bytes()].concat();
     let manifests: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(&start)).collect();
     let [manifest] = manifests[..] else { panic!("manifests lie at {manifests:?}, and there should be one") };
     let field = &mut bytes[manifest + field.start..manifest + field.end];
     field.fill(0);
     field[..value.len()].copy_from_slice(value);
-    let path = room.file("libpatched.so");
+}
+
+/// A copy of a plugin that says to be of plugin API 1.9, and says `new` wherever it said `old`.
+fn of_the_future(room: &Room, name: &str, old: &str, new: &str) -> String {
+    assert_eq!(old.len(), new.len());
+    let mut bytes = fs::read(plugin(name)).unwrap();
+    patch(&mut bytes, API_MINOR, &[9, 0]);
+    let places: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(old.as_bytes())).collect();
+    assert!(!places.is_empty(), "{name} never says {old}");
+    places.iter().for_each(|at| bytes[*at..*at + new.len()].copy_from_slice(new.as_bytes()));
+    let path = room.file(format!("lib{name}.so"));
     fs::write(&path, bytes).unwrap();
-    path
+    path.to_str().unwrap().to_owned()
 }
 
 /// Trains CNN-JEPA with these settings besides what it needs.
@@ -124,6 +143,24 @@ fn a_refused_file_may_be_the_one_that_is_missed() {
     assert!(!ended.stderr.contains("libtext.so"), "what is no plugin is not missed: {}", ended.stderr);
     let ended = room.run(["plugin", "info", "my_net", "--plugin-dir", "."]).expect(PLUGIN_REFUSED);
     ended.error_says(&["no plugin `my_net`", old]);
+}
+
+#[test]
+fn what_a_newer_plugin_declares_and_this_host_cannot_read_is_refused() {
+    let words = |plugin: &str| format!("plugin `{plugin}` does not fit: it was built with plugin API 1.9 and declares what");
+    let images = setting("data.train", &demo_images());
+    let train = |room: &Room, plugins: &[&str]| {
+        let plugins = plugins.iter().flat_map(|plugin| ["--plugin", plugin]).chain([images.as_str()]);
+        room.run(plugins.chain(TINY_BACKBONE).chain(["data.size=16"]).collect::<Vec<_>>())
+    };
+    let room = Room::new();
+    let method = of_the_future(&room, "simclr", "random_resized_crop", "rhombic_resized_crp");
+    let ended = train(&room, &[&method]).expect(PLUGIN_REFUSED);
+    ended.error_says(&[&words("simclr"), "unknown variant `rhombic_resized_crp`", "update jepa-host"]);
+
+    let backbone = of_the_future(&room, "sparse_resnet", "downsample", "downsampel");
+    let ended = train(&room, &["simclr", &backbone]).expect(PLUGIN_REFUSED);
+    ended.error_says(&[&words("sparse-resnet"), "missing field `downsample`", "update jepa-host"]);
 }
 
 #[test]

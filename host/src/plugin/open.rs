@@ -45,7 +45,7 @@ pub fn open(path: &Path, admission: &Admission) -> Result<LoadedPlugin, PluginEr
     };
     std::mem::forget(library);
     // SAFETY: the symbol is the root header of a plugin, by its manifest, and the library stays.
-    let plugin = unsafe { Plugin::adopt(&file.manifest.name, root) }.map_err(unfit)?;
+    let plugin = unsafe { Plugin::adopt(&file.manifest, root) }.map_err(unfit)?;
     plugin.self_test().map_err(unfit)?;
     Ok(LoadedPlugin { file, plugin })
 }

@@ -191,7 +191,7 @@ extern "C" fn build_method<P: Exports>(
             serde_json::from_str(host.facts_json().as_str()).context("the host's facts are unreadable")?;
         let mut backbone = || {
             let object = host.backbone().into_result().map_err(Failure::from)?;
-            BackboneHandle::from_object(object)
+            Ok(BackboneHandle::received(P::NAME, object)?)
         };
         let mut safe_host = Host::new(facts, &mut backbone)?;
         let options = serde_json::from_str(options_json.as_str())?;

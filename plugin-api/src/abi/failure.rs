@@ -18,8 +18,10 @@ pub enum FailureKind {
     Error,
     /// The plugin panicked; the object that did is of no use any more.
     Panic,
-    /// The method or backbone cannot be built with these options, or on these data.
+    /// The method, backbone or probe cannot be built with these options, or on these data.
     Options,
+    /// One side says what the other, of an earlier API minor, cannot read. Since 1.1.
+    Unfit,
 }
 
 /// A plugin's failure, as the host (or another plugin) sees it.
@@ -41,6 +43,7 @@ impl fmt::Display for Failure {
             FailureKind::Error => "failed",
             FailureKind::Panic => "panicked",
             FailureKind::Options => "refused its settings",
+            FailureKind::Unfit => "does not fit",
         };
         write!(f, "plugin `{}` {verb}: {}", self.plugin, self.message)?;
         self.chain.iter().try_for_each(|cause| write!(f, ": {cause}"))
@@ -49,7 +52,7 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// [`Failure`] in a layout that crosses. `code` is 0 for an error, 1 for a panic, 2 for options; others read as errors.
+/// [`Failure`] in a layout that crosses. Codes that are not known read as errors.
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct AbiFailure {
@@ -59,14 +62,14 @@ pub struct AbiFailure {
     chain: RVec<RString>,
 }
 
+/// Each kind with the code by which it crosses.
+pub(super) const CODES: [(FailureKind, u32); 4] =
+    [(FailureKind::Error, 0), (FailureKind::Panic, 1), (FailureKind::Options, 2), (FailureKind::Unfit, 3)];
+
 impl From<Failure> for AbiFailure {
     fn from(failure: Failure) -> Self {
         AbiFailure {
-            code: match failure.kind {
-                FailureKind::Error => 0,
-                FailureKind::Panic => 1,
-                FailureKind::Options => 2,
-            },
+            code: CODES.iter().find(|(kind, _)| *kind == failure.kind).map_or(0, |(_, code)| *code),
             plugin: failure.plugin.into(),
             message: failure.message.into(),
             chain: failure.chain.into_iter().map(RString::from).collect(),
@@ -78,11 +81,7 @@ impl From<AbiFailure> for Failure {
     fn from(failure: AbiFailure) -> Self {
         Failure {
             plugin: failure.plugin.into(),
-            kind: match failure.code {
-                1 => FailureKind::Panic,
-                2 => FailureKind::Options,
-                _ => FailureKind::Error,
-            },
+            kind: CODES.iter().find(|(_, c)| *c == failure.code).map_or(FailureKind::Error, |(kind, _)| *kind),
             message: failure.message.into(),
             chain: failure.chain.into_iter().map(String::from).collect(),
         }

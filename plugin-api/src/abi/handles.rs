@@ -1,4 +1,4 @@
-//! The caller's side of the boundary: safe handles on a plugin, its methods and its backbones.
+//! The caller's side of the boundary: safe handles on a plugin, its methods, its backbones and its probes.
 
 use std::ffi::c_void;
 
@@ -7,6 +7,7 @@ use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
 use abi_stable::library::{AbiHeaderRef, IsLayoutChecked};
 use abi_stable::sabi_trait::prelude::TD_Opaque;
 use abi_stable::std_types::{RResult, RString, RVec};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -15,6 +16,7 @@ use super::failure::{AbiFailure, Failure, FailureKind};
 use super::log::{LogSink, emit_in_host};
 use super::module::*;
 use super::tensor::TensorOwned;
+use super::{API_MAJOR, API_MINOR, ManifestFields};
 use crate::host::RunFacts;
 use crate::params::Entry;
 use crate::{BackboneInfo, Batch, Context as _, EmaPair, FrozenFeatures, Params, Result, Step, ViewSpec};
@@ -23,13 +25,15 @@ use crate::{BackboneInfo, Batch, Context as _, EmaPair, FrozenFeatures, Params, 
 #[derive(Clone)]
 pub struct Plugin {
     name: String,
+    /// Major and minor version of the API that it was built with.
+    api: (u16, u16),
     module: PluginModuleRef,
     offer: Offer,
 }
 
 impl Plugin {
-    /// Takes over the plugin called `name` whose [`RootHeader`](super::RootHeader) is at `root`: checks the layout of
-    /// every type that crosses, connects logging and panics, and asks what it offers.
+    /// Takes over the plugin of this `manifest` whose [`RootHeader`](super::RootHeader) is at `root`: checks the layout
+    /// of every type that crosses, connects logging and panics, and asks what it offers.
     ///
     /// # Errors
     /// One sentence for a layout or an abi_stable that does not fit; the long comparison of types goes to the debug
@@ -37,7 +41,7 @@ impl Plugin {
     ///
     /// # Safety
     /// `root` is the address of the static [`ROOT_SYMBOL`](super::ROOT_SYMBOL) of a library that is never unloaded.
-    pub unsafe fn adopt(name: &str, root: *const c_void) -> Result<Self> {
+    pub unsafe fn adopt(manifest: &ManifestFields, root: *const c_void) -> Result<Self> {
         anyhow::ensure!(!root.is_null(), "its table of functions is null");
         // SAFETY: AbiHeaderRef is a transparent wrapper of a non-null pointer to the header's first field, which the
         // caller vouches for.
@@ -51,13 +55,28 @@ impl Plugin {
         // SAFETY: the layouts were compared just now.
         let module = unsafe { header.unchecked_layout::<PluginModuleRef>() }
             .map_err(|error| anyhow::anyhow!("it fails to start: {error}"))?;
-        Self::connect(name, module)
+        (module.attach())(LogSink::new(emit_in_host));
+        let api = (manifest.api_major, manifest.api_minor);
+        let mut plugin = Plugin { name: manifest.name.clone(), api, module, offer: Offer::default() };
+        plugin.offer = plugin.read(&unwrap((module.offer_json())())?)?;
+        Ok(plugin)
     }
 
-    fn connect(name: &str, module: PluginModuleRef) -> Result<Self> {
-        (module.attach())(LogSink::new(emit_in_host));
-        let offer = serde_json::from_str(unwrap((module.offer_json())())?.as_str())?;
-        Ok(Plugin { name: name.to_owned(), module, offer })
+    /// Reads what the plugin declares. One of a later minor may declare what this host does not know.
+    fn read<T: DeserializeOwned>(&self, json: &str) -> Result<T, Failure> {
+        serde_json::from_str(json).map_err(|error| {
+            let (major, minor) = self.api;
+            let remedy = if minor > API_MINOR { "update jepa-host" } else { "build it again" };
+            Failure {
+                plugin: self.name.clone(),
+                kind: FailureKind::Unfit,
+                message: format!(
+                    "it was built with plugin API {major}.{minor} and declares what this host, with \
+                     {API_MAJOR}.{API_MINOR}, cannot read ({error}): {remedy}"
+                ),
+                chain: Vec::new(),
+            }
+        })
     }
 
     /// The plugin's name.
@@ -100,7 +119,9 @@ impl Plugin {
     pub fn build_backbone(&self, name: &str, options: &Value, device: &str) -> Result<BackboneHandle> {
         let options = options.to_string();
         let object = (self.module.build_backbone())(name.into(), options.as_str().into(), device.into());
-        BackboneHandle::from_object(unwrap(object)?)
+        let object = unwrap(object)?;
+        let declaration = self.read(&object.declaration_json())?;
+        Ok(BackboneHandle { object, declaration })
     }
 
     /// Builds one of the plugin's methods; `backbone` builds what it asks for.
@@ -117,7 +138,7 @@ impl Plugin {
         let options = options.to_string();
         let host = AbiHost_TO::from_value(HostSide { facts, backbone }, TD_Opaque);
         let object = unwrap((self.module.build_method())(name.into(), options.as_str().into(), host))?;
-        let declaration: MethodDeclaration = serde_json::from_str(object.declaration_json().as_str())?;
+        let declaration: MethodDeclaration = self.read(&object.declaration_json())?;
         let entries = named(&declaration.tensors, object.tensors())?;
         Ok(MethodHandle { plugin: self.name.clone(), object, declaration, entries })
     }
@@ -302,12 +323,23 @@ impl BackboneHandle {
     /// A backbone of this program's own, for tests without a plugin file.
     pub fn linked<B: crate::Backbone>(backbone: B, params: &Params) -> Result<Self> {
         let erased: Box<dyn ErasedBackbone> = Box::new(backbone);
-        Self::from_object(backbone_object("linked", erased, params))
+        Self::received("linked", backbone_object("linked", erased, params)).map_err(Into::into)
     }
 
-    pub(super) fn from_object(object: BackboneObject) -> Result<Self> {
-        let declaration = serde_json::from_str(object.declaration_json().as_str())?;
-        Ok(BackboneHandle { object, declaration })
+    /// A backbone that the host gives to a method of `plugin`.
+    pub(super) fn received(plugin: &str, object: BackboneObject) -> Result<Self, Failure> {
+        match serde_json::from_str(&object.declaration_json()) {
+            Ok(declaration) => Ok(BackboneHandle { object, declaration }),
+            Err(error) => Err(Failure {
+                plugin: plugin.to_owned(),
+                kind: FailureKind::Unfit,
+                message: format!(
+                    "it was built with plugin API {API_MAJOR}.{API_MINOR} and cannot read what the backbone declares \
+                     ({error}): build it with a newer jepa-plugin-api"
+                ),
+                chain: Vec::new(),
+            }),
+        }
     }
 
     /// What a method has to know about it.
