@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tch::{Kind, TchError, Tensor};
 
-use super::failure::{AbiFailure, Contained, guard, keep_panics_quiet};
+use super::failure::{AbiFailure, Contained, guard, install_panic_hook};
 use super::log::LogSink;
 use super::module::*;
 use super::tensor::TensorOwned;
@@ -162,7 +162,7 @@ impl<P: Probe> ErasedProbe for P {
 
 extern "C" fn attach(log: LogSink) {
     log.install();
-    keep_panics_quiet();
+    install_panic_hook();
 }
 
 extern "C" fn offer_json<P: Exports>() -> RResult<RString, AbiFailure> {
@@ -209,7 +209,7 @@ extern "C" fn build_method<P: Exports>(
             declaration_json: to_json(&declaration),
             tensors,
             poisoned: AtomicBool::new(false),
-            method: Contained::new(method),
+            method: Contained::new(P::NAME, method),
         };
         Ok(AbiMethod_TO::from_value(guarded, TD_Opaque))
     })
@@ -241,7 +241,7 @@ extern "C" fn build_probe<P: Exports>(
         let entry = entry.with_context(|| format!("there is no probe `{name}` in this plugin"))?;
         let options = serde_json::from_str(options_json.as_str())?;
         let probe = (entry.build)(options).map_err(|error| refusal(P::NAME, error))?;
-        let (poisoned, probe) = (AtomicBool::new(false), Contained::new(probe));
+        let (poisoned, probe) = (AtomicBool::new(false), Contained::new(P::NAME, probe));
         Ok(AbiProbe_TO::from_value(GuardedProbe { plugin: P::NAME, poisoned, probe }, TD_Opaque))
     })
 }
@@ -268,7 +268,7 @@ pub(super) fn backbone_object(
         declaration_json: to_json(&declaration),
         tensors: entries.into_iter().map(|entry| entry.tensor).collect(),
         poisoned: AtomicBool::new(false),
-        backbone: Contained::new(backbone),
+        backbone: Contained::new(plugin, backbone),
     };
     AbiBackbone_TO::from_value(guarded, TD_Opaque)
 }

@@ -12,6 +12,7 @@
 
 mod exports;
 mod failure;
+mod grad_mode;
 mod handles;
 #[cfg(test)]
 mod layout;
