@@ -39,7 +39,7 @@ loses() {
     ends_with 99 "$@"
 }
 loses faulty_plugin state method.keep_batches=true
-loses faulty_probe figures eval.probes.faulty.keep_features=true
+loses faulty_probe metrics eval.probes.faulty.keep_features=true
 small=(backbone.name=resnet18 backbone.stem=small backbone.width=4 'backbone.depths=[1,1]')
 check cnn_jepa "${small[@]}" method.mask.min_keep=1
 check byol "${small[@]}" method.hidden=16 method.output=8
@@ -50,5 +50,5 @@ check sparse_resnet "${small[@]}" data.size=32
 check sparse_convnext backbone.name=convnext_atto backbone.stem=small backbone.width=4 'backbone.depths=[1,1,1,1]' data.size=32
 check torchscript_backbone backbone.file=tests/fixtures/TS data.size=32
 echo "memcheck: a probe"
-ends_with 0 faulty_probe figures
+ends_with 0 faulty_probe metrics
 echo "memcheck: every plugin is clean"

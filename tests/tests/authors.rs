@@ -41,7 +41,7 @@ fn a_new_backbone_builds_tests_and_trains_under_another_author_s_method() {
 }
 
 #[test]
-fn a_new_probe_judges_in_training_and_by_itself() {
+fn a_new_probe_evaluates_in_training_and_by_itself() {
     let room = Room::new();
     room.run(["plugin", "new", "near-mean", "--kind", "probe"]).expect(0);
     let file = build_and_test(&room.file("near-mean")).join("libnear_mean.so");

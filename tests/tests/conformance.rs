@@ -78,8 +78,8 @@ fn a_probe_has_checks_of_its_own() {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         fails_just(check, says, &arguments);
     };
-    fails_just("figures", "draw every number", &faulty("unseeded"));
-    fails_just("figures", "work on a copy", &faulty("in_place"));
+    fails_just("metrics", "draw every number", &faulty("unseeded"));
+    fails_just("metrics", "work on a copy", &faulty("in_place"));
     fails_just("panics", "ended the process by signal 6", &faulty("abort_on_misfit"));
     fails_just("leaks", "every evaluation keeps", &faulty("keep_features"));
     let careless = ["faulty_probe".to_owned(), "eval.probes.careless.enabled=true".to_owned()];

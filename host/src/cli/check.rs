@@ -33,7 +33,7 @@ const LOADS: (&str, &str) = ("loads", "manifest, symbols, types and autograd fit
 
 const CHECK_HELP: &str = "\
 Checks, in this order: loads, options, gradients, seed, state, bf16, features, sparse, panics, leaks, cost.
-Of a probe: options, figures, panics, leaks.
+Of a probe: options, metrics, panics, leaks.
 
 A plugin's methods and probes are checked, each method with a small ResNet-18 on 32 px; or its backbone that
 backbone.name names, by default the first one of a plugin without methods. Settings make it smaller, or choose what it

@@ -79,7 +79,7 @@ pub(super) enum KindArg {
     Method,
     /// A convolutional network
     Backbone,
-    /// A judgement of frozen features
+    /// An evaluation of frozen features
     Probe,
 }
 

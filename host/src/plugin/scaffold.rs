@@ -22,7 +22,7 @@ const PROBE: Template = [
     (".gitignore", include_str!("../../templates/probe/gitignore")),
     ("train.toml", include_str!("../../templates/probe/train.toml")),
     ("src/lib.rs", include_str!("../../templates/probe/src/lib.rs")),
-    ("tests/judge.rs", include_str!("../../templates/probe/tests/judge.rs")),
+    ("tests/evaluate.rs", include_str!("../../templates/probe/tests/evaluate.rs")),
 ];
 
 const BACKBONE: Template = [

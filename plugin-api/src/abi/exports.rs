@@ -151,12 +151,12 @@ impl<B: Backbone> ErasedBackbone for B {
 
 /// [`Probe`] without its associated items.
 trait ErasedProbe: Send {
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
 }
 
 impl<P: Probe> ErasedProbe for P {
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
-        Probe::judge(self, features)
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
+        Probe::evaluate(self, features)
     }
 }
 
@@ -354,7 +354,7 @@ struct GuardedProbe {
 }
 
 impl AbiProbe for GuardedProbe {
-    fn judge(&mut self, features: AbiFeatures) -> RResult<RVec<AbiFigure>, AbiFailure> {
+    fn evaluate(&mut self, features: AbiFeatures) -> RResult<RVec<AbiProbeMetric>, AbiFailure> {
         guard(self.plugin, &self.poisoned, || {
             let context: FeaturesContext = serde_json::from_str(features.context_json.as_str())?;
             let set = |x: TensorOwned, y: TensorOwned| LabelledFeatures { x: x.into(), y: y.into() };
@@ -364,9 +364,9 @@ impl AbiProbe for GuardedProbe {
                 classes: context.classes,
                 seed: context.seed,
             };
-            let figure = |(name, value): (String, f64)| AbiFigure { name: name.into(), value };
-            let figures: RVec<AbiFigure> = self.probe.judge(&features)?.into_iter().map(figure).collect();
-            Ok(figures)
+            let metric = |(name, value): (String, f64)| AbiProbeMetric { name: name.into(), value };
+            let metrics: RVec<AbiProbeMetric> = self.probe.evaluate(&features)?.into_iter().map(metric).collect();
+            Ok(metrics)
         })
     }
 }

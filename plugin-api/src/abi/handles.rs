@@ -375,26 +375,26 @@ pub struct ProbeHandle {
 }
 
 impl ProbeHandle {
-    /// The figures of these features, see [`Probe::judge`](crate::Probe::judge).
+    /// The metrics of these features, see [`Probe::evaluate`](crate::Probe::evaluate).
     ///
     /// # Errors
-    /// The plugin's [`Failure`], also for a figure without a name or that is no finite number.
-    pub fn judge(&mut self, features: FrozenFeatures) -> Result<Vec<(String, f64)>, Failure> {
+    /// The plugin's [`Failure`], also for a metric without a name or that is no finite number.
+    pub fn evaluate(&mut self, features: FrozenFeatures) -> Result<Vec<(String, f64)>, Failure> {
         let FrozenFeatures { train, held_out, classes, seed } = features;
         let context = FeaturesContext { classes, seed };
-        let figures = unwrap(self.object.judge(AbiFeatures {
+        let metrics = unwrap(self.object.evaluate(AbiFeatures {
             train_x: train.x.into(),
             train_y: train.y.into(),
             held_out_x: held_out.x.into(),
             held_out_y: held_out.y.into(),
             context_json: serde_json::to_string(&context).expect("numbers become JSON").into(),
         }))?;
-        let figure = |AbiFigure { name, value }| -> Result<(String, f64), Failure> {
+        let metric = |AbiProbeMetric { name, value }| -> Result<(String, f64), Failure> {
             if name.is_empty() || !value.is_finite() {
-                return Err(wrong(&self.plugin, format!("`judge` returned {value} as the figure `{name}`")));
+                return Err(wrong(&self.plugin, format!("`evaluate` returned {value} as the metric `{name}`")));
             }
             Ok((name.into(), value))
         };
-        figures.into_iter().map(figure).collect()
+        metrics.into_iter().map(metric).collect()
     }
 }
