@@ -64,14 +64,26 @@ pub struct AbiFailure {
     chain: RVec<RString>,
 }
 
-/// Each kind with the code by which it crosses.
-pub(super) const CODES: [(FailureKind, u32); 4] =
-    [(FailureKind::Error, 0), (FailureKind::Panic, 1), (FailureKind::Options, 2), (FailureKind::Unfit, 3)];
+impl FailureKind {
+    /// All of them.
+    pub(super) const ALL: [FailureKind; 4] =
+        [FailureKind::Error, FailureKind::Panic, FailureKind::Options, FailureKind::Unfit];
+
+    /// The number by which it crosses.
+    pub(super) fn code(self) -> u32 {
+        match self {
+            FailureKind::Error => 0,
+            FailureKind::Panic => 1,
+            FailureKind::Options => 2,
+            FailureKind::Unfit => 3,
+        }
+    }
+}
 
 impl From<Failure> for AbiFailure {
     fn from(failure: Failure) -> Self {
         AbiFailure {
-            code: CODES.iter().find(|(kind, _)| *kind == failure.kind).map_or(0, |(_, code)| *code),
+            code: failure.kind.code(),
             plugin: failure.plugin.into(),
             message: failure.message.into(),
             chain: failure.chain.into_iter().map(RString::from).collect(),
@@ -81,9 +93,10 @@ impl From<Failure> for AbiFailure {
 
 impl From<AbiFailure> for Failure {
     fn from(failure: AbiFailure) -> Self {
+        let kind = FailureKind::ALL.into_iter().find(|kind| kind.code() == failure.code);
         Failure {
             plugin: failure.plugin.into(),
-            kind: CODES.iter().find(|(_, c)| *c == failure.code).map_or(FailureKind::Error, |(kind, _)| *kind),
+            kind: kind.unwrap_or(FailureKind::Error),
             message: failure.message.into(),
             chain: failure.chain.into_iter().map(String::from).collect(),
         }
