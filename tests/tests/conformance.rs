@@ -63,8 +63,34 @@ fn each_promise_is_broken_by_itself() {
     fails_just("leaks", "every step keeps", &faulty("method.keep_batches=true"));
     fails_just("leaks", "threads grow", &faulty("method.keep_threads=true"));
     fails_just("cost", "return fewer metrics", &faulty("method.metrics=3000"));
-    fails_just("options", "deny_unknown_fields", &["careless_plugin"]);
+    fails_just("options", "deny_unknown_fields", &["careless_plugin", "method.name=careless"]);
     fails_just("sparse", "are not zero", &["careless_plugin", "backbone.name=leaky"]);
+}
+
+#[test]
+fn what_is_checked_and_what_is_not_is_told() {
+    let report = |arguments: &[&str]| -> (Vec<String>, Vec<String>) {
+        let arguments = ["plugin", "check", "--format", "json", "--only", "options"].iter().chain(arguments);
+        let report: Value = serde_json::from_str(&Room::new().run(arguments).stdout).expect("a report");
+        let texts = |list: &Value, key: Option<&str>| -> Vec<String> {
+            let text = |value: &Value| key.map_or(value, |key| &value[key]).as_str().expect("text").to_owned();
+            list.as_array().expect("a list").iter().map(text).collect()
+        };
+        (texts(&report["checks"], Some("subject")), texts(&report["unchecked"], None))
+    };
+    let both = ["method careless", "backbone leaky"].map(str::to_owned).to_vec();
+    assert_eq!(report(&["careless_plugin"]), (both, vec![]));
+    let [method, backbone] = ["method careless", "backbone leaky"].map(|what| vec![what.to_owned()]);
+    assert_eq!(report(&["careless_plugin", "method.name=careless"]), (method, backbone));
+
+    let (checked, unchecked) = report(&["sparse_resnet"]);
+    assert_eq!(checked, ["backbone resnet18"], "one for all that take the same options");
+    assert!(unchecked.contains(&"backbone resnet50".to_owned()), "{unchecked:?}");
+    let (checked, unchecked) = report(&["sparse_resnet", "backbone.name=resnet34"]);
+    assert_eq!(checked, ["backbone resnet34"]);
+    assert!(unchecked.contains(&"backbone resnet18".to_owned()), "{unchecked:?}");
+    let table = Room::new().run(["plugin", "check", "sparse_resnet", "--only", "options"]).expect(0).stdout;
+    assert!(table.contains("\nnot checked: backbone resnet34, "), "{table}");
 }
 
 #[test]
