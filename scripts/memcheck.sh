@@ -48,7 +48,7 @@ check vicreg "${small[@]}" method.units=16
 check supervised "${small[@]}"
 check sparse_resnet "${small[@]}" data.size=32
 check sparse_convnext backbone.name=convnext_atto backbone.stem=small backbone.width=4 'backbone.depths=[1,1,1,1]' data.size=32
-check torchscript_backbone backbone.file=tests/fixtures/TS data.size=32
+check torchscript_backbone backbone.file=tests/fixtures/torchscript_net.pt data.size=32
 echo "memcheck: a probe"
 ends_with 0 faulty_probe metrics
 echo "memcheck: every plugin is clean"
