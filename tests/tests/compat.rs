@@ -10,7 +10,7 @@ use jepa_host::plugin::{Admission, open};
 use jepa_plugin_api::Result;
 use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, Failure, FailureKind};
 use jepa_tests::author::{cargo, few_steps, workspace};
-use jepa_tests::real::{Room, plugin};
+use jepa_tests::real::{Room, not_tried, plugin};
 use serde_json::{Value, json};
 
 #[path = "../compat/host-1.0/src/train.rs"]
@@ -180,9 +180,7 @@ fn other_rustc() -> Option<(PathBuf, String)> {
 #[test]
 fn a_plugin_of_another_rustc_trains() {
     let Some((rustc, version)) = other_rustc() else {
-        eprintln!(
-            "not tried: there is no other compiler; Debian's package rustc-web has one, or set JEPA_OTHER_RUSTC"
-        );
+        not_tried("there is no other compiler: Debian's package rustc-web has one, or set JEPA_OTHER_RUSTC");
         return;
     };
     let room = Room::new();

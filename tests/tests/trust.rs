@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
-use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, plugin, setting};
+use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, not_tried, plugin, setting};
 
 const USAGE: i32 = 2;
 const REFUSED: i32 = 3;
@@ -49,7 +49,7 @@ fn somebody_else_s_file_is_refused_unless_allowed() {
     let room = Room::new();
     let library = copy(&room, "libforeign.so");
     if let Err(error) = chown(&library, Some(54321), None) {
-        eprintln!("not tried: only root can give files away ({error})");
+        not_tried(&format!("only root can give files away ({error})"));
         return;
     }
     let ended = room.run(info(&library, &[])).expect(REFUSED);
