@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
+use jepa_host::plugin::{Admission, PluginError, PluginFile};
 use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, not_tried, plugin, setting};
 
 const USAGE: i32 = 2;
@@ -55,6 +56,32 @@ fn somebody_else_s_file_is_refused_unless_allowed() {
     let ended = room.run(info(&library, &[])).expect(REFUSED);
     ended.error_says(&["libforeign.so", "belongs to user 54321", "--allow-untrusted-plugins"]);
     room.run(info(&library, &["--allow-untrusted-plugins"])).expect(0);
+
+    let folder = room.file("theirs");
+    fs::create_dir(&folder).unwrap();
+    let library = copy(&room, "theirs/libours.so");
+    chown(&folder, Some(54321), None).unwrap();
+    room.run(info(&library, &[])).expect(REFUSED).error_says(&["a folder of user 54321, who may replace it"]);
+    room.run(info(&library, &["--allow-untrusted-plugins"])).expect(0);
+}
+
+#[test]
+fn a_file_that_is_replaced_after_it_was_checked_is_refused() {
+    let room = Room::new();
+    let library = copy(&room, "libcopy.so");
+    let read = |path: &Path| PluginFile::read(path, &Admission::default()).unwrap();
+    let refused = |file: PluginFile| match file.open() {
+        Err(error @ PluginError::Changed { .. }) => assert!(error.to_string().contains("libcopy.so"), "{error}"),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("it was opened"),
+    };
+    let checked = read(&library);
+    fs::rename(copy(&room, "libother.so"), &library).unwrap();
+    refused(checked);
+    let checked = read(&library);
+    change(&library);
+    refused(checked);
+    assert!(read(&library).open().is_ok());
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Which plugin files may be loaded. A plugin runs with all rights of its user, so a file that others may write, or that
 //! a lock does not list, is refused before anything of it runs.
 
-use std::fs;
+use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -96,14 +96,14 @@ impl LockedPlugins {
 }
 
 impl Admission {
-    /// Whether the file at `path` is out of other users' reach.
-    pub(super) fn check_owner(&self, path: &Path) -> Result<(), PluginError> {
+    /// Whether the file at `path`, opened as `file`, belongs to this user or root, in a folder that does too, and neither
+    /// can be written by every user. Folders further up and groups are not looked at.
+    pub(super) fn check_owner(&self, path: &Path, file: &Metadata) -> Result<(), PluginError> {
         if self.allow_untrusted {
             return Ok(());
         }
         let unreadable = |source| PluginError::Unreadable { path: path.to_owned(), source };
         let refuse = |reason: String| Err(PluginError::Untrusted { path: path.to_owned(), reason });
-        let file = fs::metadata(path).map_err(unreadable)?;
         // The folder of this process in /proc belongs to the user that it runs as.
         let us = fs::metadata("/proc/self").map_err(unreadable)?.uid();
         if file.uid() != us && file.uid() != 0 {
@@ -114,7 +114,11 @@ impl Admission {
         }
         let folder = path.canonicalize().map_err(unreadable)?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
-        let mode = fs::metadata(folder).map_err(unreadable)?.mode();
+        let folder = fs::metadata(folder).map_err(unreadable)?;
+        if folder.uid() != us && folder.uid() != 0 {
+            return refuse(format!("lies in a folder of user {}, who may replace it", folder.uid()));
+        }
+        let mode = folder.mode();
         if mode & 0o1002 == 0o002 {
             return refuse(format!(
                 "lies in a folder where every user may replace it (mode {:o})",

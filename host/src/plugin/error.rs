@@ -99,6 +99,12 @@ pub enum PluginError {
         /// Who may have written it.
         reason: String,
     },
+    /// What is opened would not be what was checked.
+    #[error("{}: has changed while it was being loaded; try again when nobody writes to it", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// The lock does not have the file.
     #[error("{}: {} {reason}; load the plugin that it pins, or write it anew with `jepa-host plugin lock`", path.display(), lock.display())]
     Locked {

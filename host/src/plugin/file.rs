@@ -1,6 +1,8 @@
 //! Reading a plugin file, before anything of it runs.
 
-use std::fs;
+use std::fs::{self, File, Metadata};
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use jepa_plugin_api::abi::{API_MAJOR, BRIDGE, MANIFEST_SYMBOL, ManifestFields};
@@ -31,6 +33,29 @@ pub struct PluginFile {
     pub manifest: ManifestFields,
     /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
+    identity: Identity,
+}
+
+/// What cannot stay the same when a file is replaced, or written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Identity {
+    fn of(file: &Metadata) -> Self {
+        Identity {
+            device: file.dev(),
+            inode: file.ino(),
+            size: file.size(),
+            modified: (file.mtime(), file.mtime_nsec()),
+            changed: (file.ctime(), file.ctime_nsec()),
+        }
+    }
 }
 
 impl PluginFile {
@@ -40,16 +65,30 @@ impl PluginFile {
     /// When the file is no shared library of this machine, has no manifest, has one that this host does not take, or
     /// is not let in.
     pub fn read(path: &Path, admission: &Admission) -> Result<PluginFile, PluginError> {
-        let bytes = match fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(source) => return Err(PluginError::Unreadable { path: path.to_owned(), source }),
-        };
+        let unreadable = |source| PluginError::Unreadable { path: path.to_owned(), source };
+        let mut file = File::open(path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(unreadable)?;
         let manifest = read_manifest(path.to_owned(), &bytes)?;
-        admission.check_owner(path)?;
+        admission.check_owner(path, &metadata)?;
         let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let file = PluginFile { path: path.to_owned(), manifest, sha256 };
+        let identity = Identity::of(&metadata);
+        let file = PluginFile { path: path.to_owned(), manifest, sha256, identity };
         admission.check_lock(&file)?;
         Ok(file)
+    }
+
+    /// Whether there is still the file that was read at its path. The dynamic linker opens it once more: by its path,
+    /// since libraries beside a plugin are found by that.
+    ///
+    /// # Errors
+    /// When it was replaced or written to meanwhile.
+    pub(super) fn check_unchanged(&self) -> Result<(), PluginError> {
+        match fs::metadata(&self.path) {
+            Ok(now) if Identity::of(&now) == self.identity => Ok(()),
+            _ => Err(PluginError::Changed { path: self.path.clone() }),
+        }
     }
 
     /// What tells it from others.
