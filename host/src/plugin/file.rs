@@ -22,6 +22,9 @@ pub struct PluginRecord {
     pub version: String,
     /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
+    /// Whether it offers probes and nothing else, so that no weights depend on it. Known of plugins in use only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub only_probes: bool,
 }
 
 /// A plugin file that this host may open, and of which nothing has run.
@@ -94,7 +97,7 @@ impl PluginFile {
     /// What tells it from others.
     pub fn record(&self) -> PluginRecord {
         let ManifestFields { name, version, .. } = self.manifest.clone();
-        PluginRecord { name, version, sha256: self.sha256.clone() }
+        PluginRecord { name, version, sha256: self.sha256.clone(), only_probes: false }
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use jepa_plugin_api::abi::{Plugin, ROOT_SYMBOL};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-use super::{Admission, PluginError, PluginFile};
+use super::{Admission, PluginError, PluginFile, PluginRecord};
 use crate::linker;
 
 /// A plugin in use.
@@ -22,6 +22,13 @@ impl LoadedPlugin {
     /// Its name, as its manifest has it.
     pub fn name(&self) -> &str {
         &self.file.manifest.name
+    }
+
+    /// What tells it from others.
+    pub fn record(&self) -> PluginRecord {
+        let offer = self.plugin.offer();
+        let only_probes = offer.methods.is_empty() && offer.backbones.is_empty();
+        PluginRecord { only_probes, ..self.file.record() }
     }
 }
 
