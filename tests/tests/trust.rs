@@ -118,6 +118,31 @@ fn a_lock_pins_what_is_loaded() {
 }
 
 #[test]
+fn a_lock_leaves_nothing_out_in_silence() {
+    let room = Room::new();
+    let library = copy(&room, "libcopy.so");
+    let path = library.to_str().unwrap();
+    // Two files of one name: a run could load only one of them.
+    change(&library);
+    let ended = room.run(["plugin", "lock", path, "cnn_jepa"]).expect(REFUSED);
+    ended.error_says(&["two plugins are named `cnn-jepa`", "name one of them"]);
+    assert!(!room.file("plugins.lock").exists());
+
+    fs::set_permissions(&library, Permissions::from_mode(0o666)).unwrap();
+    let ended = room.run(["plugin", "lock", "--plugin-dir", "."]).expect(0);
+    let words = "libcopy.so: can be written by every user";
+    assert!(ended.stdout.contains("refused, and not listed: ") && ended.stdout.contains(words), "{}", ended.stdout);
+
+    // A lock that was put together from two lists takes both files.
+    fs::set_permissions(&library, Permissions::from_mode(0o644)).unwrap();
+    room.run(["plugin", "lock", path, "--out", "other.lock"]).expect(0);
+    let both = ["plugins.lock", "other.lock"].map(|name| fs::read_to_string(room.file(name)).unwrap());
+    fs::write(room.file("both.lock"), both.concat()).unwrap();
+    room.run(info(&library, &["--plugin-lock", "both.lock"])).expect(0);
+    room.run(info(&plugin("cnn_jepa"), &["--plugin-lock", "both.lock"])).expect(0);
+}
+
+#[test]
 fn a_lock_that_is_none_is_told() {
     let room = Room::new();
     fs::write(room.file("typo.lock"), "[[plugin]]\nname = \"cnn-jepa\"\n").unwrap();

@@ -1,6 +1,7 @@
 //! Which plugin files may be loaded. A plugin runs with all rights of its user, so a file that others may write, or that
 //! a lock does not list, is refused before anything of it runs.
 
+use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -65,14 +66,16 @@ impl Lock {
 
     fn check(&self, file: &PluginFile) -> Result<(), PluginError> {
         let (name, version) = (&file.manifest.name, &file.manifest.version);
-        let locked = self.locked.plugins.iter().find(|locked| locked.name == *name);
-        let reason = match locked {
+        let of_this_name = || self.locked.plugins.iter().filter(|locked| locked.name == *name);
+        if of_this_name().any(|locked| locked.sha256 == file.sha256) {
+            return Ok(());
+        }
+        let reason = match of_this_name().next() {
             None => format!("does not list plugin `{name}`"),
-            Some(locked) if locked.sha256 != file.sha256 => format!(
+            Some(locked) => format!(
                 "pins {name} {} with SHA-256 {}, and this is {version} with {}",
                 locked.version, locked.sha256, file.sha256
             ),
-            Some(_) => return Ok(()),
         };
         Err(PluginError::Locked { path: file.path.clone(), lock: self.path.clone(), reason })
     }
@@ -80,10 +83,22 @@ impl Lock {
 
 impl LockedPlugins {
     /// A lock of these files.
-    pub fn of(files: &[PluginFile]) -> LockedPlugins {
-        let mut plugins: Vec<PluginRecord> = files.iter().map(PluginFile::record).collect();
-        plugins.sort_by(|a, b| a.name.cmp(&b.name));
-        LockedPlugins { plugins }
+    ///
+    /// # Errors
+    /// When two of them are other plugins of the same name, of which a run could load only one.
+    pub fn of(files: &[PluginFile]) -> Result<LockedPlugins, PluginError> {
+        let mut plugins: BTreeMap<&str, &PluginFile> = BTreeMap::new();
+        for file in files {
+            let name = file.manifest.name.as_str();
+            match plugins.insert(name, file) {
+                Some(other) if other.sha256 != file.sha256 => {
+                    let (first, second) = (other.path.clone(), file.path.clone());
+                    return Err(PluginError::SameName { name: name.to_owned(), first, second });
+                }
+                _ => {}
+            }
+        }
+        Ok(LockedPlugins { plugins: plugins.into_values().map(PluginFile::record).collect() })
     }
 
     /// The text of the file.

@@ -132,7 +132,7 @@ pub enum PluginError {
         reason: String,
     },
     /// Two files, one name.
-    #[error("two plugins are named `{name}`: {} and {}; load one of them", first.display(), second.display())]
+    #[error("two plugins are named `{name}`: {} and {}; name one of them", first.display(), second.display())]
     SameName {
         /// The common name.
         name: String,
