@@ -141,10 +141,16 @@ impl Room {
 
     /// Compiles `source`, C, into the shared library `name` in this room.
     pub fn compile(&self, name: &str, source: &str) -> PathBuf {
+        self.compile_with(name, source, &[])
+    }
+
+    /// The same, with further arguments for the compiler, which runs in this room.
+    pub fn compile_with(&self, name: &str, source: &str, arguments: &[&str]) -> PathBuf {
         let (c, library) = (self.file(format!("{name}.c")), self.file(name));
         fs::write(&c, source).expect("the room can be written to");
-        let compiler = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&c).output();
-        let output = compiler.expect("`cc` is there: rustc links with it");
+        let mut compiler = Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&c).args(arguments);
+        let output = compiler.current_dir(self.path()).output().expect("`cc` is there: rustc links with it");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         library
     }

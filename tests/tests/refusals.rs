@@ -16,8 +16,11 @@ const STRUCT_SIZE: Range<usize> = 8..12;
 const API_MAJOR: Range<usize> = 12..14;
 const API_MINOR: Range<usize> = 14..16;
 const NAME: Range<usize> = 16..80;
+const VERSION: Range<usize> = 80..112;
+const RUSTC: Range<usize> = 112..176;
 const BRIDGE: Range<usize> = 176..208;
 const LIBTORCH: Range<usize> = 208..240;
+const FEATURES: Range<usize> = 240..248;
 
 /// What the host says of `library`, which it must refuse in one line and nothing else.
 #[track_caller]
@@ -129,6 +132,41 @@ fn another_api_major_is_refused() {
     let room = Room::new();
     let library = patched(&room, API_MAJOR, &[9, 0]);
     refused(&room, &library).error_says(&["was built for plugin API 9.", "this host has 1."]);
+}
+
+#[test]
+fn features_of_the_upper_half_have_to_be_known() {
+    let room = Room::new();
+    let library = patched(&room, FEATURES, &(1u64 << 40).to_le_bytes());
+    refused(&room, &library).error_says(&["features that this host does not know (0x10000000000)", "update"]);
+    let library = patched(&room, FEATURES, &5u64.to_le_bytes());
+    room.run(["plugin", "info", library.to_str().unwrap()]).expect(0);
+}
+
+#[test]
+fn a_plugin_that_links_libtorch_has_to_say_which() {
+    let room = Room::new();
+    room.compile("libtorch_cpu.so", "int answer(void) { return 42; }\n");
+    let manifest = |libtorch: &str| {
+        let text = |field: Range<usize>, text: &str| format!("{:\0<1$}", text, field.len());
+        let numbers = [&248u32.to_le_bytes()[..], &1u16.to_le_bytes(), &0u16.to_le_bytes()].concat();
+        let texts = [
+            text(NAME, "own"),
+            text(VERSION, "1.0.0"),
+            text(RUSTC, "none"),
+            text(BRIDGE, "jepa_torch_0_24"),
+            text(LIBTORCH, libtorch),
+        ];
+        let bytes = [b"JEPAPLUG", &numbers[..], texts.concat().as_bytes(), &[0; 8]].concat();
+        let numbers: Vec<String> = bytes.iter().map(u8::to_string).collect();
+        format!("const unsigned char JEPA_PLUGIN_MANIFEST[248] = {{ {} }};\n", numbers.join(", "))
+    };
+    let uses = "int answer(void);\nint ask(void) { return answer(); }\n";
+    let link = ["-Wl,--no-as-needed", "-L.", "-ltorch_cpu"];
+    let library = room.compile_with("libown.so", &(manifest("") + uses), &link);
+    refused(&room, &library).error_says(&["links libtorch_cpu.so, and its manifest names no version", "libtorch: "]);
+    let library = room.compile_with("libown.so", &(manifest("1.2.3") + uses), &link);
+    refused(&room, &library).error_says(&["brings C++ for libtorch 1.2.3", "build it for "]);
 }
 
 #[test]

@@ -71,7 +71,11 @@ pub enum PluginError {
         minor: u16,
     },
     /// Calls a torch bridge that this host does not ship.
-    #[error("{}: needs the torch bridge `{bridge}`, this host has `{BRIDGE}`", path.display())]
+    #[error(
+        "{}: needs the torch bridge `{bridge}`, this host has `{BRIDGE}`; build it with this host's jepa-plugin-api, or \
+         use a jepa-host that has that bridge",
+        path.display()
+    )]
     Bridge {
         /// The file.
         path: PathBuf,
@@ -79,7 +83,7 @@ pub enum PluginError {
         bridge: String,
     },
     /// Brings C++ of its own over another libtorch.
-    #[error("{}: brings C++ for libtorch {needs}, this host runs on {has}", path.display())]
+    #[error("{}: brings C++ for libtorch {needs}, this host runs on {has}; build it for {has}", path.display())]
     Libtorch {
         /// The file.
         path: PathBuf,
@@ -87,6 +91,26 @@ pub enum PluginError {
         needs: String,
         /// The version in use.
         has: String,
+    },
+    /// Links libtorch and does not say which.
+    #[error(
+        "{}: links {library}, and its manifest names no version of libtorch; name the one that it was compiled against \
+         in `export_plugin! {{ libtorch: \"…\", … }}`, or leave the C++ out",
+        path.display()
+    )]
+    UndeclaredLibtorch {
+        /// The file.
+        path: PathBuf,
+        /// What it links.
+        library: String,
+    },
+    /// Needs what later hosts have.
+    #[error("{}: needs features that this host does not know ({bits:#x}); update jepa-host", path.display())]
+    Feature {
+        /// The file.
+        path: PathBuf,
+        /// Their bits in the manifest.
+        bits: u64,
     },
     /// Somebody else may have written the file.
     #[error(

@@ -6,7 +6,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use jepa_plugin_api::abi::{API_MAJOR, BRIDGE, MANIFEST_SYMBOL, ManifestFields};
-use object::{Architecture, Object as _, ObjectKind, ObjectSection as _, ObjectSymbol as _};
+use object::elf::{DT_NEEDED, Dyn64};
+use object::read::elf::Dyn as _;
+use object::{Architecture, Endianness, Object as _, ObjectKind, ObjectSection as _, ObjectSymbol as _};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -127,10 +129,33 @@ fn read_manifest(path: PathBuf, bytes: &[u8]) -> Result<ManifestFields, PluginEr
     if manifest.bridge != BRIDGE {
         return Err(PluginError::Bridge { path, bridge: manifest.bridge });
     }
-    match (&manifest.libtorch, libtorch().version) {
-        (Some(needs), has) if *needs != has => Err(PluginError::Libtorch { path, needs: needs.clone(), has }),
-        _ => Ok(manifest),
+    if manifest.unknown_needs() != 0 {
+        return Err(PluginError::Feature { path, bits: manifest.unknown_needs() });
     }
+    match (&manifest.libtorch, libtorch().version) {
+        (Some(needs), has) if *needs != has => {
+            return Err(PluginError::Libtorch { path, needs: needs.clone(), has });
+        }
+        (Some(_), _) => {}
+        (None, _) => {
+            let of_libtorch = |name: &String| ["libtorch", "libc10"].iter().any(|l| name.starts_with(l));
+            if let Some(library) = needed(&library, bytes).into_iter().find(of_libtorch) {
+                return Err(PluginError::UndeclaredLibtorch { path, library });
+            }
+        }
+    }
+    Ok(manifest)
+}
+
+/// The libraries that the file names as needed.
+fn needed(library: &object::File<'_>, bytes: &[u8]) -> Vec<String> {
+    let object::File::Elf64(elf) = library else { return Vec::new() };
+    let (endian, sections) = (elf.endian(), elf.elf_section_table());
+    let Ok(Some((entries, strings))) = sections.dynamic(endian, bytes) else { return Vec::new() };
+    let Ok(strings) = sections.strings(endian, bytes, strings) else { return Vec::new() };
+    let entries = entries.iter().filter(|entry| entry.tag(endian) == DT_NEEDED);
+    let name = |entry: &Dyn64<Endianness>| Some(String::from_utf8_lossy(entry.string(endian, strings).ok()?).into());
+    entries.filter_map(name).collect()
 }
 
 fn is_native(architecture: Architecture) -> bool {
