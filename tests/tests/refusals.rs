@@ -53,17 +53,25 @@ fn patch(bytes: &mut [u8], field: Range<usize>, value: &[u8]) {
     field[..value.len()].copy_from_slice(value);
 }
 
-/// A copy of a plugin that says to be of plugin API 1.9, and says `new` wherever it said `old`.
-fn of_the_future(room: &Room, name: &str, old: &str, new: &str) -> String {
+/// A copy of a plugin that says `new` wherever it said `old`.
+fn respelt(room: &Room, name: &str, old: &str, new: &str) -> String {
     assert_eq!(old.len(), new.len());
     let mut bytes = fs::read(plugin(name)).unwrap();
-    patch(&mut bytes, API_MINOR, &[9, 0]);
     let places: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(old.as_bytes())).collect();
     assert!(!places.is_empty(), "{name} never says {old}");
     places.iter().for_each(|at| bytes[*at..*at + new.len()].copy_from_slice(new.as_bytes()));
     let path = room.file(format!("lib{name}.so"));
     fs::write(&path, bytes).unwrap();
     path.to_str().unwrap().to_owned()
+}
+
+/// The same, built with plugin API 1.9.
+fn of_the_future(room: &Room, name: &str, old: &str, new: &str) -> String {
+    let path = respelt(room, name, old, new);
+    let mut bytes = fs::read(&path).unwrap();
+    patch(&mut bytes, API_MINOR, &[9, 0]);
+    fs::write(&path, bytes).unwrap();
+    path
 }
 
 /// Trains CNN-JEPA with these settings besides what it needs.
@@ -132,6 +140,15 @@ fn another_api_major_is_refused() {
     let room = Room::new();
     let library = patched(&room, API_MAJOR, &[9, 0]);
     refused(&room, &library).error_says(&["was built for plugin API 9.", "this host has 1."]);
+}
+
+#[test]
+fn names_on_offer_are_usable_and_different() {
+    let room = Room::new();
+    let library = respelt(&room, "careless_plugin", "careless", "care.ess");
+    refused(&room, library.as_ref()).error_says(&["offers the method `care.ess`", "rename it"]);
+    let library = respelt(&room, "sparse_resnet", "resnet34", "resnet18");
+    refused(&room, library.as_ref()).error_says(&["offers two backbones named `resnet18`", "rename it"]);
 }
 
 #[test]

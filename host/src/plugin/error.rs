@@ -140,7 +140,10 @@ pub enum PluginError {
         reason: String,
     },
     /// The dynamic linker refuses the file: a missing symbol or a missing library.
-    #[error("{}: cannot be opened: {reason}", path.display())]
+    #[error(
+        "{}: cannot be opened: {reason}; install what is missing, or build it on this machine",
+        path.display()
+    )]
     Open {
         /// The file.
         path: PathBuf,
@@ -153,6 +156,14 @@ pub enum PluginError {
         /// The file.
         path: PathBuf,
         /// Why.
+        reason: String,
+    },
+    /// What it offers has names that cannot be used.
+    #[error("{}: {reason}; rename it in the plugin's source", path.display())]
+    BadOffer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
         reason: String,
     },
     /// Two files, one name.

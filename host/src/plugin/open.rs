@@ -8,6 +8,7 @@ use jepa_plugin_api::abi::{Plugin, ROOT_SYMBOL};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use super::{Admission, PluginError, PluginFile, PluginRecord};
+use super::registry::check_offer;
 use crate::linker;
 
 /// A plugin in use.
@@ -63,6 +64,7 @@ impl PluginFile {
         // SAFETY: the symbol is the root header of a plugin, by its manifest, and the library stays.
         let plugin = unsafe { Plugin::adopt(&self.manifest, root.into_raw().cast_const()) }.map_err(unfit)?;
         plugin.self_test().map_err(unfit)?;
+        check_offer(plugin.offer()).map_err(|reason| PluginError::BadOffer { path: path(), reason })?;
         Ok(LoadedPlugin { file: self, plugin })
     }
 }

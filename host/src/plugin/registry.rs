@@ -40,6 +40,29 @@ impl Kind {
             Kind::Probe => offer.probes.iter().map(|o| (o.name.as_str(), &o.options)).collect(),
         }
     }
+
+    /// Whether names of this kind are part of keys, in settings or in metrics, which points divide.
+    fn names_are_in_keys(self) -> bool {
+        matches!(self, Kind::Method | Kind::Probe)
+    }
+}
+
+/// What is wrong with the names in `offer`, in words.
+pub(super) fn check_offer(offer: &Offer) -> Result<(), String> {
+    let in_keys = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    for kind in Kind::ALL {
+        let offered = kind.of(offer);
+        for (i, (name, _)) in offered.iter().enumerate() {
+            let word = kind.word();
+            if name.is_empty() || kind.names_are_in_keys() && !name.chars().all(in_keys) {
+                return Err(format!("offers the {word} `{name}`: such a name has letters, digits, _ and - only"));
+            }
+            if offered[..i].iter().any(|(earlier, _)| earlier == name) {
+                return Err(format!("offers two {word}s named `{name}`"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// All loaded plugins. Names of plugins are unique in it, and so are the names of each kind that they offer.

@@ -21,6 +21,9 @@ use crate::host::RunFacts;
 use crate::params::Entry;
 use crate::{BackboneInfo, Batch, Context as _, EmaPair, FrozenFeatures, Params, Result, Step, ViewSpec};
 
+/// What to do about a file that does not keep to the API that it names.
+const REMEDY: &str = "build it with the jepa-plugin-api of this host, as it is";
+
 /// A plugin whose functions can be called. A clone is another handle on the same plugin.
 #[derive(Clone)]
 pub struct Plugin {
@@ -47,9 +50,9 @@ impl Plugin {
         // caller vouches for.
         let header = unsafe { std::mem::transmute::<*const c_void, AbiHeaderRef>(root) };
         let header =
-            header.upgrade().map_err(|error| anyhow::anyhow!("its abi_stable does not fit: {error}"))?;
+            header.upgrade().map_err(|error| anyhow::anyhow!("its abi_stable does not fit: {error}; {REMEDY}"))?;
         let IsLayoutChecked::Yes(theirs) = header.root_mod_consts().layout() else {
-            anyhow::bail!("it carries no description of its types");
+            anyhow::bail!("it carries no description of its types; {REMEDY}");
         };
         check_either_way(theirs)?;
         // SAFETY: the layouts were compared just now.
@@ -162,7 +165,7 @@ fn check_either_way(theirs: &'static abi_stable::type_layout::TypeLayout) -> Res
         return Ok(());
     }
     tracing::debug!("layouts that do not fit:\n{errors}");
-    anyhow::bail!("its types are laid out differently from the host's (RUST_LOG=debug shows where)")
+    anyhow::bail!("its types are laid out differently from the host's (RUST_LOG=debug shows where); {REMEDY}")
 }
 
 fn unwrap<T>(result: RResult<T, AbiFailure>) -> Result<T, Failure> {
