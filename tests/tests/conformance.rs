@@ -2,8 +2,10 @@
 
 use std::fs;
 
+use faulty_plugin::Faulty;
+use jepa_tests::boundary::{Case, compare};
 use jepa_tests::real::{Room, plugin};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const REFUSED: i32 = 3;
 
@@ -128,4 +130,21 @@ fn people_get_a_table_and_typos_an_answer() {
     assert!(ended.stdout.contains("pass  seed"), "{}", ended.stdout);
     room.run(["plugin", "check", "faulty_plugin", "--only", "sed"]).expect(2).error_says(&["`sed`", "seed"]);
     room.run(["plugin", "check", "faulty_plugin", "method.ballst=1"]).expect(2).error_says(&["ballast"]);
+}
+
+#[test]
+fn a_step_that_does_nothing_costs_little_more_through_the_boundary() {
+    tch::set_num_threads(1);
+    let nothing = Case {
+        plugin: "faulty_plugin",
+        method: "faulty",
+        options: json!({}),
+        backbone: json!({ "stem": "small", "width": 4, "depths": [1] }),
+        views: 1,
+        size: 16,
+        batch: 8,
+    };
+    let [_, middle, _] = compare::<Faulty>(&nothing, 500).difference;
+    // 20 µs are allowed; on a machine that does other things as well, ten times that shows a change of kind.
+    assert!(middle < 200.0, "{middle} µs");
 }

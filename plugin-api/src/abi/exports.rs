@@ -228,7 +228,7 @@ extern "C" fn build_backbone<P: Exports>(
         let options = serde_json::from_str(options_json.as_str())?;
         let backbone =
             (entry.build)(name.as_str(), options, &params).map_err(|error| refusal(P::NAME, error))?;
-        Ok(backbone_object(P::NAME, backbone, &params))
+        Ok(backbone_object(P::NAME, backbone, params.entries()))
     })
 }
 
@@ -259,9 +259,8 @@ fn refusal(plugin: &str, error: anyhow::Error) -> Failure {
 pub(super) fn backbone_object(
     plugin: &'static str,
     backbone: Box<dyn ErasedBackbone>,
-    params: &Params,
+    entries: Vec<Entry>,
 ) -> BackboneObject {
-    let entries = params.entries();
     let declaration = BackboneDeclaration { info: backbone.info(), tensors: names(&entries) };
     let guarded = GuardedBackbone {
         plugin,
@@ -375,7 +374,7 @@ fn share(tensors: &[Tensor]) -> RVec<TensorOwned> {
     tensors.iter().map(|tensor| tensor.shallow_clone().into()).collect()
 }
 
-fn names(entries: &[Entry]) -> Vec<TensorName> {
+pub(super) fn names(entries: &[Entry]) -> Vec<TensorName> {
     entries.iter().map(|entry| TensorName { name: entry.name.clone(), kind: entry.kind }).collect()
 }
 

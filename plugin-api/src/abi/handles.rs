@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::exports::{ErasedBackbone, backbone_object};
+use super::exports::{ErasedBackbone, backbone_object, names};
 use super::failure::{AbiFailure, Failure, FailureKind};
 use super::log::{LogSink, emit_in_host};
 use super::module::*;
@@ -124,7 +124,7 @@ impl Plugin {
         let object = (self.module.build_backbone())(name.into(), options.as_str().into(), device.into());
         let object = unwrap(object)?;
         let declaration = self.read(&object.declaration_json())?;
-        Ok(BackboneHandle { object, declaration })
+        Ok(BackboneHandle { code: BackboneCode::Plugin(object), declaration })
     }
 
     /// Builds one of the plugin's methods; `backbone` builds what it asks for.
@@ -191,7 +191,7 @@ impl AbiHost for HostSide {
 
     fn backbone(&self) -> RResult<BackboneObject, AbiFailure> {
         match (self.backbone)() {
-            Ok(handle) => RResult::ROk(handle.object),
+            Ok(handle) => RResult::ROk(handle.into_object()),
             Err(error) => RResult::RErr(Failure::from_error("jepa-host", error).into()),
         }
     }
@@ -318,21 +318,42 @@ fn described(tensor: &Tensor) -> String {
 /// # Ok::<(), jepa_plugin_api::Error>(())
 /// ```
 pub struct BackboneHandle {
-    object: BackboneObject,
+    code: BackboneCode,
     declaration: BackboneDeclaration,
 }
 
+enum BackboneCode {
+    /// Behind the boundary.
+    Plugin(BackboneObject),
+    /// Linked into this program, which calls it directly.
+    Linked { backbone: Box<dyn ErasedBackbone>, entries: Vec<Entry> },
+}
+
 impl BackboneHandle {
-    /// A backbone of this program's own, for tests without a plugin file.
+    /// A backbone of this program's own, which registered its tensors in `params`: for tests without a plugin file.
+    /// Nothing crosses the boundary when it is called.
+    ///
+    /// # Errors
+    /// None: it fits where the host's way of getting a backbone may fail.
     pub fn linked<B: crate::Backbone>(backbone: B, params: &Params) -> Result<Self> {
-        let erased: Box<dyn ErasedBackbone> = Box::new(backbone);
-        Self::received("linked", backbone_object("linked", erased, params)).map_err(Into::into)
+        let entries = params.entries();
+        let declaration = BackboneDeclaration { info: backbone.info(), tensors: names(&entries) };
+        let code = BackboneCode::Linked { backbone: Box::new(backbone), entries };
+        Ok(BackboneHandle { code, declaration })
+    }
+
+    /// What the host gives to a method.
+    fn into_object(self) -> BackboneObject {
+        match self.code {
+            BackboneCode::Plugin(object) => object,
+            BackboneCode::Linked { backbone, entries } => backbone_object("linked", backbone, entries),
+        }
     }
 
     /// A backbone that the host gives to a method of `plugin`.
     pub(super) fn received(plugin: &str, object: BackboneObject) -> Result<Self, Failure> {
         match serde_json::from_str(&object.declaration_json()) {
-            Ok(declaration) => Ok(BackboneHandle { object, declaration }),
+            Ok(declaration) => Ok(BackboneHandle { code: BackboneCode::Plugin(object), declaration }),
             Err(error) => Err(Failure {
                 plugin: plugin.to_owned(),
                 kind: FailureKind::Unfit,
@@ -355,7 +376,10 @@ impl BackboneHandle {
     /// # Errors
     /// When the plugin does not keep to the boundary.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        named(&self.declaration.tensors, self.object.tensors())
+        match &self.code {
+            BackboneCode::Plugin(object) => named(&self.declaration.tensors, object.tensors()),
+            BackboneCode::Linked { entries, .. } => Ok(entries.iter().map(Entry::share).collect()),
+        }
     }
 
     /// The feature map `(B, C, S / r, S / r)`; with a mask in sparse mode. See
@@ -365,9 +389,13 @@ impl BackboneHandle {
     /// When the backbone fails, or is asked for a sparse mode that it does not have.
     pub fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
         anyhow::ensure!(mask.is_none() || self.info().sparse, "this backbone has no sparse mode");
-        let mask = mask.map(|mask| mask.shallow_clone().into()).into();
-        let map = unwrap(self.object.forward(images.shallow_clone().into(), mask, train))?;
-        Ok(map.into())
+        match &self.code {
+            BackboneCode::Plugin(object) => {
+                let mask = mask.map(|mask| mask.shallow_clone().into()).into();
+                Ok(unwrap(object.forward(images.shallow_clone().into(), mask, train))?.into())
+            }
+            BackboneCode::Linked { backbone, .. } => backbone.forward(images, mask, train),
+        }
     }
 }
 
