@@ -111,6 +111,25 @@ fn a_new_crate_replaces_nothing_and_has_a_name_that_cargo_takes() {
     for name in ["My-Method", "2nd", "a b", "../up", ""] {
         room.run(["plugin", "new", name]).expect(2).error_says(&[&format!("`{name}` cannot name a plugin")]);
     }
+    for (name, kind, clash) in [
+        ("fn", "method", "fn"),
+        ("type", "backbone", "type"),
+        ("serde", "method", "serde"),
+        ("step", "method", "Step"),
+        ("backbone", "backbone", "Backbone"),
+        ("conv", "backbone", "ConvOptions"),
+        ("probe", "probe", "Probe"),
+        ("option", "probe", "Option"),
+    ] {
+        let ended = room.run(["plugin", "new", name, "--kind", kind]).expect(2);
+        ended.error_says(&[&format!("`{name}` cannot name this plugin"), &format!("`{clash}`"), &format!("my-{name}")]);
+        assert!(!room.file(name).exists(), "{name}");
+    }
+    // A word of another kind's source, or of a comment, names nothing here.
+    for (name, kind) in [("step", "probe"), ("features", "method"), ("plugin", "backbone")] {
+        let folder = format!("{name}-{kind}");
+        room.run(["plugin", "new", name, "--kind", kind, "--path", &folder]).expect(0);
+    }
     fs::create_dir(room.file("taken")).unwrap();
     room.run(["plugin", "new", "taken"]).expect(2).error_says(&["taken exists already"]);
     let ended = room.run(["plugin", "new", "lost", "--api", "."]).expect(2);
