@@ -129,6 +129,30 @@ fn an_old_plugin_trains_on_this_host() {
 }
 
 #[test]
+fn an_old_source_compiles_against_this_api() {
+    for version in earlier() {
+        let (place, name) = (workspace().join("target/compat/today"), format!("plugin-{version}"));
+        fs::create_dir_all(&place).unwrap();
+        let target = cargo(|| {
+            let kept = workspace().join("tests/compat").join(&name);
+            shell(&place, &format!("rm -rf '{name}' && cp -pr '{}' .", kept.display()));
+            let manifest = place.join(&name).join("Cargo.toml");
+            let text = fs::read_to_string(&manifest).unwrap();
+            let then = format!("jepa-plugin-api = \"={version}.0\"");
+            let today = format!("jepa-plugin-api = {{ path = '{}' }}", workspace().join("plugin-api").display());
+            assert!(text.contains(&then), "{text}");
+            fs::write(&manifest, text.replace(&then, &today)).unwrap();
+            (place.join(&name), vec![], "authors".to_owned())
+        });
+        let file = target.join(format!("release/libplugin_of_{}.so", version.replace('.', "_")));
+        let file = file.to_str().unwrap();
+        let info = Room::new().run(["plugin", "info", file]).expect(0).stdout;
+        assert!(info.contains(&format!("API      {API_MAJOR}.{API_MINOR}\n")), "{info}");
+        Room::new().run(["plugin", "check", file, "--only", "gradients", "backbone.name=elder_net"]).expect(0);
+    }
+}
+
+#[test]
 fn old_and_new_hosts_and_plugins_give_the_same_losses() {
     for version in earlier() {
         let elder = old_plugin(&version);
