@@ -246,8 +246,8 @@ extern "C" fn build_probe<P: Exports>(
     })
 }
 
-/// What an error in building a method, a backbone or a probe means: settings that do not fit, unless libtorch reports it, for
-/// want of memory for one, or another plugin does.
+/// What an error in building a method, a backbone or a probe means: settings that do not fit, unless libtorch reports it,
+/// for want of memory for one, or another plugin does.
 fn refusal(plugin: &str, error: anyhow::Error) -> Failure {
     let of_libtorch = error.chain().any(|cause| cause.is::<TchError>());
     let passed_on = error.chain().any(|cause| cause.is::<Failure>());
