@@ -33,7 +33,8 @@ bench: build  ## time PyTorch and jepa-host side by side, and the plugin boundar
 compat: build  ## train with the same files over a newer libtorch; TORCH=version chooses it
 	scripts/compat.sh
 
-memcheck: build  ## load, train and drop every plugin under valgrind
+memcheck: setup  ## load, train and drop every plugin under valgrind
+	cargo build --release --workspace
 	scripts/memcheck.sh
 
 lint: setup  ## check formatting, lints and documentation

@@ -65,17 +65,22 @@ sys.exit(gone.rstrip("_") not in said)
 PYTHON
 done <"$place/lib/libjepa_torch_0_24.lacks"
 
-small=(backbone.name=resnet18 backbone.stem=small backbone.width=8 'backbone.depths=[1,1]' data.size=32
-    data.train=$data/fashion_mnist_train.h5 data.val=$data/fashion_mnist_test.h5 eval.train_limit=500 eval.at_start=false
-    eval.linear.epochs=3 optimizer.batch_size=64 trainer.max_steps=5 run.dir="$folder/runs")
+short=(data.size=32 data.train=$data/fashion_mnist_train.h5 data.val=$data/fashion_mnist_test.h5 eval.train_limit=500
+    eval.at_start=false eval.linear.epochs=3 optimizer.batch_size=64 trainer.max_steps=5 run.dir="$folder/runs")
+resnet=(backbone.name=resnet18 backbone.stem=small backbone.width=8 'backbone.depths=[1,1]')
+convnext=(backbone.name=convnext_atto backbone.stem=small backbone.width=8 'backbone.depths=[1,1,1,1]')
+script=(backbone.name=torchscript backbone.file=tests/fixtures/torchscript_net.pt)
 heads=(method.hidden=32 method.output=16)
-report() { printf 'compat: %-12s val/loss %s\n' "$1" "$(awk '$1 == "val/loss" { print $3 }' "$folder/out")"; }
-train() { "$jepa_host" --quiet --plugin "$1" "${small[@]}" "${@:2}" >"$folder/out" || die "$1 does not train over libtorch $version." && report "$1"; }
-train cnn_jepa method.mask.min_keep=1
-train cnn_jepa method.mask.min_keep=1 backbone.name=convnext_atto 'backbone.depths=[1,1,1,1]'
-train byol "${heads[@]}"
-train simclr "${heads[@]}"
-train vicreg method.units=32
-train supervised
+# A plugin with a method, and settings.
+train() {
+    "$jepa_host" --quiet --plugin "$1" "${short[@]}" "${@:2}" >"$folder/out" || die "$* does not train over libtorch $version."
+    printf 'compat: %-12s val/loss %s\n' "$1" "$(awk '$1 == "val/loss" { print $3 }' "$folder/out")"
+}
+train cnn_jepa method.mask.min_keep=1 "${resnet[@]}"
+train cnn_jepa method.mask.min_keep=1 "${convnext[@]}"
+train byol "${heads[@]}" "${resnet[@]}"
+train simclr "${heads[@]}" "${script[@]}"
+train vicreg method.units=32 "${resnet[@]}"
+train supervised "${resnet[@]}"
 echo "compat: every plugin file trains over libtorch $version; the bridge leaves out" \
     "$(wc -l <"$place/lib/libjepa_torch_0_24.lacks") of tch's functions"

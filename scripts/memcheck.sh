@@ -19,21 +19,27 @@ under_valgrind() {
         --errors-for-leak-kinds=definite --suppressions=tests/libtorch.supp \
         "$jepa_host" --quiet plugin check "$1" --only "$2" trainer.threads=1 "${@:3}"
 }
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+# The exit code that has to come, and what to run. Its words are shown when another one comes.
+ends_with() {
+    local code=0
+    under_valgrind "${@:2}" >"$said" 2>&1 || code=$?
+    [[ $code == "$1" ]] && return
+    cat "$said" >&2
+    echo "memcheck: ${*:2}: ended with $code instead of $1; its words are above" >&2
+    exit 1
+}
 check() {
     echo "memcheck: $*"
-    under_valgrind "$1" state "${@:2}" >/dev/null
+    ends_with 0 "$1" state "${@:2}"
 }
 loses() {
     echo "memcheck: $* (has to be found out)"
-    local code=0
-    under_valgrind "$@" >/dev/null 2>&1 || code=$?
-    [[ $code == 99 ]] || {
-        echo "memcheck: memory was lost, and valgrind ended with $code instead of 99" >&2
-        exit 1
-    }
+    ends_with 99 "$@"
 }
 loses faulty_plugin state method.keep_batches=true
-loses faulty_probe figures eval.probes.faulty.keep_features=true
+loses faulty_probe metrics eval.probes.faulty.keep_features=true
 small=(backbone.name=resnet18 backbone.stem=small backbone.width=4 'backbone.depths=[1,1]')
 check cnn_jepa "${small[@]}" method.mask.min_keep=1
 check byol "${small[@]}" method.hidden=16 method.output=8
@@ -42,7 +48,7 @@ check vicreg "${small[@]}" method.units=16
 check supervised "${small[@]}"
 check sparse_resnet "${small[@]}" data.size=32
 check sparse_convnext backbone.name=convnext_atto backbone.stem=small backbone.width=4 'backbone.depths=[1,1,1,1]' data.size=32
-check torchscript_backbone backbone.file=tests/fixtures/TS data.size=32
+check torchscript_backbone backbone.file=tests/fixtures/torchscript_net.pt data.size=32
 echo "memcheck: a probe"
-under_valgrind faulty_probe figures >/dev/null
+ends_with 0 faulty_probe metrics
 echo "memcheck: every plugin is clean"

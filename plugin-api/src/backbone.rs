@@ -27,7 +27,7 @@ use crate::{Params, Result};
 ///     }
 ///
 ///     fn info(&self) -> BackboneInfo {
-///         BackboneInfo { channels: 16, downsample: 8, norm: NormKind::Batch, sparse: false }
+///         BackboneInfo::new(16, 8, NormKind::Batch)
 ///     }
 ///
 ///     fn forward(&self, images: &Tensor, mask: Option<&Tensor>, _train: bool) -> Result<Tensor> {
@@ -72,6 +72,7 @@ pub trait Backbone: Send + Sized + 'static {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum NormKind {
     /// Batch norm over (B, H, W).
     Batch,
@@ -79,13 +80,14 @@ pub enum NormKind {
     Layer,
 }
 
-/// What a method has to know about a backbone.
+/// What a method has to know about a backbone. Written with [`new`](BackboneInfo::new), a source also compiles when a later
+/// minor version adds a field.
 ///
 /// ```
 /// use jepa_plugin_api::testing::SmallBackbone;
-/// use jepa_plugin_api::{Backbone as _, Params, tch::Device};
+/// use jepa_plugin_api::{Backbone as _, BackboneInfo, NormKind, Params, tch::Device};
 /// let info = SmallBackbone::new(&Params::new(Device::Cpu))?.info();
-/// assert!(info.sparse && 32 / info.downsample == 8);
+/// assert_eq!(info, BackboneInfo::new(8, 4, NormKind::Batch).with_sparse_mode());
 /// # Ok::<(), jepa_plugin_api::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -98,4 +100,16 @@ pub struct BackboneInfo {
     pub norm: NormKind,
     /// Whether `forward` takes a mask.
     pub sparse: bool,
+}
+
+impl BackboneInfo {
+    /// Of a backbone with a map of C = `channels` and cells of r = `downsample` pixels, without a sparse mode.
+    pub fn new(channels: i64, downsample: i64, norm: NormKind) -> Self {
+        BackboneInfo { channels, downsample, norm, sparse: false }
+    }
+
+    /// Of a backbone whose `forward` takes a mask.
+    pub fn with_sparse_mode(self) -> Self {
+        BackboneInfo { sparse: true, ..self }
+    }
 }

@@ -94,16 +94,34 @@ pub(crate) struct HostParts {
 ///
 /// ```
 /// use jepa_plugin_api::nn::Linear;
-/// use jepa_plugin_api::{BackboneHandle, EmaSchedule, Host, Result};
+/// use jepa_plugin_api::testing::{self, SmallBackbone};
+/// use jepa_plugin_api::{BackboneHandle, EmaSchedule, Host, Method, NoOptions, Result};
+/// # use jepa_plugin_api::{Batch, Step, ViewSpec, bail, tch::Tensor};
 ///
-/// /// What a method with a teacher does in its `new`.
-/// fn build(host: &mut Host) -> Result<(BackboneHandle, BackboneHandle, Linear)> {
-///     let (student, teacher) = (host.backbone("student")?, host.backbone("teacher")?);
-///     host.ema("student", "teacher", EmaSchedule::default());
-///     let classes = host.facts().classes.max(1);
-///     let head = Linear::new(&host.params().sub("head"), student.info().channels, classes, true);
-///     Ok((student, teacher, head))
+/// /// A method with a teacher.
+/// struct Taught(BackboneHandle, BackboneHandle, Linear);
+///
+/// impl Method for Taught {
+/// #   const NAME: &'static str = "taught";
+/// #   const ENCODER: &'static str = "student";
+/// #   type Options = NoOptions;
+///     fn new(_: NoOptions, host: &mut Host) -> Result<Self> {
+///         let (student, teacher) = (host.backbone("student")?, host.backbone("teacher")?);
+///         host.ema("student", "teacher", EmaSchedule::default());
+///         let classes = host.facts().classes.max(1);
+///         let head = Linear::new(&host.params().sub("head"), student.info().channels, classes, true);
+///         Ok(Taught(student, teacher, head))
+///     }
+///     // …
+/// #   fn views(&self) -> Vec<ViewSpec> { vec![] }
+/// #   fn step(&mut self, _: &Batch) -> Result<Step> { bail!("it learns nothing here") }
+/// #   fn encode(&mut self, _: &Tensor) -> Result<Tensor> { bail!("it learns nothing here") }
 /// }
+///
+/// let built = testing::method::<Taught, _>(serde_json::json!({}), testing::facts(), SmallBackbone::new)?;
+/// assert_eq!((built.ema[0].online.as_str(), built.ema[0].target.as_str()), ("student", "teacher"));
+/// assert_eq!(built.tensor("head.weight")?.size(), [10, 8]);
+/// # Ok::<(), jepa_plugin_api::Error>(())
 /// ```
 pub struct Host<'a> {
     facts: RunFacts,

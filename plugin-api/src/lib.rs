@@ -40,9 +40,12 @@ pub use view::{IMAGENET_MEAN_STD, Interpolation, Transform, ViewSpec};
 #[doc = include_str!("../README.md")]
 struct Guide;
 
-/// Makes a plugin of this crate: exports its methods, backbones and probes under the crate's name and version. Once per crate.
+/// Makes a plugin of this crate: exports its methods, backbones and probes under the crate's name and version. Once per
+/// crate.
 ///
-/// Any of `methods: [A, B]`, `backbones: [C]` and `probes: [D]`, in this order.
+/// Any of `methods: [A, B]`, `backbones: [C]` and `probes: [D]`, in this order. A plugin that links C++ of its own over
+/// libtorch begins with the version that this was compiled against, `libtorch: "2.11.0"`: only a host that runs on the
+/// same loads it. Since 1.1.
 ///
 /// ```standalone_crate
 /// use jepa_plugin_api::testing::SmallBackbone;
@@ -52,14 +55,15 @@ struct Guide;
 #[macro_export]
 macro_rules! export_plugin {
     (
+        $(libtorch: $libtorch:literal $(,)?)?
         $(methods: [$($method:ty),* $(,)?] $(,)?)?
         $(backbones: [$($backbone:ty),* $(,)?] $(,)?)?
         $(probes: [$($probe:ty),* $(,)?] $(,)?)?
     ) => {
         const _: () = {
-            struct Plugin;
+            struct __Plugin;
 
-            impl $crate::abi::Exports for Plugin {
+            impl $crate::abi::Exports for __Plugin {
                 const NAME: &'static str = env!("CARGO_PKG_NAME");
 
                 fn methods() -> Vec<$crate::abi::MethodEntry> {
@@ -78,11 +82,12 @@ macro_rules! export_plugin {
             // SAFETY: no other symbol of a plugin has this name; the host reads it by this name and type.
             #[unsafe(no_mangle)]
             static JEPA_PLUGIN_MANIFEST: $crate::abi::Manifest =
-                $crate::abi::Manifest::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+                $crate::abi::Manifest::new(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"))
+                    $(.over_libtorch($libtorch))?;
 
             // SAFETY: as above.
             #[unsafe(no_mangle)]
-            static JEPA_PLUGIN_ROOT: $crate::abi::RootHeader = $crate::abi::root_header::<Plugin>();
+            static JEPA_PLUGIN_ROOT: $crate::abi::RootHeader = $crate::abi::root_header::<__Plugin>();
         };
     };
 }

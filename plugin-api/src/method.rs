@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::{Host, Result, Rng, ViewSpec};
 
-/// The options of a method or backbone that has none.
+/// The options of a method, backbone or probe that has none.
 ///
 /// ```
 /// use jepa_plugin_api::NoOptions;

@@ -43,6 +43,13 @@ pub struct Entry {
     pub tensor: Tensor,
 }
 
+impl Entry {
+    /// Another entry of the same tensor.
+    pub(crate) fn share(&self) -> Entry {
+        Entry { name: self.name.clone(), kind: self.kind, tensor: self.tensor.shallow_clone() }
+    }
+}
+
 /// A place in the tree of names under which a plugin registers its tensors.
 ///
 /// Register everything that training changes, or it will be missing from checkpoints. Backbones use timm's names.
@@ -98,8 +105,7 @@ impl Params {
 
     /// All tensors registered so far anywhere in the tree, in order.
     pub fn entries(&self) -> Vec<Entry> {
-        let copy = |e: &Entry| Entry { name: e.name.clone(), kind: e.kind, tensor: e.tensor.shallow_clone() };
-        self.entries.borrow().iter().map(copy).collect()
+        self.entries.borrow().iter().map(Entry::share).collect()
     }
 
     /// Takes over tensors that somebody else made and uses (a backbone, a TorchScript module) under this place's name:

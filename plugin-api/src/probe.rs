@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::Result;
 
-/// A judgement of frozen features, such as a classifier on top of them or a measure of their clusters.
+/// An evaluation of frozen features, such as a classifier on top of them or a measure of their clusters.
 ///
 /// The host computes features of both data sets with the method's [`encode`](crate::Method::encode), as for its own
 /// probes, whenever it evaluates. Since API 1.1.
@@ -27,7 +27,7 @@ use crate::Result;
 ///         Ok(Norms)
 ///     }
 ///
-///     fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
+///     fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
 ///         let norms = features.held_out.x.norm_scalaropt_dim(2, [1], false);
 ///         Ok(vec![("mean".to_owned(), f64::try_from(norms.mean(Kind::Float))?)])
 ///     }
@@ -35,7 +35,7 @@ use crate::Result;
 ///
 /// let set = || LabelledFeatures { x: Tensor::from_slice(&[3f32, 4.0]).view([1, 2]), y: Tensor::from_slice(&[0i64]) };
 /// let features = FrozenFeatures { train: set(), held_out: set(), classes: 1, seed: 0 };
-/// assert_eq!(Norms.judge(&features)?, [("mean".to_owned(), 5.0)]);
+/// assert_eq!(Norms.evaluate(&features)?, [("mean".to_owned(), 5.0)]);
 /// # Ok::<(), jepa_plugin_api::Error>(())
 /// ```
 pub trait Probe: Send + Sized + 'static {
@@ -48,12 +48,12 @@ pub trait Probe: Send + Sized + 'static {
     /// Builds the probe, anew for each evaluation. An error says which option does not fit.
     fn new(options: Self::Options) -> Result<Self>;
 
-    /// Judges the features: named figures, which the host logs as `eval/NAME/<name>`. Where the host keeps the best
+    /// Evaluates the features: named metrics, which the host logs as `eval/NAME/<name>`. Where the host keeps the best
     /// checkpoint by one of them, more is better, unless its name ends in `loss`.
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
 }
 
-/// What a [`Probe`] judges.
+/// What a [`Probe`] evaluates.
 ///
 /// ```
 /// use jepa_plugin_api::{FrozenFeatures, LabelledFeatures, tch::Tensor};
@@ -69,7 +69,7 @@ pub struct FrozenFeatures {
     pub held_out: LabelledFeatures,
     /// Classes in the data.
     pub classes: i64,
-    /// The run's seed, for [`Rng::keyed`](crate::Rng::keyed): equal features have to give equal figures.
+    /// The run's seed, for [`Rng::keyed`](crate::Rng::keyed): equal features have to give equal metrics.
     pub seed: u64,
 }
 

@@ -15,13 +15,23 @@ use crate::{
 ///
 /// ```
 /// use jepa_plugin_api::testing::{self, LinkedMethod, SmallBackbone};
-/// use jepa_plugin_api::{Method, Result};
+/// use jepa_plugin_api::{Host, Method, NoOptions, Result};
+/// # use jepa_plugin_api::{BackboneHandle, Batch, Step, ViewSpec, bail, tch::Tensor};
+/// # struct Plain(BackboneHandle);
+/// # impl Method for Plain {
+/// #   const NAME: &'static str = "plain";
+/// #   const ENCODER: &'static str = "encoder";
+/// #   type Options = NoOptions;
+/// #   fn new(_: NoOptions, host: &mut Host) -> Result<Self> { Ok(Plain(host.backbone("encoder")?)) }
+/// #   fn views(&self) -> Vec<ViewSpec> { vec![] }
+/// #   fn step(&mut self, _: &Batch) -> Result<Step> { bail!("it learns nothing here") }
+/// #   fn encode(&mut self, images: &Tensor) -> Result<Tensor> { self.0.pooled(images, false) }
+/// # }
 ///
-/// /// Names of what a method has registered.
-/// fn names<M: Method>(options: serde_json::Value) -> Result<Vec<String>> {
-///     let built: LinkedMethod<M> = testing::method(options, testing::facts(), SmallBackbone::new)?;
-///     Ok(built.entries.into_iter().map(|entry| entry.name).collect())
-/// }
+/// let built: LinkedMethod<Plain> = testing::method(serde_json::json!({}), testing::facts(), SmallBackbone::new)?;
+/// let names: Vec<&str> = built.entries.iter().map(|entry| entry.name.as_str()).collect();
+/// assert_eq!(names, ["encoder.conv.weight", "encoder.conv.bias"]);
+/// # Ok::<(), jepa_plugin_api::Error>(())
 /// ```
 pub struct LinkedMethod<M> {
     /// The method itself.
@@ -139,8 +149,7 @@ impl Backbone for SmallBackbone {
     }
 
     fn info(&self) -> BackboneInfo {
-        let (channels, downsample) = (Self::CHANNELS, Self::DOWNSAMPLE);
-        BackboneInfo { channels, downsample, norm: NormKind::Batch, sparse: true }
+        BackboneInfo::new(Self::CHANNELS, Self::DOWNSAMPLE, NormKind::Batch).with_sparse_mode()
     }
 
     /// A cell's output sees its own pixels alone, so hidden ones have only to be cleared.

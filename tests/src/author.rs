@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -18,8 +19,29 @@ pub fn cargo(prepare: impl FnOnce() -> (PathBuf, Vec<String>, String)) -> PathBu
     let _turn = turn();
     let (folder, arguments, results) = prepare();
     let target = results_folder(&results);
-    run_cargo("build", &folder, &arguments, &target);
+    run_cargo("build", &folder, &arguments, &target, None);
     target
+}
+
+/// Builds the crate in `folder` with plain cargo where there is Rust, a linker for C, and nothing else: no C++ compiler
+/// and no cmake, with `room` for the programs' names. Returns the folder of its plugin file.
+pub fn build_with_a_c_linker_only(folder: &Path, room: &Path) -> PathBuf {
+    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).output().expect("rustc starts").stdout;
+    let rust = PathBuf::from(String::from_utf8_lossy(&sysroot).trim()).join("bin");
+    let everywhere: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").expect("a path")).collect();
+    for name in ["cargo", "rustc", "cc", "ld", "as", "ar"] {
+        let mut places = [&rust].into_iter().chain(&everywhere).map(|folder| folder.join(name));
+        let program = places.find(|file| file.is_file()).unwrap_or_else(|| panic!("{name} is on the path"));
+        // A link would have a compiler look for its parts beside the link.
+        let script = format!("#!/bin/sh\nexec '{}' \"$@\"\n", program.display());
+        let file = room.join(name);
+        fs::write(&file, script).expect("the room can be written to");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).expect("our own file");
+    }
+    let _turn = turn();
+    let target = results_folder("bare");
+    run_cargo("build", folder, &[], &target, Some(room));
+    target.join("release")
 }
 
 /// Builds the crate in `folder`, runs its tests, and returns the folder of its plugin file.
@@ -27,8 +49,8 @@ pub fn build_and_test(folder: &Path) -> PathBuf {
     // Cargo replaces the files of a library while another cargo runs the tests of its documentation.
     let _turn = turn();
     let target = results_folder("authors");
-    run_cargo("build", folder, &[], &target);
-    let out = run_cargo("test", folder, &[], &target);
+    run_cargo("build", folder, &[], &target, None);
+    let out = run_cargo("test", folder, &[], &target, None);
     assert!(out.contains("1 passed"), "no test ran:\n{out}");
     target.join("release")
 }
@@ -46,7 +68,14 @@ fn turn() -> fs::File {
     turn
 }
 
-fn run_cargo(action: &str, folder: &Path, arguments: &[String], target: &Path) -> String {
+/// `programs`: the only folder that programs are looked for in.
+fn run_cargo(
+    action: &str,
+    folder: &Path,
+    arguments: &[String],
+    target: &Path,
+    programs: Option<&Path>,
+) -> String {
     // The very versions of the workspace, which are on this machine already.
     fs::copy(workspace().join("Cargo.lock"), folder.join("Cargo.lock")).expect("the crate can be written to");
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -55,10 +84,13 @@ fn run_cargo(action: &str, folder: &Path, arguments: &[String], target: &Path) -
     // No more than a stranger's shell would have.
     for (name, _) in env::vars_os() {
         let text = name.to_string_lossy();
-        let ours = ["CARGO_PKG", "CARGO_MANIFEST", "JEPA_", "LD_LIBRARY", "LIBTORCH", "RUST_"];
+        let ours = ["CARGO_PKG", "CARGO_MANIFEST", "CMAKE", "JEPA_", "LD_LIBRARY", "LIBTORCH", "RUST_"];
         if ours.iter().any(|prefix| text.starts_with(prefix)) {
             cargo.env_remove(&name);
         }
+    }
+    if let Some(programs) = programs {
+        cargo.env("PATH", programs);
     }
     let output = cargo.output().expect("cargo starts");
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -66,11 +98,16 @@ fn run_cargo(action: &str, folder: &Path, arguments: &[String], target: &Path) -
     out.into_owned()
 }
 
-/// Settings of a few steps, small and judged at the end.
+/// Settings of a few steps, small and evaluated at the end, of any experiment.
 pub fn few_steps() -> Vec<String> {
+    let images = [setting("data.train", &demo_images()), setting("data.val", &held_out_images())];
+    let small = ["data.size=16", "optimizer.batch_size=64"].map(str::to_owned);
+    quick().into_iter().chain(small).chain(images).collect()
+}
+
+/// Settings that end the experiment of a crate's own `train.toml` after a few steps, and change nothing else of it.
+pub fn quick() -> Vec<String> {
     let fixed = [
-        "data.size=16",
-        "optimizer.batch_size=64",
         "trainer.max_steps=8",
         "trainer.threads=1",
         "trainer.device=cpu",
@@ -79,6 +116,5 @@ pub fn few_steps() -> Vec<String> {
         "eval.train_limit=500",
         "eval.linear.epochs=3",
     ];
-    let images = [setting("data.train", &demo_images()), setting("data.val", &held_out_images())];
-    fixed.map(str::to_owned).into_iter().chain(images).collect()
+    fixed.map(str::to_owned).to_vec()
 }

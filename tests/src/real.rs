@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::thread;
@@ -63,6 +64,18 @@ pub fn held_out_images() -> PathBuf {
 fn bundled(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo-data").join(name);
     path.canonicalize().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Says why this test tries nothing here, past the harness, which shows no words of tests that end well.
+///
+/// # Panics
+/// Where `$JEPA_TEST_EVERYTHING` is set.
+#[track_caller]
+pub fn not_tried(why: &str) {
+    assert!(env::var_os("JEPA_TEST_EVERYTHING").is_none(), "not tried: {why}");
+    let name = thread::current().name().unwrap_or("a test").to_owned();
+    // Nobody may be left to read it.
+    let _ = writeln!(io::stderr(), "{name} is not tried: {why}");
 }
 
 /// The argument `key=path`.
@@ -141,10 +154,16 @@ impl Room {
 
     /// Compiles `source`, C, into the shared library `name` in this room.
     pub fn compile(&self, name: &str, source: &str) -> PathBuf {
+        self.compile_with(name, source, &[])
+    }
+
+    /// The same, with further arguments for the compiler, which runs in this room.
+    pub fn compile_with(&self, name: &str, source: &str, arguments: &[&str]) -> PathBuf {
         let (c, library) = (self.file(format!("{name}.c")), self.file(name));
         fs::write(&c, source).expect("the room can be written to");
-        let compiler = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&c).output();
-        let output = compiler.expect("`cc` is there: rustc links with it");
+        let mut compiler = Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&c).args(arguments);
+        let output = compiler.current_dir(self.path()).output().expect("`cc` is there: rustc links with it");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         library
     }

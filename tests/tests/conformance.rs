@@ -2,8 +2,10 @@
 
 use std::fs;
 
+use faulty_plugin::Faulty;
+use jepa_tests::boundary::{Case, compare};
 use jepa_tests::real::{Room, plugin};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const REFUSED: i32 = 3;
 
@@ -63,8 +65,34 @@ fn each_promise_is_broken_by_itself() {
     fails_just("leaks", "every step keeps", &faulty("method.keep_batches=true"));
     fails_just("leaks", "threads grow", &faulty("method.keep_threads=true"));
     fails_just("cost", "return fewer metrics", &faulty("method.metrics=3000"));
-    fails_just("options", "deny_unknown_fields", &["careless_plugin"]);
+    fails_just("options", "deny_unknown_fields", &["careless_plugin", "method.name=careless"]);
     fails_just("sparse", "are not zero", &["careless_plugin", "backbone.name=leaky"]);
+}
+
+#[test]
+fn what_is_checked_and_what_is_not_is_told() {
+    let report = |arguments: &[&str]| -> (Vec<String>, Vec<String>) {
+        let arguments = ["plugin", "check", "--format", "json", "--only", "options"].iter().chain(arguments);
+        let report: Value = serde_json::from_str(&Room::new().run(arguments).stdout).expect("a report");
+        let texts = |list: &Value, key: Option<&str>| -> Vec<String> {
+            let text = |value: &Value| key.map_or(value, |key| &value[key]).as_str().expect("text").to_owned();
+            list.as_array().expect("a list").iter().map(text).collect()
+        };
+        (texts(&report["checks"], Some("subject")), texts(&report["unchecked"], None))
+    };
+    let both = ["method careless", "backbone leaky"].map(str::to_owned).to_vec();
+    assert_eq!(report(&["careless_plugin"]), (both, vec![]));
+    let [method, backbone] = ["method careless", "backbone leaky"].map(|what| vec![what.to_owned()]);
+    assert_eq!(report(&["careless_plugin", "method.name=careless"]), (method, backbone));
+
+    let (checked, unchecked) = report(&["sparse_resnet"]);
+    assert_eq!(checked, ["backbone resnet18"], "one for all that take the same options");
+    assert!(unchecked.contains(&"backbone resnet50".to_owned()), "{unchecked:?}");
+    let (checked, unchecked) = report(&["sparse_resnet", "backbone.name=resnet34"]);
+    assert_eq!(checked, ["backbone resnet34"]);
+    assert!(unchecked.contains(&"backbone resnet18".to_owned()), "{unchecked:?}");
+    let table = Room::new().run(["plugin", "check", "sparse_resnet", "--only", "options"]).expect(0).stdout;
+    assert!(table.contains("\nnot checked: backbone resnet34, "), "{table}");
 }
 
 #[test]
@@ -78,8 +106,8 @@ fn a_probe_has_checks_of_its_own() {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         fails_just(check, says, &arguments);
     };
-    fails_just("figures", "draw every number", &faulty("unseeded"));
-    fails_just("figures", "work on a copy", &faulty("in_place"));
+    fails_just("metrics", "draw every number", &faulty("unseeded"));
+    fails_just("metrics", "work on a copy", &faulty("in_place"));
     fails_just("panics", "ended the process by signal 6", &faulty("abort_on_misfit"));
     fails_just("leaks", "every evaluation keeps", &faulty("keep_features"));
     let careless = ["faulty_probe".to_owned(), "eval.probes.careless.enabled=true".to_owned()];
@@ -102,4 +130,21 @@ fn people_get_a_table_and_typos_an_answer() {
     assert!(ended.stdout.contains("pass  seed"), "{}", ended.stdout);
     room.run(["plugin", "check", "faulty_plugin", "--only", "sed"]).expect(2).error_says(&["`sed`", "seed"]);
     room.run(["plugin", "check", "faulty_plugin", "method.ballst=1"]).expect(2).error_says(&["ballast"]);
+}
+
+#[test]
+fn a_step_that_does_nothing_costs_little_more_through_the_boundary() {
+    tch::set_num_threads(1);
+    let nothing = Case {
+        plugin: "faulty_plugin",
+        method: "faulty",
+        options: json!({}),
+        backbone: json!({ "stem": "small", "width": 4, "depths": [1] }),
+        views: 1,
+        size: 16,
+        batch: 8,
+    };
+    let [_, middle, _] = compare::<Faulty>(&nothing, 500).difference;
+    // 20 µs are allowed; on a machine that does other things as well, ten times that shows a change of kind.
+    assert!(middle < 200.0, "{middle} µs");
 }

@@ -124,6 +124,34 @@ fn a_panic_in_tch_is_told_in_libtorch_s_first_line() {
 }
 
 #[test]
+fn an_error_that_panics_when_it_is_told_is_a_panic() {
+    let room = Room::new();
+    let ended = train(&room, &["method.unspeakable_error_at_step=7"]).expect(PLUGIN_FAILED);
+    ended.error_says(&["plugin `faulty-plugin` panicked: words fail it (at tests/plugins/faulty/src/lib.rs:"]);
+    assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005", "step_00000007"]);
+}
+
+#[test]
+fn panics_that_no_call_reports_are_logged() {
+    let room = Room::new();
+    let ended = train(&room, &["method.panic_in_thread_at_step=7"]).expect(0);
+    let words = "thread helper panicked: the helper gives up (at tests/plugins/faulty/src/lib.rs:";
+    assert!(ended.stderr.contains(words), "{}", ended.stderr);
+
+    let room = Room::new();
+    let ended = train(&room, &["method.panic_in_drop=true"]).expect(0);
+    let words = "plugin `faulty-plugin` panicked while it was let go of: the method cannot let go (at ";
+    assert!(ended.stderr.contains(words), "{}", ended.stderr);
+}
+
+#[test]
+fn a_panic_leaves_libtorch_as_it_was() {
+    // This check goes on to train another object in the same thread.
+    let option = "method.panic_under_no_grad_on_misfit=true";
+    Room::new().run(["plugin", "check", "faulty_plugin", "--only", "panics", option]).expect(0);
+}
+
+#[test]
 fn an_error_is_told_with_its_causes() {
     let room = Room::new();
     let ended = train(&room, &["method.error_at_step=7"]).expect(PLUGIN_FAILED);

@@ -140,6 +140,16 @@ fn people_get_the_same_as_text() {
 }
 
 #[test]
+fn doctor_tells_what_the_bridge_lacks() {
+    let room = Room::new();
+    let told = room.run(["doctor", "--format", "json"]).expect(0).stdout;
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert!(told["bridge lacks"].as_array().is_some_and(Vec::is_empty), "this libtorch is its own: {told:#}");
+    let told = room.run(["doctor"]).expect(0).stdout;
+    assert!(told.contains("bridge lacks    nothing\n"), "{told}");
+}
+
+#[test]
 fn who_reads_the_first_lines_only_causes_no_error() {
     let mut command = Command::new(binary());
     let command = command.args(["plugin", "info", "cnn_jepa"]).stdout(Stdio::piped()).stderr(Stdio::piped());

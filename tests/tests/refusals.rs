@@ -14,9 +14,13 @@ const DATA: i32 = 4;
 const MAGIC: Range<usize> = 0..8;
 const STRUCT_SIZE: Range<usize> = 8..12;
 const API_MAJOR: Range<usize> = 12..14;
+const API_MINOR: Range<usize> = 14..16;
 const NAME: Range<usize> = 16..80;
+const VERSION: Range<usize> = 80..112;
+const RUSTC: Range<usize> = 112..176;
 const BRIDGE: Range<usize> = 176..208;
 const LIBTORCH: Range<usize> = 208..240;
+const FEATURES: Range<usize> = 240..248;
 
 /// What the host says of `library`, which it must refuse in one line and nothing else.
 #[track_caller]
@@ -32,14 +36,40 @@ fn refused(room: &Room, library: &Path) -> Ended {
 
 /// A copy of CNN-JEPA's plugin as `libpatched.so`, with these bytes in this field of its manifest.
 fn patched(room: &Room, field: Range<usize>, value: &[u8]) -> PathBuf {
+    let path = room.file("libpatched.so");
     let mut bytes = fs::read(plugin("cnn_jepa")).unwrap();
+    patch(&mut bytes, field, value);
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Writes these bytes into this field of a plugin's manifest.
+fn patch(bytes: &mut [u8], field: Range<usize>, value: &[u8]) {
     let start = [b"JEPAPLUG".as_slice(), &248u32.to_le_bytes()].concat();
     let manifests: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(&start)).collect();
     let [manifest] = manifests[..] else { panic!("manifests lie at {manifests:?}, and there should be one") };
     let field = &mut bytes[manifest + field.start..manifest + field.end];
     field.fill(0);
     field[..value.len()].copy_from_slice(value);
-    let path = room.file("libpatched.so");
+}
+
+/// A copy of a plugin that says `new` wherever it said `old`.
+fn respelt(room: &Room, name: &str, old: &str, new: &str) -> String {
+    assert_eq!(old.len(), new.len());
+    let mut bytes = fs::read(plugin(name)).unwrap();
+    let places: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(old.as_bytes())).collect();
+    assert!(!places.is_empty(), "{name} never says {old}");
+    places.iter().for_each(|at| bytes[*at..*at + new.len()].copy_from_slice(new.as_bytes()));
+    let path = room.file(format!("lib{name}.so"));
+    fs::write(&path, bytes).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// The same, built with plugin API 1.9.
+fn of_the_future(room: &Room, name: &str, old: &str, new: &str) -> String {
+    let path = respelt(room, name, old, new);
+    let mut bytes = fs::read(&path).unwrap();
+    patch(&mut bytes, API_MINOR, &[9, 0]);
     fs::write(&path, bytes).unwrap();
     path
 }
@@ -110,6 +140,82 @@ fn another_api_major_is_refused() {
     let room = Room::new();
     let library = patched(&room, API_MAJOR, &[9, 0]);
     refused(&room, &library).error_says(&["was built for plugin API 9.", "this host has 1."]);
+}
+
+#[test]
+fn names_on_offer_are_usable_and_different() {
+    let room = Room::new();
+    let library = respelt(&room, "careless_plugin", "careless", "care.ess");
+    refused(&room, library.as_ref()).error_says(&["offers the method `care.ess`", "rename it"]);
+    let library = respelt(&room, "sparse_resnet", "resnet34", "resnet18");
+    refused(&room, library.as_ref()).error_says(&["offers two backbones named `resnet18`", "rename it"]);
+}
+
+#[test]
+fn features_of_the_upper_half_have_to_be_known() {
+    let room = Room::new();
+    let library = patched(&room, FEATURES, &(1u64 << 40).to_le_bytes());
+    refused(&room, &library).error_says(&["features that this host does not know (0x10000000000)", "update"]);
+    let library = patched(&room, FEATURES, &5u64.to_le_bytes());
+    room.run(["plugin", "info", library.to_str().unwrap()]).expect(0);
+}
+
+#[test]
+fn a_plugin_that_links_libtorch_has_to_say_which() {
+    let room = Room::new();
+    room.compile("libtorch_cpu.so", "int answer(void) { return 42; }\n");
+    let manifest = |libtorch: &str| {
+        let text = |field: Range<usize>, text: &str| format!("{:\0<1$}", text, field.len());
+        let numbers = [&248u32.to_le_bytes()[..], &1u16.to_le_bytes(), &0u16.to_le_bytes()].concat();
+        let texts = [
+            text(NAME, "own"),
+            text(VERSION, "1.0.0"),
+            text(RUSTC, "none"),
+            text(BRIDGE, "jepa_torch_0_24"),
+            text(LIBTORCH, libtorch),
+        ];
+        let bytes = [b"JEPAPLUG", &numbers[..], texts.concat().as_bytes(), &[0; 8]].concat();
+        let numbers: Vec<String> = bytes.iter().map(u8::to_string).collect();
+        format!("const unsigned char JEPA_PLUGIN_MANIFEST[248] = {{ {} }};\n", numbers.join(", "))
+    };
+    let uses = "int answer(void);\nint ask(void) { return answer(); }\n";
+    let link = ["-Wl,--no-as-needed", "-L.", "-ltorch_cpu"];
+    let library = room.compile_with("libown.so", &(manifest("") + uses), &link);
+    refused(&room, &library).error_says(&["links libtorch_cpu.so, and its manifest names no version", "libtorch: "]);
+    let library = room.compile_with("libown.so", &(manifest("1.2.3") + uses), &link);
+    refused(&room, &library).error_says(&["brings C++ for libtorch 1.2.3", "build it for "]);
+}
+
+#[test]
+fn a_refused_file_may_be_the_one_that_is_missed() {
+    let room = Room::new();
+    patched(&room, API_MAJOR, &[9, 0]);
+    fs::write(room.file("libtext.so"), "a text\n").unwrap();
+    let old = "libpatched.so: was built for plugin API 9.";
+    let train = ["--plugin", "simclr", "--plugin-dir", ".", "backbone.name=my_net"];
+    let ended = room.run(train).expect(PLUGIN_REFUSED);
+    ended.error_says(&["no plugin offers the backbone `my_net`", old, "build it with jepa-plugin-api"]);
+    assert!(!ended.stderr.contains("libtext.so"), "what is no plugin is not missed: {}", ended.stderr);
+    let ended = room.run(["plugin", "info", "my_net", "--plugin-dir", "."]).expect(PLUGIN_REFUSED);
+    ended.error_says(&["no plugin `my_net`", old]);
+}
+
+#[test]
+fn what_a_newer_plugin_declares_and_this_host_cannot_read_is_refused() {
+    let words = |plugin: &str| format!("plugin `{plugin}` does not fit: it was built with plugin API 1.9 and declares what");
+    let images = setting("data.train", &demo_images());
+    let train = |room: &Room, plugins: &[&str]| {
+        let plugins = plugins.iter().flat_map(|plugin| ["--plugin", plugin]).chain([images.as_str()]);
+        room.run(plugins.chain(TINY_BACKBONE).chain(["data.size=16"]).collect::<Vec<_>>())
+    };
+    let room = Room::new();
+    let method = of_the_future(&room, "simclr", "random_resized_crop", "rhombic_resized_crp");
+    let ended = train(&room, &[&method]).expect(PLUGIN_REFUSED);
+    ended.error_says(&[&words("simclr"), "unknown variant `rhombic_resized_crp`", "update jepa-host"]);
+
+    let backbone = of_the_future(&room, "sparse_resnet", "downsample", "downsampel");
+    let ended = train(&room, &["simclr", &backbone]).expect(PLUGIN_REFUSED);
+    ended.error_says(&[&words("sparse-resnet"), "missing field `downsample`", "update jepa-host"]);
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::io::Write as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
-use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, plugin, setting};
+use jepa_host::plugin::{Admission, PluginError, PluginFile};
+use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, not_tried, plugin, setting};
 
 const USAGE: i32 = 2;
 const REFUSED: i32 = 3;
@@ -49,12 +50,38 @@ fn somebody_else_s_file_is_refused_unless_allowed() {
     let room = Room::new();
     let library = copy(&room, "libforeign.so");
     if let Err(error) = chown(&library, Some(54321), None) {
-        eprintln!("not tried: only root can give files away ({error})");
+        not_tried(&format!("only root can give files away ({error})"));
         return;
     }
     let ended = room.run(info(&library, &[])).expect(REFUSED);
     ended.error_says(&["libforeign.so", "belongs to user 54321", "--allow-untrusted-plugins"]);
     room.run(info(&library, &["--allow-untrusted-plugins"])).expect(0);
+
+    let folder = room.file("theirs");
+    fs::create_dir(&folder).unwrap();
+    let library = copy(&room, "theirs/libours.so");
+    chown(&folder, Some(54321), None).unwrap();
+    room.run(info(&library, &[])).expect(REFUSED).error_says(&["a folder of user 54321, who may replace it"]);
+    room.run(info(&library, &["--allow-untrusted-plugins"])).expect(0);
+}
+
+#[test]
+fn a_file_that_is_replaced_after_it_was_checked_is_refused() {
+    let room = Room::new();
+    let library = copy(&room, "libcopy.so");
+    let read = |path: &Path| PluginFile::read(path, &Admission::default()).unwrap();
+    let refused = |file: PluginFile| match file.open() {
+        Err(error @ PluginError::Changed { .. }) => assert!(error.to_string().contains("libcopy.so"), "{error}"),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("it was opened"),
+    };
+    let checked = read(&library);
+    fs::rename(copy(&room, "libother.so"), &library).unwrap();
+    refused(checked);
+    let checked = read(&library);
+    change(&library);
+    refused(checked);
+    assert!(read(&library).open().is_ok());
 }
 
 #[test]
@@ -91,6 +118,31 @@ fn a_lock_pins_what_is_loaded() {
 }
 
 #[test]
+fn a_lock_leaves_nothing_out_in_silence() {
+    let room = Room::new();
+    let library = copy(&room, "libcopy.so");
+    let path = library.to_str().unwrap();
+    // Two files of one name: a run could load only one of them.
+    change(&library);
+    let ended = room.run(["plugin", "lock", path, "cnn_jepa"]).expect(REFUSED);
+    ended.error_says(&["two plugins are named `cnn-jepa`", "name one of them"]);
+    assert!(!room.file("plugins.lock").exists());
+
+    fs::set_permissions(&library, Permissions::from_mode(0o666)).unwrap();
+    let ended = room.run(["plugin", "lock", "--plugin-dir", "."]).expect(0);
+    let words = "libcopy.so: can be written by every user";
+    assert!(ended.stdout.contains("refused, and not listed: ") && ended.stdout.contains(words), "{}", ended.stdout);
+
+    // A lock that was put together from two lists takes both files.
+    fs::set_permissions(&library, Permissions::from_mode(0o644)).unwrap();
+    room.run(["plugin", "lock", path, "--out", "other.lock"]).expect(0);
+    let both = ["plugins.lock", "other.lock"].map(|name| fs::read_to_string(room.file(name)).unwrap());
+    fs::write(room.file("both.lock"), both.concat()).unwrap();
+    room.run(info(&library, &["--plugin-lock", "both.lock"])).expect(0);
+    room.run(info(&plugin("cnn_jepa"), &["--plugin-lock", "both.lock"])).expect(0);
+}
+
+#[test]
 fn a_lock_that_is_none_is_told() {
     let room = Room::new();
     fs::write(room.file("typo.lock"), "[[plugin]]\nname = \"cnn-jepa\"\n").unwrap();
@@ -123,6 +175,13 @@ fn a_run_goes_on_with_the_same_files_only() {
     ended.error_says(&["plugin cnn-jepa was 0.1.0 (", ") now", "--allow-changes"]);
     let ended = train(&["trainer.max_steps=3", "--resume", "auto", "--allow-changes"]).expect(0);
     assert!(ended.stderr.contains("going on although plugin cnn-jepa was"), "{}", ended.stderr);
+
+    // Another plugin may have brought the method; one with probes alone changes no weights.
+    let ended = train(&["trainer.max_steps=4", "--resume", "auto", "--plugin", "simclr", "method.name=cnn_jepa"]);
+    let ended = ended.expect(USAGE);
+    ended.error_says(&["plugin simclr was not loaded when", "is 0.1.0 (", "--allow-changes"]);
+    train(&["trainer.max_steps=4", "--resume", "auto", "--plugin", "faulty_probe"]).expect(0);
+    train(&["trainer.max_steps=5", "--resume", "auto"]).expect(0);
 }
 
 #[test]

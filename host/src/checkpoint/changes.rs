@@ -44,9 +44,15 @@ impl State {
             }
             None => "not loaded".to_owned(),
         };
-        for saved in &self.plugins {
-            let present = now.plugins.iter().find(|plugin| plugin.name == saved.name);
-            compare(&format!("plugin {}", saved.name), &short(Some(saved)), &short(present));
+        // Probes are as free as the rest of the evaluation.
+        let matters = |plugin: &&PluginRecord| !plugin.only_probes;
+        let (before, now_there) = (self.plugins.iter().filter(matters), now.plugins.iter().filter(matters));
+        let names: BTreeSet<&str> =
+            before.clone().chain(now_there.clone()).map(|plugin| plugin.name.as_str()).collect();
+        for name in names {
+            let saved = before.clone().find(|plugin| plugin.name == name);
+            let present = now_there.clone().find(|plugin| plugin.name == name);
+            compare(&format!("plugin {name}"), &short(saved), &short(present));
         }
         changes.extend(changed_settings(&self.config, &now.config));
         changes

@@ -56,7 +56,7 @@ impl DoctorArgs {
             "libtorch": torch.version,
             "libtorch folder": path(&torch.folder),
             "torch bridge": path(&torch.bridge).map(|file| format!("{BRIDGE} at {file}")),
-            "bridge lacks": torch.bridge.as_deref().map_or("unknown".to_owned(), lacking),
+            LACKS: torch.bridge.as_deref().and_then(lacking),
             "native library": native.unwrap_or_else(|| "loaded".to_owned()),
             "CPU kernels": cpu_capability().unwrap_or_else(|error| error.to_string()),
             "threads": tch::get_num_threads(),
@@ -70,9 +70,13 @@ impl DoctorArgs {
     }
 }
 
+/// The key of what the torch bridge lacks.
+const LACKS: &str = "bridge lacks";
+
 fn print_report(report: &Value, out: &mut dyn Write) -> io::Result<()> {
     for (name, value) in report.as_object().into_iter().flatten() {
         match value {
+            lacks if name == LACKS => writeln!(out, "{name:<16}{}", told_lacking(lacks))?,
             Value::String(text) => writeln!(out, "{name:<16}{text}")?,
             Value::Array(plugins) => {
                 let none = "none: run `make build`, or name a folder with --plugin-dir";
@@ -96,13 +100,18 @@ fn print_report(report: &Value, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-/// The functions of tch that the libtorch behind `bridge` has no more, which its build has written down.
-fn lacking(bridge: &Path) -> String {
-    let Ok(names) = fs::read_to_string(bridge.with_extension("lacks")) else { return "unknown".to_owned() };
-    let names: Vec<&str> = names.lines().collect();
-    match names.as_slice() {
-        [] => "nothing".to_owned(),
-        some => {
+/// The functions of tch that the libtorch behind `bridge` has no more, where its build has written that down.
+fn lacking(bridge: &Path) -> Option<Vec<String>> {
+    let names = fs::read_to_string(bridge.with_extension("lacks")).ok()?;
+    Some(names.lines().map(str::to_owned).collect())
+}
+
+fn told_lacking(names: &Value) -> String {
+    let names: Option<Vec<&str>> = names.as_array().map(|names| names.iter().filter_map(Value::as_str).collect());
+    match names.as_deref() {
+        None => "unknown".to_owned(),
+        Some([]) => "nothing".to_owned(),
+        Some(some) => {
             format!("{} functions of libtorch, which are errors when called: {}", some.len(), some.join(", "))
         }
     }

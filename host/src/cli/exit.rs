@@ -64,7 +64,11 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(1);
     }
     if let Some(failure) = cause.downcast_ref::<Failure>() {
-        return Some(if failure.kind == FailureKind::Options { 2 } else { 6 });
+        return Some(match failure.kind {
+            FailureKind::Options => 2,
+            FailureKind::Unfit => 3,
+            FailureKind::Error | FailureKind::Panic => 6,
+        });
     }
     if has_diverged(cause) {
         return Some(5);

@@ -79,7 +79,7 @@ pub(super) enum KindArg {
     Method,
     /// A convolutional network
     Backbone,
-    /// A judgement of frozen features
+    /// An evaluation of frozen features
     Probe,
 }
 
@@ -141,19 +141,28 @@ fn list(sources: &PluginSources, format: Format) -> anyhow::Result<()> {
 /// Nothing of a plugin runs here. Files that may not be loaded are not locked either.
 fn lock(plugins: &[PathBuf], out: &Path, sources: &PluginSources) -> anyhow::Result<()> {
     let admission = sources.admission();
-    let files: Vec<PluginFile> = if plugins.is_empty() {
-        let read = |path: PathBuf| PluginFile::read(&path, admission).ok();
-        plugin_files(sources.folders()).into_iter().filter_map(read).collect()
-    } else {
-        let read = |name: &PathBuf| PluginFile::read(&sources.find(name)?, admission);
-        plugins.iter().map(read).collect::<Result<_, PluginError>>()?
-    };
-    let locked = LockedPlugins::of(&files);
+    let (mut files, mut refused) = (Vec::new(), Vec::new());
+    if plugins.is_empty() {
+        for path in plugin_files(sources.folders()) {
+            match PluginFile::read(&path, admission) {
+                Ok(file) => files.push(file),
+                Err(error) if error.is_no_plugin() => {}
+                Err(error) => refused.push(error),
+            }
+        }
+    }
+    for name in plugins {
+        files.push(PluginFile::read(&sources.find(name)?, admission)?);
+    }
+    let locked = LockedPlugins::of(&files)?;
     replace_file(out, locked.to_text().as_bytes())
         .with_context(|| format!("cannot write {}", out.display()))?;
     print_text(|text| {
         for plugin in &locked.plugins {
             writeln!(text, "{} {}  {}", plugin.name, plugin.version, plugin.sha256)?;
+        }
+        for error in &refused {
+            writeln!(text, "refused, and not listed: {error}")?;
         }
         writeln!(
             text,
@@ -172,12 +181,26 @@ fn info(name: &Path, sources: &PluginSources, format: Format) -> anyhow::Result<
             registry.load(path)?;
         }
         // Not a file: perhaps something that a plugin offers.
-        Err(not_found) => {
+        Err(mut not_found) => {
             let offers = |plugin: &LoadedPlugin| {
                 let offer = plugin.plugin.offer();
                 Kind::ALL.iter().any(|kind| kind.of(offer).iter().any(|(name, _)| *name == wanted))
             };
-            let owner = sources.open_all().into_iter().flatten().find(offers).ok_or(not_found)?;
+            let (mut owner, mut refusals) = (None, Vec::new());
+            for found in sources.open_all() {
+                match found {
+                    Ok(plugin) if owner.is_none() && offers(&plugin) => owner = Some(plugin),
+                    Ok(_) => {}
+                    Err(error) if error.is_no_plugin() => {}
+                    Err(error) => refusals.push(error),
+                }
+            }
+            let Some(owner) = owner else {
+                if let PluginError::NotFound { refused, .. } = &mut not_found {
+                    *refused = PluginError::tail(&refusals);
+                }
+                return Err(not_found.into());
+            };
             registry.load(owner.file.path)?;
         }
     }

@@ -23,7 +23,7 @@ use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
 use crate::eval::Evaluation;
-use crate::plugin::{Kind, PluginSources};
+use crate::plugin::{Kind, LoadedPlugin, PluginSources};
 use crate::provenance;
 use crate::track::METRICS_FILE;
 use crate::track::console::keep_log;
@@ -119,7 +119,7 @@ impl TrainArgs {
             classes,
             steps_per_epoch,
             data_fingerprint: train_set.fingerprint()?,
-            plugins: session.registry.plugins().iter().map(|plugin| plugin.file.record()).collect(),
+            plugins: session.registry.plugins().iter().map(LoadedPlugin::record).collect(),
             host: env!("CARGO_PKG_VERSION").to_owned(),
             libtorch: libtorch().version,
             device: match device {

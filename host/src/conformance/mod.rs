@@ -98,9 +98,9 @@ pub const CHECKS: [Check; 10] = [
 pub const PROBE_CHECKS: [Check; 4] = [
     OPTIONS,
     Check {
-        name: "figures",
-        promise: "figures are finite, repeatable, and change nothing",
-        run: probe::figures,
+        name: "metrics",
+        promise: "metrics are finite, repeatable, and change nothing",
+        run: probe::metrics,
     },
     Check { name: "panics", promise: "inputs that do not fit are contained", run: probe::panics },
     Check { name: "leaks", promise: "memory, threads and files do not grow", run: probe::leaks },

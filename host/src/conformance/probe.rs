@@ -16,32 +16,32 @@ const FEATURES: u64 = 0x6665_6174_7572_6573;
 const COUNT: i64 = 256;
 const LENGTH: i64 = 32;
 
-/// Judged twice, equal features have equal figures, also when libtorch's generator has moved on; and nobody finds them
+/// Evaluated twice, equal features have equal metrics, also when libtorch's generator has moved on; and nobody finds them
 /// changed.
-pub fn figures(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
+pub fn metrics(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
     let features = features(0);
-    let judge = |torch_seed: i64| -> anyhow::Result<_> {
+    let evaluate = |torch_seed: i64| -> anyhow::Result<_> {
         let mut probe = probe(subject)?;
         tch::manual_seed(torch_seed);
-        Ok(probe.judge(shared(&features))?)
+        Ok(probe.evaluate(shared(&features))?)
     };
-    let (first, second) = (judge(0)?, judge(1)?);
+    let (first, second) = (evaluate(0)?, evaluate(1)?);
     if first.is_empty() {
-        return failed("it gives no figure".to_owned());
+        return failed("it gives no metric".to_owned());
     }
     let mut names: Vec<_> = first.iter().map(|(name, _)| name).collect();
     names.sort();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return failed(format!("two figures are named `{}`", pair[0]));
+        return failed(format!("two metrics are named `{}`", pair[0]));
     }
     if first != second {
         return failed(format!(
-            "equal features have the figures {first:?} and {second:?}: draw every number from Rng::keyed"
+            "equal features have the metrics {first:?} and {second:?}: draw every number from Rng::keyed"
         ));
     }
     let pristine = self::features(0);
     if !features.train.x.equal(&pristine.train.x) || !features.held_out.x.equal(&pristine.held_out.x) {
-        return failed("`judge` changes the features, which other probes get too: work on a copy".to_owned());
+        return failed("`evaluate` changes the features, which other probes get too: work on a copy".to_owned());
     }
     passed(first.iter().map(|(name, value)| format!("{name} {value:.3}")).collect::<Vec<_>>().join(", "))
 }
@@ -56,17 +56,17 @@ pub fn panics(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
             2 => features.train.y = &features.train.y + CLASSES as i64,
             _ => features.held_out.x = features.held_out.x.to_kind(Kind::Int64),
         }
-        if let Err(failure) = probe(subject)?.judge(features) {
+        if let Err(failure) = probe(subject)?.evaluate(features) {
             refused += 1;
             ensure!(!failure.message.is_empty(), "an error without a message");
         }
     }
-    probe(subject)?.judge(features(0))?;
-    passed(format!("{refused} of 4 misfits refused, and it judges on"))
+    probe(subject)?.evaluate(features(0))?;
+    passed(format!("{refused} of 4 misfits refused, and it goes on"))
 }
 
 pub fn leaks(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
-    kept("evaluation", |turn| Ok(drop(probe(subject)?.judge(features(turn))?)))
+    kept("evaluation", |turn| Ok(drop(probe(subject)?.evaluate(features(turn))?)))
 }
 
 fn probe(subject: &dyn Subject) -> anyhow::Result<ProbeHandle> {

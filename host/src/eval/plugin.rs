@@ -39,7 +39,7 @@ impl PluginProbe {
             y: features.y.shallow_clone(),
         };
         let features = FrozenFeatures { train: set(bank), held_out: set(queries), classes, seed };
-        let figures = self.plugin.build_probe(&self.name, &self.options)?.judge(features)?;
+        let figures = self.plugin.build_probe(&self.name, &self.options)?.evaluate(features)?;
         Ok(figures.into_iter().map(|(name, value)| (format!("{}/{name}", self.name), value)).collect())
     }
 }

@@ -1,7 +1,8 @@
 //! Which plugin files may be loaded. A plugin runs with all rights of its user, so a file that others may write, or that
 //! a lock does not list, is refused before anything of it runs.
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -65,14 +66,16 @@ impl Lock {
 
     fn check(&self, file: &PluginFile) -> Result<(), PluginError> {
         let (name, version) = (&file.manifest.name, &file.manifest.version);
-        let locked = self.locked.plugins.iter().find(|locked| locked.name == *name);
-        let reason = match locked {
+        let of_this_name = || self.locked.plugins.iter().filter(|locked| locked.name == *name);
+        if of_this_name().any(|locked| locked.sha256 == file.sha256) {
+            return Ok(());
+        }
+        let reason = match of_this_name().next() {
             None => format!("does not list plugin `{name}`"),
-            Some(locked) if locked.sha256 != file.sha256 => format!(
+            Some(locked) => format!(
                 "pins {name} {} with SHA-256 {}, and this is {version} with {}",
                 locked.version, locked.sha256, file.sha256
             ),
-            Some(_) => return Ok(()),
         };
         Err(PluginError::Locked { path: file.path.clone(), lock: self.path.clone(), reason })
     }
@@ -80,10 +83,22 @@ impl Lock {
 
 impl LockedPlugins {
     /// A lock of these files.
-    pub fn of(files: &[PluginFile]) -> LockedPlugins {
-        let mut plugins: Vec<PluginRecord> = files.iter().map(PluginFile::record).collect();
-        plugins.sort_by(|a, b| a.name.cmp(&b.name));
-        LockedPlugins { plugins }
+    ///
+    /// # Errors
+    /// When two of them are other plugins of the same name, of which a run could load only one.
+    pub fn of(files: &[PluginFile]) -> Result<LockedPlugins, PluginError> {
+        let mut plugins: BTreeMap<&str, &PluginFile> = BTreeMap::new();
+        for file in files {
+            let name = file.manifest.name.as_str();
+            match plugins.insert(name, file) {
+                Some(other) if other.sha256 != file.sha256 => {
+                    let (first, second) = (other.path.clone(), file.path.clone());
+                    return Err(PluginError::SameName { name: name.to_owned(), first, second });
+                }
+                _ => {}
+            }
+        }
+        Ok(LockedPlugins { plugins: plugins.into_values().map(PluginFile::record).collect() })
     }
 
     /// The text of the file.
@@ -96,14 +111,14 @@ impl LockedPlugins {
 }
 
 impl Admission {
-    /// Whether the file at `path` is out of other users' reach.
-    pub(super) fn check_owner(&self, path: &Path) -> Result<(), PluginError> {
+    /// Whether the file at `path`, opened as `file`, belongs to this user or root, in a folder that does too, and neither
+    /// can be written by every user. Folders further up and groups are not looked at.
+    pub(super) fn check_owner(&self, path: &Path, file: &Metadata) -> Result<(), PluginError> {
         if self.allow_untrusted {
             return Ok(());
         }
         let unreadable = |source| PluginError::Unreadable { path: path.to_owned(), source };
         let refuse = |reason: String| Err(PluginError::Untrusted { path: path.to_owned(), reason });
-        let file = fs::metadata(path).map_err(unreadable)?;
         // The folder of this process in /proc belongs to the user that it runs as.
         let us = fs::metadata("/proc/self").map_err(unreadable)?.uid();
         if file.uid() != us && file.uid() != 0 {
@@ -114,7 +129,11 @@ impl Admission {
         }
         let folder = path.canonicalize().map_err(unreadable)?;
         let folder = folder.parent().unwrap_or(Path::new("/"));
-        let mode = fs::metadata(folder).map_err(unreadable)?.mode();
+        let folder = fs::metadata(folder).map_err(unreadable)?;
+        if folder.uid() != us && folder.uid() != 0 {
+            return refuse(format!("lies in a folder of user {}, who may replace it", folder.uid()));
+        }
+        let mode = folder.mode();
         if mode & 0o1002 == 0o002 {
             return refuse(format!(
                 "lies in a folder where every user may replace it (mode {:o})",

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE};
 use thiserror::Error;
 
-/// A plugin, method or backbone that cannot be used. Exit code 3.
+/// A plugin, or something on offer, that cannot be used. Exit code 3.
 #[derive(Debug, Error)]
 pub enum PluginError {
     /// No file of that name in any place.
     #[error(
-        "no plugin `{name}`{nearest}: looked for {tried}; give its path, or name its folder with --plugin-dir"
+        "no plugin `{name}`{nearest}: looked for {tried}; give its path, or name its folder with --plugin-dir{refused}"
     )]
     NotFound {
         /// As the user wrote it.
@@ -19,6 +19,8 @@ pub enum PluginError {
         nearest: String,
         /// The paths that were tried.
         tried: String,
+        /// The plugins that were refused meanwhile, by [`PluginError::tail`].
+        refused: String,
     },
     /// The file cannot be read.
     #[error("{}: cannot be read: {source}", path.display())]
@@ -69,7 +71,11 @@ pub enum PluginError {
         minor: u16,
     },
     /// Calls a torch bridge that this host does not ship.
-    #[error("{}: needs the torch bridge `{bridge}`, this host has `{BRIDGE}`", path.display())]
+    #[error(
+        "{}: needs the torch bridge `{bridge}`, this host has `{BRIDGE}`; build it with this host's jepa-plugin-api, or \
+         use a jepa-host that has that bridge",
+        path.display()
+    )]
     Bridge {
         /// The file.
         path: PathBuf,
@@ -77,7 +83,7 @@ pub enum PluginError {
         bridge: String,
     },
     /// Brings C++ of its own over another libtorch.
-    #[error("{}: brings C++ for libtorch {needs}, this host runs on {has}", path.display())]
+    #[error("{}: brings C++ for libtorch {needs}, this host runs on {has}; build it for {has}", path.display())]
     Libtorch {
         /// The file.
         path: PathBuf,
@@ -85,6 +91,26 @@ pub enum PluginError {
         needs: String,
         /// The version in use.
         has: String,
+    },
+    /// Links libtorch and does not say which.
+    #[error(
+        "{}: links {library}, and its manifest names no version of libtorch; name the one that it was compiled against \
+         in `export_plugin! {{ libtorch: \"…\", … }}`, or leave the C++ out",
+        path.display()
+    )]
+    UndeclaredLibtorch {
+        /// The file.
+        path: PathBuf,
+        /// What it links.
+        library: String,
+    },
+    /// Needs what later hosts have.
+    #[error("{}: needs features that this host does not know ({bits:#x}); update jepa-host", path.display())]
+    Feature {
+        /// The file.
+        path: PathBuf,
+        /// Their bits in the manifest.
+        bits: u64,
     },
     /// Somebody else may have written the file.
     #[error(
@@ -97,6 +123,12 @@ pub enum PluginError {
         /// Who may have written it.
         reason: String,
     },
+    /// What is opened would not be what was checked.
+    #[error("{}: has changed while it was being loaded; try again when nobody writes to it", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// The lock does not have the file.
     #[error("{}: {} {reason}; load the plugin that it pins, or write it anew with `jepa-host plugin lock`", path.display(), lock.display())]
     Locked {
@@ -108,7 +140,10 @@ pub enum PluginError {
         reason: String,
     },
     /// The dynamic linker refuses the file: a missing symbol or a missing library.
-    #[error("{}: cannot be opened: {reason}", path.display())]
+    #[error(
+        "{}: cannot be opened: {reason}; install what is missing, or build it on this machine",
+        path.display()
+    )]
     Open {
         /// The file.
         path: PathBuf,
@@ -123,8 +158,16 @@ pub enum PluginError {
         /// Why.
         reason: String,
     },
+    /// What it offers has names that cannot be used.
+    #[error("{}: {reason}; rename it in the plugin's source", path.display())]
+    BadOffer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Two files, one name.
-    #[error("two plugins are named `{name}`: {} and {}; load one of them", first.display(), second.display())]
+    #[error("two plugins are named `{name}`: {} and {}; name one of them", first.display(), second.display())]
     SameName {
         /// The common name.
         name: String,
@@ -133,10 +176,10 @@ pub enum PluginError {
         /// The other one.
         second: PathBuf,
     },
-    /// Two plugins offer one method or backbone.
+    /// Two plugins offer one method, backbone or probe.
     #[error("{what} `{name}` is offered by two plugins: {} and {}; load one of them", first.display(), second.display())]
     SameOffer {
-        /// `method` or `backbone`.
+        /// `method`, `backbone` or `probe`.
         what: &'static str,
         /// The name.
         name: String,
@@ -146,15 +189,29 @@ pub enum PluginError {
         second: PathBuf,
     },
     /// No loaded plugin has it.
-    #[error("no plugin offers the {what} `{name}`{nearest}; {known}")]
+    #[error("no plugin offers the {what} `{name}`{nearest}; {known}{refused}")]
     Unknown {
-        /// `method` or `backbone`.
+        /// `method`, `backbone` or `probe`.
         what: &'static str,
         /// As the user wrote it.
         name: String,
-        /// `, did you mean …?` or nothing.
+        /// ` (did you mean …?)`, or nothing.
         nearest: String,
         /// What there is.
         known: String,
+        /// The plugins that were refused meanwhile, by [`PluginError::tail`].
+        refused: String,
     },
+}
+
+impl PluginError {
+    /// Whether the file is no plugin at all, so that nobody misses it in a folder.
+    pub fn is_no_plugin(&self) -> bool {
+        matches!(self, PluginError::NoManifest { .. } | PluginError::NotALibrary { .. })
+    }
+
+    /// Refusals, for the end of a sentence: what somebody looks for may be in one of these files.
+    pub fn tail(refused: &[PluginError]) -> String {
+        refused.iter().map(|error| format!("; refused: {error}")).collect()
+    }
 }

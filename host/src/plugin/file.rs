@@ -1,10 +1,14 @@
 //! Reading a plugin file, before anything of it runs.
 
-use std::fs;
+use std::fs::{self, File, Metadata};
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use jepa_plugin_api::abi::{API_MAJOR, BRIDGE, MANIFEST_SYMBOL, ManifestFields};
-use object::{Architecture, Object as _, ObjectKind, ObjectSection as _, ObjectSymbol as _};
+use object::elf::{DT_NEEDED, Dyn64};
+use object::read::elf::Dyn as _;
+use object::{Architecture, Endianness, Object as _, ObjectKind, ObjectSection as _, ObjectSymbol as _};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -20,6 +24,9 @@ pub struct PluginRecord {
     pub version: String,
     /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
+    /// Whether it offers probes and nothing else, so that no weights depend on it. Known of plugins in use only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub only_probes: bool,
 }
 
 /// A plugin file that this host may open, and of which nothing has run.
@@ -31,6 +38,29 @@ pub struct PluginFile {
     pub manifest: ManifestFields,
     /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
+    identity: Identity,
+}
+
+/// What cannot stay the same when a file is replaced, or written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Identity {
+    fn of(file: &Metadata) -> Self {
+        Identity {
+            device: file.dev(),
+            inode: file.ino(),
+            size: file.size(),
+            modified: (file.mtime(), file.mtime_nsec()),
+            changed: (file.ctime(), file.ctime_nsec()),
+        }
+    }
 }
 
 impl PluginFile {
@@ -40,22 +70,36 @@ impl PluginFile {
     /// When the file is no shared library of this machine, has no manifest, has one that this host does not take, or
     /// is not let in.
     pub fn read(path: &Path, admission: &Admission) -> Result<PluginFile, PluginError> {
-        let bytes = match fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(source) => return Err(PluginError::Unreadable { path: path.to_owned(), source }),
-        };
+        let unreadable = |source| PluginError::Unreadable { path: path.to_owned(), source };
+        let mut file = File::open(path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(unreadable)?;
         let manifest = read_manifest(path.to_owned(), &bytes)?;
-        admission.check_owner(path)?;
+        admission.check_owner(path, &metadata)?;
         let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let file = PluginFile { path: path.to_owned(), manifest, sha256 };
+        let identity = Identity::of(&metadata);
+        let file = PluginFile { path: path.to_owned(), manifest, sha256, identity };
         admission.check_lock(&file)?;
         Ok(file)
+    }
+
+    /// Whether there is still the file that was read at its path. The dynamic linker opens it once more: by its path,
+    /// since libraries beside a plugin are found by that.
+    ///
+    /// # Errors
+    /// When it was replaced or written to meanwhile.
+    pub(super) fn check_unchanged(&self) -> Result<(), PluginError> {
+        match fs::metadata(&self.path) {
+            Ok(now) if Identity::of(&now) == self.identity => Ok(()),
+            _ => Err(PluginError::Changed { path: self.path.clone() }),
+        }
     }
 
     /// What tells it from others.
     pub fn record(&self) -> PluginRecord {
         let ManifestFields { name, version, .. } = self.manifest.clone();
-        PluginRecord { name, version, sha256: self.sha256.clone() }
+        PluginRecord { name, version, sha256: self.sha256.clone(), only_probes: false }
     }
 }
 
@@ -85,10 +129,33 @@ fn read_manifest(path: PathBuf, bytes: &[u8]) -> Result<ManifestFields, PluginEr
     if manifest.bridge != BRIDGE {
         return Err(PluginError::Bridge { path, bridge: manifest.bridge });
     }
-    match (&manifest.libtorch, libtorch().version) {
-        (Some(needs), has) if *needs != has => Err(PluginError::Libtorch { path, needs: needs.clone(), has }),
-        _ => Ok(manifest),
+    if manifest.unknown_needs() != 0 {
+        return Err(PluginError::Feature { path, bits: manifest.unknown_needs() });
     }
+    match (&manifest.libtorch, libtorch().version) {
+        (Some(needs), has) if *needs != has => {
+            return Err(PluginError::Libtorch { path, needs: needs.clone(), has });
+        }
+        (Some(_), _) => {}
+        (None, _) => {
+            let of_libtorch = |name: &String| ["libtorch", "libc10"].iter().any(|l| name.starts_with(l));
+            if let Some(library) = needed(&library, bytes).into_iter().find(of_libtorch) {
+                return Err(PluginError::UndeclaredLibtorch { path, library });
+            }
+        }
+    }
+    Ok(manifest)
+}
+
+/// The libraries that the file names as needed.
+fn needed(library: &object::File<'_>, bytes: &[u8]) -> Vec<String> {
+    let object::File::Elf64(elf) = library else { return Vec::new() };
+    let (endian, sections) = (elf.endian(), elf.elf_section_table());
+    let Ok(Some((entries, strings))) = sections.dynamic(endian, bytes) else { return Vec::new() };
+    let Ok(strings) = sections.strings(endian, bytes, strings) else { return Vec::new() };
+    let entries = entries.iter().filter(|entry| entry.tag(endian) == DT_NEEDED);
+    let name = |entry: &Dyn64<Endianness>| Some(String::from_utf8_lossy(entry.string(endian, strings).ok()?).into());
+    entries.filter_map(name).collect()
 }
 
 fn is_native(architecture: Architecture) -> bool {

@@ -74,7 +74,7 @@ impl PluginSources {
         let name = name.display().to_string();
         let nearest = nearest(&name.replace('-', "_"), there.iter().map(String::as_str));
         let nearest = nearest.map(|nearest| format!(" (did you mean `{nearest}`?)")).unwrap_or_default();
-        Err(PluginError::NotFound { name, nearest, tried })
+        Err(PluginError::NotFound { name, nearest, tried, refused: String::new() })
     }
 }
 

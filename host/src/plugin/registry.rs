@@ -15,7 +15,7 @@ pub enum Kind {
     Method,
     /// A convolutional network.
     Backbone,
-    /// A judgement of frozen features.
+    /// An evaluation of frozen features.
     Probe,
 }
 
@@ -40,6 +40,29 @@ impl Kind {
             Kind::Probe => offer.probes.iter().map(|o| (o.name.as_str(), &o.options)).collect(),
         }
     }
+
+    /// Whether names of this kind are part of keys, in settings or in metrics, which points divide.
+    fn names_are_in_keys(self) -> bool {
+        matches!(self, Kind::Method | Kind::Probe)
+    }
+}
+
+/// What is wrong with the names in `offer`, in words.
+pub(super) fn check_offer(offer: &Offer) -> Result<(), String> {
+    let in_keys = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    for kind in Kind::ALL {
+        let offered = kind.of(offer);
+        for (i, (name, _)) in offered.iter().enumerate() {
+            let word = kind.word();
+            if name.is_empty() || kind.names_are_in_keys() && !name.chars().all(in_keys) {
+                return Err(format!("offers the {word} `{name}`: such a name has letters, digits, _ and - only"));
+            }
+            if offered[..i].iter().any(|(earlier, _)| earlier == name) {
+                return Err(format!("offers two {word}s named `{name}`"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// All loaded plugins. Names of plugins are unique in it, and so are the names of each kind that they offer.
@@ -106,7 +129,7 @@ impl Registry {
             kind.of(plugin.plugin.offer()).iter().any(|(offered, _)| *offered == name)
         };
         let plugin = self.plugins.iter().find(|plugin| offered(plugin));
-        let plugin = plugin.ok_or_else(|| unknown(kind, name, &self.names(kind)))?;
+        let plugin = plugin.ok_or_else(|| unknown(kind, name, &self.names(kind), &[]))?;
         let found = kind.of(plugin.plugin.offer()).into_iter().find(|(offered, _)| *offered == name);
         Ok((plugin, found.expect("it offers that").1))
     }
@@ -144,22 +167,16 @@ impl Registry {
                     }
                     offered.extend(names);
                 }
-                Err(error @ (PluginError::Untrusted { .. } | PluginError::Locked { .. })) => {
-                    refused.push(error.to_string());
-                }
-                Err(error) => tracing::debug!("passed over: {error}"),
+                Err(error) if error.is_no_plugin() => tracing::debug!("passed over: {error}"),
+                Err(error) => refused.push(error),
             }
         }
         let offered: Vec<&str> = offered.iter().map(String::as_str).collect();
-        let mut error = unknown(kind, name, &offered);
-        if let PluginError::Unknown { known, .. } = &mut error {
-            refused.iter().for_each(|refused| known.push_str(&format!("; refused: {refused}")));
-        }
-        Err(error)
+        Err(unknown(kind, name, &offered, &refused))
     }
 }
 
-fn unknown(kind: Kind, name: &str, known: &[&str]) -> PluginError {
+fn unknown(kind: Kind, name: &str, known: &[&str], refused: &[PluginError]) -> PluginError {
     let what = kind.word();
     let nearest = nearest(name, known.iter().copied());
     let nearest = nearest.map(|n| format!(" (did you mean `{n}`?)")).unwrap_or_default();
@@ -167,5 +184,5 @@ fn unknown(kind: Kind, name: &str, known: &[&str]) -> PluginError {
         [] => format!("no {what} is loaded: name its plugin with --plugin, or its folder with --plugin-dir"),
         some => format!("there are {}", some.join(", ")),
     };
-    PluginError::Unknown { what, name: name.to_owned(), nearest, known }
+    PluginError::Unknown { what, name: name.to_owned(), nearest, known, refused: PluginError::tail(refused) }
 }

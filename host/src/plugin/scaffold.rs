@@ -1,5 +1,6 @@
 //! `jepa-host plugin new`: the crate of a new plugin, which builds, trains and has a test.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,31 +8,43 @@ use std::path::{Path, PathBuf};
 use super::Kind;
 
 /// Where each file of a new crate goes, and its text with `{{…}}` to fill in.
-type Template = [(&'static str, &'static str); 5];
+type Template = [(&'static str, &'static str)];
 
-const METHOD: Template = [
-    ("Cargo.toml", include_str!("../../templates/method/Cargo.toml")),
-    (".gitignore", include_str!("../../templates/method/gitignore")),
+/// Of every kind.
+const COMMON: &Template = &[
+    ("Cargo.toml", include_str!("../../templates/Cargo.toml")),
+    (".gitignore", include_str!("../../templates/gitignore")),
+];
+
+const METHOD: &Template = &[
     ("train.toml", include_str!("../../templates/method/train.toml")),
     ("src/lib.rs", include_str!("../../templates/method/src/lib.rs")),
     ("tests/step.rs", include_str!("../../templates/method/tests/step.rs")),
 ];
 
-const PROBE: Template = [
-    ("Cargo.toml", include_str!("../../templates/probe/Cargo.toml")),
-    (".gitignore", include_str!("../../templates/probe/gitignore")),
+const PROBE: &Template = &[
     ("train.toml", include_str!("../../templates/probe/train.toml")),
     ("src/lib.rs", include_str!("../../templates/probe/src/lib.rs")),
-    ("tests/judge.rs", include_str!("../../templates/probe/tests/judge.rs")),
+    ("tests/evaluate.rs", include_str!("../../templates/probe/tests/evaluate.rs")),
 ];
 
-const BACKBONE: Template = [
-    ("Cargo.toml", include_str!("../../templates/backbone/Cargo.toml")),
-    (".gitignore", include_str!("../../templates/backbone/gitignore")),
+const BACKBONE: &Template = &[
     ("train.toml", include_str!("../../templates/backbone/train.toml")),
     ("src/lib.rs", include_str!("../../templates/backbone/src/lib.rs")),
     ("tests/forward.rs", include_str!("../../templates/backbone/tests/forward.rs")),
 ];
+
+/// Words of Rust that name nothing else, and crates that are part of every one or that a new one uses.
+const TAKEN: &[&str] = &[
+    "abstract", "alloc", "as", "async", "await", "become", "box", "break", "const", "continue", "core", "crate", "do",
+    "dyn", "else", "enum", "extern", "false", "final", "fn", "for", "gen", "if", "impl", "in", "jepa_plugin_api", "let",
+    "loop", "macro", "match", "mod", "move", "mut", "override", "priv", "proc_macro", "pub", "ref", "return",
+    "schemars", "self", "serde", "serde_json", "static", "std", "struct", "super", "test", "trait", "true", "try",
+    "type", "typeof", "unsafe", "unsized", "use", "virtual", "where", "while", "yield",
+];
+
+/// Types that every file knows, or that macros write without saying where they are from.
+const PRELUDE: &[&str] = &["Box", "Option", "Result", "Self", "Some", "String", "Vec"];
 
 /// Why there is no new crate.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +54,14 @@ pub enum ScaffoldError {
     Name {
         /// As it was given.
         name: String,
+    },
+    /// A name that means something else in the new crate.
+    #[error("`{name}` cannot name this plugin: `{clash}` is something else in its source; choose another, such as my-{name}")]
+    Clash {
+        /// As it was given.
+        name: String,
+        /// What it would be called.
+        clash: String,
     },
     /// Something is there already.
     #[error("{} exists already; choose another name or folder", path.display())]
@@ -84,6 +105,12 @@ pub fn create(name: &str, kind: Kind, path: &Path, api: Option<&Path>) -> Result
     if !name.starts_with(|c: char| c.is_ascii_lowercase()) || !name.chars().all(letters) {
         return Err(ScaffoldError::Name { name: name.to_owned() });
     }
+    let library = name.replace('-', "_");
+    let type_name: String = library.split('_').map(capitalised).collect();
+    let files = || COMMON.iter().chain(template_of(kind));
+    if let Some(clash) = clash(&library, &type_name, files().map(|(_, text)| *text)) {
+        return Err(ScaffoldError::Clash { name: name.to_owned(), clash });
+    }
     if path.exists() {
         return Err(ScaffoldError::Exists { path: path.to_owned() });
     }
@@ -94,8 +121,6 @@ pub fn create(name: &str, kind: Kind, path: &Path, api: Option<&Path>) -> Result
     };
     let demo_data = api.parent().unwrap_or(&api).join("examples/demo-data");
 
-    let library = name.replace('-', "_");
-    let type_name: String = library.split('_').map(capitalised).collect();
     let filled = |text: &str| {
         text.replace("{{crate}}", name)
             .replace("{{lib}}", &library)
@@ -104,12 +129,7 @@ pub fn create(name: &str, kind: Kind, path: &Path, api: Option<&Path>) -> Result
             .replace("{{api}}", &api.display().to_string())
             .replace("{{data}}", &demo_data.display().to_string())
     };
-    let template = match kind {
-        Kind::Method => METHOD,
-        Kind::Backbone => BACKBONE,
-        Kind::Probe => PROBE,
-    };
-    for (file, text) in template {
+    for (file, text) in files() {
         let file = path.join(file);
         let folder = file.parent().unwrap_or(path);
         fs::create_dir_all(folder)
@@ -117,6 +137,25 @@ pub fn create(name: &str, kind: Kind, path: &Path, api: Option<&Path>) -> Result
             .map_err(|source| ScaffoldError::Write { path: file.clone(), source })?;
     }
     Ok(format!("lib{library}.so"))
+}
+
+fn template_of(kind: Kind) -> &'static Template {
+    match kind {
+        Kind::Method => METHOD,
+        Kind::Backbone => BACKBONE,
+        Kind::Probe => PROBE,
+    }
+}
+
+/// The name of the crate or of its types that means something else in these files.
+fn clash<'a>(library: &str, type_name: &str, texts: impl Iterator<Item = &'a str>) -> Option<String> {
+    if TAKEN.contains(&library) {
+        return Some(library.to_owned());
+    }
+    let code = texts.flat_map(str::lines).filter(|line| !line.trim_start().starts_with(['/', '#']));
+    let words: BTreeSet<&str> =
+        code.flat_map(|line| line.split(|c: char| !c.is_alphanumeric() && c != '_')).chain(PRELUDE.iter().copied()).collect();
+    [type_name.to_owned(), format!("{type_name}Options")].into_iter().find(|name| words.contains(name.as_str()))
 }
 
 fn capitalised(word: &str) -> String {

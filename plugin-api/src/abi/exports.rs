@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tch::{Kind, TchError, Tensor};
 
-use super::failure::{AbiFailure, Contained, guard, keep_panics_quiet};
+use super::failure::{AbiFailure, Contained, guard, install_panic_hook};
 use super::log::LogSink;
 use super::module::*;
 use super::tensor::TensorOwned;
@@ -151,18 +151,18 @@ impl<B: Backbone> ErasedBackbone for B {
 
 /// [`Probe`] without its associated items.
 trait ErasedProbe: Send {
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>>;
 }
 
 impl<P: Probe> ErasedProbe for P {
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
-        Probe::judge(self, features)
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
+        Probe::evaluate(self, features)
     }
 }
 
 extern "C" fn attach(log: LogSink) {
     log.install();
-    keep_panics_quiet();
+    install_panic_hook();
 }
 
 extern "C" fn offer_json<P: Exports>() -> RResult<RString, AbiFailure> {
@@ -191,7 +191,7 @@ extern "C" fn build_method<P: Exports>(
             serde_json::from_str(host.facts_json().as_str()).context("the host's facts are unreadable")?;
         let mut backbone = || {
             let object = host.backbone().into_result().map_err(Failure::from)?;
-            BackboneHandle::from_object(object)
+            Ok(BackboneHandle::received(P::NAME, object)?)
         };
         let mut safe_host = Host::new(facts, &mut backbone)?;
         let options = serde_json::from_str(options_json.as_str())?;
@@ -209,7 +209,7 @@ extern "C" fn build_method<P: Exports>(
             declaration_json: to_json(&declaration),
             tensors,
             poisoned: AtomicBool::new(false),
-            method: Contained::new(method),
+            method: Contained::new(P::NAME, method),
         };
         Ok(AbiMethod_TO::from_value(guarded, TD_Opaque))
     })
@@ -228,7 +228,7 @@ extern "C" fn build_backbone<P: Exports>(
         let options = serde_json::from_str(options_json.as_str())?;
         let backbone =
             (entry.build)(name.as_str(), options, &params).map_err(|error| refusal(P::NAME, error))?;
-        Ok(backbone_object(P::NAME, backbone, &params))
+        Ok(backbone_object(P::NAME, backbone, params.entries()))
     })
 }
 
@@ -241,13 +241,13 @@ extern "C" fn build_probe<P: Exports>(
         let entry = entry.with_context(|| format!("there is no probe `{name}` in this plugin"))?;
         let options = serde_json::from_str(options_json.as_str())?;
         let probe = (entry.build)(options).map_err(|error| refusal(P::NAME, error))?;
-        let (poisoned, probe) = (AtomicBool::new(false), Contained::new(probe));
+        let (poisoned, probe) = (AtomicBool::new(false), Contained::new(P::NAME, probe));
         Ok(AbiProbe_TO::from_value(GuardedProbe { plugin: P::NAME, poisoned, probe }, TD_Opaque))
     })
 }
 
-/// What an error in building a method, a backbone or a probe means: settings that do not fit, unless libtorch reports it, for
-/// want of memory for one, or another plugin does.
+/// What an error in building a method, a backbone or a probe means: settings that do not fit, unless libtorch reports it,
+/// for want of memory for one, or another plugin does.
 fn refusal(plugin: &str, error: anyhow::Error) -> Failure {
     let of_libtorch = error.chain().any(|cause| cause.is::<TchError>());
     let passed_on = error.chain().any(|cause| cause.is::<Failure>());
@@ -259,16 +259,15 @@ fn refusal(plugin: &str, error: anyhow::Error) -> Failure {
 pub(super) fn backbone_object(
     plugin: &'static str,
     backbone: Box<dyn ErasedBackbone>,
-    params: &Params,
+    entries: Vec<Entry>,
 ) -> BackboneObject {
-    let entries = params.entries();
     let declaration = BackboneDeclaration { info: backbone.info(), tensors: names(&entries) };
     let guarded = GuardedBackbone {
         plugin,
         declaration_json: to_json(&declaration),
         tensors: entries.into_iter().map(|entry| entry.tensor).collect(),
         poisoned: AtomicBool::new(false),
-        backbone: Contained::new(backbone),
+        backbone: Contained::new(plugin, backbone),
     };
     AbiBackbone_TO::from_value(guarded, TD_Opaque)
 }
@@ -354,7 +353,7 @@ struct GuardedProbe {
 }
 
 impl AbiProbe for GuardedProbe {
-    fn judge(&mut self, features: AbiFeatures) -> RResult<RVec<AbiFigure>, AbiFailure> {
+    fn evaluate(&mut self, features: AbiFeatures) -> RResult<RVec<AbiProbeMetric>, AbiFailure> {
         guard(self.plugin, &self.poisoned, || {
             let context: FeaturesContext = serde_json::from_str(features.context_json.as_str())?;
             let set = |x: TensorOwned, y: TensorOwned| LabelledFeatures { x: x.into(), y: y.into() };
@@ -364,9 +363,9 @@ impl AbiProbe for GuardedProbe {
                 classes: context.classes,
                 seed: context.seed,
             };
-            let figure = |(name, value): (String, f64)| AbiFigure { name: name.into(), value };
-            let figures: RVec<AbiFigure> = self.probe.judge(&features)?.into_iter().map(figure).collect();
-            Ok(figures)
+            let metric = |(name, value): (String, f64)| AbiProbeMetric { name: name.into(), value };
+            let metrics: RVec<AbiProbeMetric> = self.probe.evaluate(&features)?.into_iter().map(metric).collect();
+            Ok(metrics)
         })
     }
 }
@@ -375,7 +374,7 @@ fn share(tensors: &[Tensor]) -> RVec<TensorOwned> {
     tensors.iter().map(|tensor| tensor.shallow_clone().into()).collect()
 }
 
-fn names(entries: &[Entry]) -> Vec<TensorName> {
+pub(super) fn names(entries: &[Entry]) -> Vec<TensorName> {
     entries.iter().map(|entry| TensorName { name: entry.name.clone(), kind: entry.kind }).collect()
 }
 

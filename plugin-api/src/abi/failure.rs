@@ -1,7 +1,7 @@
 //! Errors across the boundary, and panics turned into errors on the side where they happen.
 
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use abi_stable::StableAbi;
 use abi_stable::std_types::{RResult, RString, RVec};
 
+use super::grad_mode::GradMode;
+
 /// What kind of failure a plugin reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
@@ -18,8 +20,10 @@ pub enum FailureKind {
     Error,
     /// The plugin panicked; the object that did is of no use any more.
     Panic,
-    /// The method or backbone cannot be built with these options, or on these data.
+    /// The method, backbone or probe cannot be built with these options, or on these data.
     Options,
+    /// One side says what the other, of an earlier API minor, cannot read. Since 1.1.
+    Unfit,
 }
 
 /// A plugin's failure, as the host (or another plugin) sees it.
@@ -41,6 +45,7 @@ impl fmt::Display for Failure {
             FailureKind::Error => "failed",
             FailureKind::Panic => "panicked",
             FailureKind::Options => "refused its settings",
+            FailureKind::Unfit => "does not fit",
         };
         write!(f, "plugin `{}` {verb}: {}", self.plugin, self.message)?;
         self.chain.iter().try_for_each(|cause| write!(f, ": {cause}"))
@@ -49,7 +54,7 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// [`Failure`] in a layout that crosses. `code` is 0 for an error, 1 for a panic, 2 for options; others read as errors.
+/// [`Failure`] in a layout that crosses. Codes that are not known read as errors.
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct AbiFailure {
@@ -59,14 +64,26 @@ pub struct AbiFailure {
     chain: RVec<RString>,
 }
 
+impl FailureKind {
+    /// All of them.
+    pub(super) const ALL: [FailureKind; 4] =
+        [FailureKind::Error, FailureKind::Panic, FailureKind::Options, FailureKind::Unfit];
+
+    /// The number by which it crosses.
+    pub(super) fn code(self) -> u32 {
+        match self {
+            FailureKind::Error => 0,
+            FailureKind::Panic => 1,
+            FailureKind::Options => 2,
+            FailureKind::Unfit => 3,
+        }
+    }
+}
+
 impl From<Failure> for AbiFailure {
     fn from(failure: Failure) -> Self {
         AbiFailure {
-            code: match failure.kind {
-                FailureKind::Error => 0,
-                FailureKind::Panic => 1,
-                FailureKind::Options => 2,
-            },
+            code: failure.kind.code(),
             plugin: failure.plugin.into(),
             message: failure.message.into(),
             chain: failure.chain.into_iter().map(RString::from).collect(),
@@ -76,13 +93,10 @@ impl From<Failure> for AbiFailure {
 
 impl From<AbiFailure> for Failure {
     fn from(failure: AbiFailure) -> Self {
+        let kind = FailureKind::ALL.into_iter().find(|kind| kind.code() == failure.code);
         Failure {
             plugin: failure.plugin.into(),
-            kind: match failure.code {
-                1 => FailureKind::Panic,
-                2 => FailureKind::Options,
-                _ => FailureKind::Error,
-            },
+            kind: kind.unwrap_or(FailureKind::Error),
             message: failure.message.into(),
             chain: failure.chain.into_iter().map(String::from).collect(),
         }
@@ -109,16 +123,44 @@ impl Failure {
 }
 
 thread_local! {
-    /// Where the last panic of this thread happened; the hook notes it, [`guard`] reads it.
+    /// How many [`contained`] calls are under way in this thread.
+    static CONTAINED: Cell<u32> = const { Cell::new(0) };
+    /// Where the last panic in one of them happened; the hook notes it.
     static PANIC_LOCATION: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Makes panics in this library silent and their location known: the host reports them.
-pub(crate) fn keep_panics_quiet() {
+/// Makes panics silent that the host reports. Others, in a thread of the plugin's own, are logged: nobody else tells
+/// them.
+pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
         let location = info.location().map(ToString::to_string);
-        PANIC_LOCATION.with(|slot| *slot.borrow_mut() = location);
+        if CONTAINED.get() > 0 {
+            PANIC_LOCATION.with(|slot| *slot.borrow_mut() = location);
+            return;
+        }
+        let thread = std::thread::current();
+        let (name, text) = (thread.name().unwrap_or("without a name"), panic_text(info.payload()));
+        tracing::error!("thread {name} panicked: {text} (at {})", location.as_deref().unwrap_or("unknown"));
     }));
+}
+
+/// Runs `work`, an author's own code; a panic comes back as its message and place. What libtorch does in this thread is
+/// then what it was before: unwinding leaves `tch::no_grad` open.
+fn contained<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    let gradients = GradMode::now();
+    CONTAINED.set(CONTAINED.get() + 1);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    CONTAINED.set(CONTAINED.get() - 1);
+    result.map_err(|payload| {
+        gradients.restore();
+        let text = panic_text(payload.as_ref());
+        // A payload whose own destructor panics must not reach the boundary either.
+        std::mem::forget(payload);
+        match PANIC_LOCATION.with(|slot| slot.borrow_mut().take()) {
+            Some(location) => format!("{text} (at {location})"),
+            None => text,
+        }
+    })
 }
 
 /// Runs `work`, a plugin's own code, so that neither an error nor a panic leaves it as anything but a value. After a
@@ -137,29 +179,27 @@ pub(crate) fn guard<T, U: From<T>>(
     if poisoned.load(Ordering::Relaxed) {
         return RResult::RErr(panicked("it panicked before and cannot go on".to_owned()).into());
     }
-    match catch_unwind(AssertUnwindSafe(work)) {
+    // An error's own words and destructor are the author's code too.
+    match contained(|| work().map_err(|error| Failure::from_error(plugin, error))) {
         Ok(Ok(value)) => RResult::ROk(value.into()),
-        Ok(Err(error)) => RResult::RErr(Failure::from_error(plugin, error).into()),
-        Err(payload) => {
+        Ok(Err(failure)) => RResult::RErr(failure.into()),
+        Err(message) => {
             poisoned.store(true, Ordering::Relaxed);
-            let mut message = panic_text(payload.as_ref());
-            if let Some(location) = PANIC_LOCATION.with(|slot| slot.borrow_mut().take()) {
-                message = format!("{message} (at {location})");
-            }
-            // A payload whose own destructor panics must not reach the boundary either.
-            std::mem::forget(payload);
             RResult::RErr(panicked(message).into())
         }
     }
 }
 
 /// An object of the plugin's author, whose destructor may panic: that must not cross the boundary.
-pub(crate) struct Contained<T: ?Sized>(ManuallyDrop<Box<T>>);
+pub(crate) struct Contained<T: ?Sized> {
+    plugin: &'static str,
+    object: ManuallyDrop<Box<T>>,
+}
 
 impl<T: ?Sized> Contained<T> {
-    /// Takes the object.
-    pub fn new(object: Box<T>) -> Self {
-        Contained(ManuallyDrop::new(object))
+    /// Takes the object, of this plugin.
+    pub fn new(plugin: &'static str, object: Box<T>) -> Self {
+        Contained { plugin, object: ManuallyDrop::new(object) }
     }
 }
 
@@ -167,23 +207,22 @@ impl<T: ?Sized> Deref for Contained<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        &self.0
+        &self.object
     }
 }
 
 impl<T: ?Sized> DerefMut for Contained<T> {
     fn deref_mut(&mut self) -> &mut T {
-        &mut self.0
+        &mut self.object
     }
 }
 
 impl<T: ?Sized> Drop for Contained<T> {
     fn drop(&mut self) {
         // SAFETY: this is the only place that takes the object out, and nothing uses it afterwards.
-        let object = unsafe { ManuallyDrop::take(&mut self.0) };
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(object))) {
-            tracing::error!("a plugin panicked while it was let go of: {}", panic_text(payload.as_ref()));
-            std::mem::forget(payload);
+        let object = unsafe { ManuallyDrop::take(&mut self.object) };
+        if let Err(message) = contained(|| drop(object)) {
+            tracing::error!("plugin `{}` panicked while it was let go of: {message}", self.plugin);
         }
     }
 }

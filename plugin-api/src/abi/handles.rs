@@ -1,4 +1,4 @@
-//! The caller's side of the boundary: safe handles on a plugin, its methods and its backbones.
+//! The caller's side of the boundary: safe handles on a plugin, its methods, its backbones and its probes.
 
 use std::ffi::c_void;
 
@@ -7,29 +7,36 @@ use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
 use abi_stable::library::{AbiHeaderRef, IsLayoutChecked};
 use abi_stable::sabi_trait::prelude::TD_Opaque;
 use abi_stable::std_types::{RResult, RString, RVec};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use super::exports::{ErasedBackbone, backbone_object};
+use super::exports::{ErasedBackbone, backbone_object, names};
 use super::failure::{AbiFailure, Failure, FailureKind};
 use super::log::{LogSink, emit_in_host};
 use super::module::*;
 use super::tensor::TensorOwned;
+use super::{API_MAJOR, API_MINOR, ManifestFields};
 use crate::host::RunFacts;
 use crate::params::Entry;
 use crate::{BackboneInfo, Batch, Context as _, EmaPair, FrozenFeatures, Params, Result, Step, ViewSpec};
+
+/// What to do about a file that does not keep to the API that it names.
+const REMEDY: &str = "build it with the jepa-plugin-api of this host, as it is";
 
 /// A plugin whose functions can be called. A clone is another handle on the same plugin.
 #[derive(Clone)]
 pub struct Plugin {
     name: String,
+    /// Major and minor version of the API that it was built with.
+    api: (u16, u16),
     module: PluginModuleRef,
     offer: Offer,
 }
 
 impl Plugin {
-    /// Takes over the plugin called `name` whose [`RootHeader`](super::RootHeader) is at `root`: checks the layout of
-    /// every type that crosses, connects logging and panics, and asks what it offers.
+    /// Takes over the plugin of this `manifest` whose [`RootHeader`](super::RootHeader) is at `root`: checks the layout
+    /// of every type that crosses, connects logging and panics, and asks what it offers.
     ///
     /// # Errors
     /// One sentence for a layout or an abi_stable that does not fit; the long comparison of types goes to the debug
@@ -37,27 +44,42 @@ impl Plugin {
     ///
     /// # Safety
     /// `root` is the address of the static [`ROOT_SYMBOL`](super::ROOT_SYMBOL) of a library that is never unloaded.
-    pub unsafe fn adopt(name: &str, root: *const c_void) -> Result<Self> {
+    pub unsafe fn adopt(manifest: &ManifestFields, root: *const c_void) -> Result<Self> {
         anyhow::ensure!(!root.is_null(), "its table of functions is null");
         // SAFETY: AbiHeaderRef is a transparent wrapper of a non-null pointer to the header's first field, which the
         // caller vouches for.
         let header = unsafe { std::mem::transmute::<*const c_void, AbiHeaderRef>(root) };
         let header =
-            header.upgrade().map_err(|error| anyhow::anyhow!("its abi_stable does not fit: {error}"))?;
+            header.upgrade().map_err(|error| anyhow::anyhow!("its abi_stable does not fit: {error}; {REMEDY}"))?;
         let IsLayoutChecked::Yes(theirs) = header.root_mod_consts().layout() else {
-            anyhow::bail!("it carries no description of its types");
+            anyhow::bail!("it carries no description of its types; {REMEDY}");
         };
         check_either_way(theirs)?;
         // SAFETY: the layouts were compared just now.
         let module = unsafe { header.unchecked_layout::<PluginModuleRef>() }
             .map_err(|error| anyhow::anyhow!("it fails to start: {error}"))?;
-        Self::connect(name, module)
+        (module.attach())(LogSink::new(emit_in_host));
+        let api = (manifest.api_major, manifest.api_minor);
+        let mut plugin = Plugin { name: manifest.name.clone(), api, module, offer: Offer::default() };
+        plugin.offer = plugin.read(&unwrap((module.offer_json())())?)?;
+        Ok(plugin)
     }
 
-    fn connect(name: &str, module: PluginModuleRef) -> Result<Self> {
-        (module.attach())(LogSink::new(emit_in_host));
-        let offer = serde_json::from_str(unwrap((module.offer_json())())?.as_str())?;
-        Ok(Plugin { name: name.to_owned(), module, offer })
+    /// Reads what the plugin declares. One of a later minor may declare what this host does not know.
+    fn read<T: DeserializeOwned>(&self, json: &str) -> Result<T, Failure> {
+        serde_json::from_str(json).map_err(|error| {
+            let (major, minor) = self.api;
+            let remedy = if minor > API_MINOR { "update jepa-host" } else { "build it again" };
+            Failure {
+                plugin: self.name.clone(),
+                kind: FailureKind::Unfit,
+                message: format!(
+                    "it was built with plugin API {major}.{minor} and declares what this host, with \
+                     {API_MAJOR}.{API_MINOR}, cannot read ({error}): {remedy}"
+                ),
+                chain: Vec::new(),
+            }
+        })
     }
 
     /// The plugin's name.
@@ -100,7 +122,9 @@ impl Plugin {
     pub fn build_backbone(&self, name: &str, options: &Value, device: &str) -> Result<BackboneHandle> {
         let options = options.to_string();
         let object = (self.module.build_backbone())(name.into(), options.as_str().into(), device.into());
-        BackboneHandle::from_object(unwrap(object)?)
+        let object = unwrap(object)?;
+        let declaration = self.read(&object.declaration_json())?;
+        Ok(BackboneHandle { code: BackboneCode::Plugin(object), declaration })
     }
 
     /// Builds one of the plugin's methods; `backbone` builds what it asks for.
@@ -117,7 +141,7 @@ impl Plugin {
         let options = options.to_string();
         let host = AbiHost_TO::from_value(HostSide { facts, backbone }, TD_Opaque);
         let object = unwrap((self.module.build_method())(name.into(), options.as_str().into(), host))?;
-        let declaration: MethodDeclaration = serde_json::from_str(object.declaration_json().as_str())?;
+        let declaration: MethodDeclaration = self.read(&object.declaration_json())?;
         let entries = named(&declaration.tensors, object.tensors())?;
         Ok(MethodHandle { plugin: self.name.clone(), object, declaration, entries })
     }
@@ -141,7 +165,7 @@ fn check_either_way(theirs: &'static abi_stable::type_layout::TypeLayout) -> Res
         return Ok(());
     }
     tracing::debug!("layouts that do not fit:\n{errors}");
-    anyhow::bail!("its types are laid out differently from the host's (RUST_LOG=debug shows where)")
+    anyhow::bail!("its types are laid out differently from the host's (RUST_LOG=debug shows where); {REMEDY}")
 }
 
 fn unwrap<T>(result: RResult<T, AbiFailure>) -> Result<T, Failure> {
@@ -167,7 +191,7 @@ impl AbiHost for HostSide {
 
     fn backbone(&self) -> RResult<BackboneObject, AbiFailure> {
         match (self.backbone)() {
-            Ok(handle) => RResult::ROk(handle.object),
+            Ok(handle) => RResult::ROk(handle.into_object()),
             Err(error) => RResult::RErr(Failure::from_error("jepa-host", error).into()),
         }
     }
@@ -294,20 +318,52 @@ fn described(tensor: &Tensor) -> String {
 /// # Ok::<(), jepa_plugin_api::Error>(())
 /// ```
 pub struct BackboneHandle {
-    object: BackboneObject,
+    code: BackboneCode,
     declaration: BackboneDeclaration,
 }
 
+enum BackboneCode {
+    /// Behind the boundary.
+    Plugin(BackboneObject),
+    /// Linked into this program, which calls it directly.
+    Linked { backbone: Box<dyn ErasedBackbone>, entries: Vec<Entry> },
+}
+
 impl BackboneHandle {
-    /// A backbone of this program's own, for tests without a plugin file.
+    /// A backbone of this program's own, which registered its tensors in `params`: for tests without a plugin file.
+    /// Nothing crosses the boundary when it is called.
+    ///
+    /// # Errors
+    /// None: it fits where the host's way of getting a backbone may fail.
     pub fn linked<B: crate::Backbone>(backbone: B, params: &Params) -> Result<Self> {
-        let erased: Box<dyn ErasedBackbone> = Box::new(backbone);
-        Self::from_object(backbone_object("linked", erased, params))
+        let entries = params.entries();
+        let declaration = BackboneDeclaration { info: backbone.info(), tensors: names(&entries) };
+        let code = BackboneCode::Linked { backbone: Box::new(backbone), entries };
+        Ok(BackboneHandle { code, declaration })
     }
 
-    pub(super) fn from_object(object: BackboneObject) -> Result<Self> {
-        let declaration = serde_json::from_str(object.declaration_json().as_str())?;
-        Ok(BackboneHandle { object, declaration })
+    /// What the host gives to a method.
+    fn into_object(self) -> BackboneObject {
+        match self.code {
+            BackboneCode::Plugin(object) => object,
+            BackboneCode::Linked { backbone, entries } => backbone_object("linked", backbone, entries),
+        }
+    }
+
+    /// A backbone that the host gives to a method of `plugin`.
+    pub(super) fn received(plugin: &str, object: BackboneObject) -> Result<Self, Failure> {
+        match serde_json::from_str(&object.declaration_json()) {
+            Ok(declaration) => Ok(BackboneHandle { code: BackboneCode::Plugin(object), declaration }),
+            Err(error) => Err(Failure {
+                plugin: plugin.to_owned(),
+                kind: FailureKind::Unfit,
+                message: format!(
+                    "it was built with plugin API {API_MAJOR}.{API_MINOR} and cannot read what the backbone declares \
+                     ({error}): build it with a newer jepa-plugin-api"
+                ),
+                chain: Vec::new(),
+            }),
+        }
     }
 
     /// What a method has to know about it.
@@ -320,7 +376,10 @@ impl BackboneHandle {
     /// # Errors
     /// When the plugin does not keep to the boundary.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        named(&self.declaration.tensors, self.object.tensors())
+        match &self.code {
+            BackboneCode::Plugin(object) => named(&self.declaration.tensors, object.tensors()),
+            BackboneCode::Linked { entries, .. } => Ok(entries.iter().map(Entry::share).collect()),
+        }
     }
 
     /// The feature map `(B, C, S / r, S / r)`; with a mask in sparse mode. See
@@ -330,9 +389,13 @@ impl BackboneHandle {
     /// When the backbone fails, or is asked for a sparse mode that it does not have.
     pub fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
         anyhow::ensure!(mask.is_none() || self.info().sparse, "this backbone has no sparse mode");
-        let mask = mask.map(|mask| mask.shallow_clone().into()).into();
-        let map = unwrap(self.object.forward(images.shallow_clone().into(), mask, train))?;
-        Ok(map.into())
+        match &self.code {
+            BackboneCode::Plugin(object) => {
+                let mask = mask.map(|mask| mask.shallow_clone().into()).into();
+                Ok(unwrap(object.forward(images.shallow_clone().into(), mask, train))?.into())
+            }
+            BackboneCode::Linked { backbone, .. } => backbone.forward(images, mask, train),
+        }
     }
 }
 
@@ -343,26 +406,26 @@ pub struct ProbeHandle {
 }
 
 impl ProbeHandle {
-    /// The figures of these features, see [`Probe::judge`](crate::Probe::judge).
+    /// The metrics of these features, see [`Probe::evaluate`](crate::Probe::evaluate).
     ///
     /// # Errors
-    /// The plugin's [`Failure`], also for a figure without a name or that is no finite number.
-    pub fn judge(&mut self, features: FrozenFeatures) -> Result<Vec<(String, f64)>, Failure> {
+    /// The plugin's [`Failure`], also for a metric without a name or that is no finite number.
+    pub fn evaluate(&mut self, features: FrozenFeatures) -> Result<Vec<(String, f64)>, Failure> {
         let FrozenFeatures { train, held_out, classes, seed } = features;
         let context = FeaturesContext { classes, seed };
-        let figures = unwrap(self.object.judge(AbiFeatures {
+        let metrics = unwrap(self.object.evaluate(AbiFeatures {
             train_x: train.x.into(),
             train_y: train.y.into(),
             held_out_x: held_out.x.into(),
             held_out_y: held_out.y.into(),
             context_json: serde_json::to_string(&context).expect("numbers become JSON").into(),
         }))?;
-        let figure = |AbiFigure { name, value }| -> Result<(String, f64), Failure> {
+        let metric = |AbiProbeMetric { name, value }| -> Result<(String, f64), Failure> {
             if name.is_empty() || !value.is_finite() {
-                return Err(wrong(&self.plugin, format!("`judge` returned {value} as the figure `{name}`")));
+                return Err(wrong(&self.plugin, format!("`evaluate` returned {value} as the metric `{name}`")));
             }
             Ok((name.into(), value))
         };
-        figures.into_iter().map(figure).collect()
+        metrics.into_iter().map(metric).collect()
     }
 }

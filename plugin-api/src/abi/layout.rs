@@ -1,16 +1,19 @@
-//! A picture of everything that crosses, kept in `layout.txt`, so that no change of it goes unnoticed.
+//! A picture of everything that crosses, kept for each minor version in `layout-<version>.txt`, so that no change of it
+//! goes unnoticed.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use abi_stable::StableAbi as _;
 use abi_stable::type_layout::{TLData, TLField, TypeLayout};
-use serde_json::json;
+use serde_json::{Value, json};
+use tracing::Level;
 
+use super::log::number;
 use super::module::*;
-use super::{API_MAJOR, API_MINOR};
+use super::{API_MAJOR, API_MINOR, FailureKind};
 use crate::params::Kind;
 use crate::{
     Augmentation, BackboneInfo, EmaPair, EmaSchedule, Interpolation, NormKind, Transform, ViewSpec, testing,
@@ -20,32 +23,91 @@ const WHAT_TO_DO: &str = "\
 What crosses between host and plugins has changed: plugins that people have compiled rely on it.
 - By accident? Undo it.
 - Only grown, at the end of a prefix type or by JSON keys with defaults? Then it is a new minor version: keep the crate
-  of the present one (`cargo package`) in tests/compat, raise the minor version in plugin-api/Cargo.toml, add a line to
-  the history in abi/mod.rs, and run this test with JEPA_UPDATE_LAYOUT=1.
+  of the present one (`cargo package`) in tests/compat, with a plugin and a host, raise the minor version in
+  plugin-api/Cargo.toml, add a line to the history in abi/mod.rs, and run this test with JEPA_UPDATE_LAYOUT=1.
 - Anything else is a new major version, and every plugin has to be compiled anew.
-A version that was never released may still change: delete layout.txt and run with JEPA_UPDATE_LAYOUT=1.";
+A version that was never released may still change: delete its picture and run with JEPA_UPDATE_LAYOUT=1.";
 
 #[test]
 fn what_crosses_is_what_this_version_promises() {
-    let version = format!("plugin API {API_MAJOR}.{API_MINOR}\n");
-    let picture = format!("{version}\n{}\n{}", types(), texts());
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/abi/layout.txt");
-    let kept = fs::read_to_string(&path).unwrap_or_default();
-    if kept == picture {
-        return;
+    let (path, picture) = (kept(API_MINOR), format!("{}\n{}", types(), texts()));
+    if env::var_os("JEPA_UPDATE_LAYOUT").is_some() && !path.exists() {
+        fs::write(&path, &picture).unwrap();
     }
-    if env::var_os("JEPA_UPDATE_LAYOUT").is_some() && !kept.starts_with(&version) {
-        fs::write(&path, picture).unwrap();
+    let promised = fs::read_to_string(&path).unwrap_or_default();
+    if promised == picture {
         return;
     }
     let line = |text: &str, i: usize| text.lines().nth(i).unwrap_or("(nothing)").to_owned();
-    let first = (0..).find(|i| line(&kept, *i) != line(&picture, *i)).unwrap();
+    let first = (0..).find(|i| line(&promised, *i) != line(&picture, *i)).unwrap();
     panic!(
-        "{WHAT_TO_DO}\n\nlayout.txt, line {}:\n  promised {}\n  found    {}",
+        "{WHAT_TO_DO}\n\n{}, line {}:\n  promised {}\n  found    {}",
+        path.display(),
         first + 1,
-        line(&kept, first),
+        line(&promised, first),
         line(&picture, first)
     );
+}
+
+#[test]
+fn every_minor_only_appends_to_the_ones_before() {
+    let picture = format!("{}\n{}", types(), texts());
+    for minor in 0..API_MINOR {
+        let promised = fs::read_to_string(kept(minor)).expect("the picture of every minor is kept");
+        if let Err(lost) = contains(&picture, &promised) {
+            panic!("{WHAT_TO_DO}\n\nplugin API {API_MAJOR}.{minor} promised, and this one has not:\n{lost}");
+        }
+    }
+    assert!(contains(&picture, &picture.replace("max_level: u32", "max_level: u64")).is_err());
+    assert!(contains(&picture, &picture.replace("\"batch\"", "\"group\"")).is_err());
+    assert!(contains(&picture, &picture.replace("Panic 1", "Panic 3")).is_err());
+}
+
+fn kept(minor: u16) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("src/abi/layout-{API_MAJOR}.{minor}.txt"))
+}
+
+/// Whether `picture` has all that `promised` has. A block is a type or a text: its first line and the lines below it.
+/// Types that may grow are of one size, whatever follows their prefix; all others change their first line.
+fn contains(picture: &str, promised: &str) -> Result<(), String> {
+    let blocks = |text: &str| -> Vec<(String, String)> {
+        let starts = |line: &str| !line.starts_with([' ', '}']);
+        let mut blocks: Vec<(String, String)> = Vec::new();
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            match blocks.last_mut() {
+                Some((_, body)) if !starts(line) => body.push_str(&format!("{line}\n")),
+                _ => blocks.push((line.to_owned(), String::new())),
+            }
+        }
+        blocks
+    };
+    let there = blocks(picture);
+    for (head, body) in blocks(promised) {
+        let grown = |(h, b): &&(String, String)| {
+            *h == head && (b.starts_with(&body) || json_contains(b, &body))
+        };
+        if !there.iter().any(|block| grown(&block)) {
+            return Err(format!("{head}\n{body}"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the body of a text has every key, and every element of a list, that another has.
+fn json_contains(body: &str, promised: &str) -> bool {
+    fn within(new: &Value, old: &Value) -> bool {
+        match (new, old) {
+            (Value::Object(new), Value::Object(old)) => {
+                old.iter().all(|(key, old)| new.get(key).is_some_and(|new| within(new, old)))
+            }
+            (Value::Array(new), Value::Array(old)) => {
+                old.iter().all(|old| new.iter().any(|new| within(new, old)))
+            }
+            (new, old) => new == old,
+        }
+    }
+    let value = |body: &str| serde_json::from_str::<Value>(&format!("{{\n{body}")).ok();
+    matches!((value(body), value(promised)), (Some(new), Some(old)) if within(&new, &old))
 }
 
 /// Every type that the table of functions leads to, with its fields; foreign ones by their size.
@@ -105,14 +167,17 @@ fn fields_of(layout: &'static TypeLayout) -> Vec<TLField> {
     }
 }
 
-/// The texts that cross, by example.
+/// The texts and numbers that cross: an example of each struct, and every variant of each enum.
 fn texts() -> String {
-    let crop = Transform::ResizeCenterCrop { crop_ratio: 0.875, interpolation: Interpolation::Bilinear };
-    let view = Augmentation::SIMCLR.view("first").solarize(0.2).then(crop);
+    let crops = [Interpolation::Bilinear, Interpolation::Bicubic]
+        .map(|interpolation| Transform::ResizeCenterCrop { crop_ratio: 0.875, interpolation });
+    let view = Augmentation::SIMCLR.view("first").solarize(0.2);
+    let view = crops.into_iter().fold(view, ViewSpec::then);
     let tensor = TensorName { name: "head.weight".into(), kind: Kind::Parameter };
     let buffer = TensorName { name: "head.mean".into(), kind: Kind::Buffer };
     let ema = EmaPair { online: "a".into(), target: "b".into(), schedule: EmaSchedule::default() };
-    let info = BackboneInfo { channels: 8, downsample: 4, norm: NormKind::Batch, sparse: true };
+    let info = |norm| BackboneInfo { channels: 8, downsample: 4, norm, sparse: true };
+    let backbone = |norm| json!(BackboneDeclaration { info: info(norm), tensors: vec![tensor.clone()] });
     let schema = schemars::schema_for!(bool);
     let examples = [
         ("facts", json!(testing::facts())),
@@ -128,7 +193,8 @@ fn texts() -> String {
                 encoder: "encoder".into(),
             }),
         ),
-        ("backbone", json!(BackboneDeclaration { info, tensors: vec![tensor] })),
+        ("backbone", backbone(NormKind::Batch)),
+        ("backbone with other norms", backbone(NormKind::Layer)),
         (
             "offer",
             json!(Offer {
@@ -138,5 +204,36 @@ fn texts() -> String {
             }),
         ),
     ];
-    examples.map(|(name, example)| format!("{name} {example:#}\n")).concat()
+    let mut text = examples.map(|(name, example)| format!("{name} {example:#}\n")).concat();
+    for kind in FailureKind::ALL {
+        let _ = writeln!(text, "failure {kind:?} {}", kind.code());
+    }
+    for level in [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE] {
+        let _ = writeln!(text, "log level {level} {}", number(Some(level)));
+    }
+    text
+}
+
+/// Does not compile when a variant is new: it belongs into [`texts`], and then into these lists.
+#[expect(dead_code, reason = "only the compiler reads it")]
+fn all_are_listed(norm: NormKind, interpolation: Interpolation, kind: Kind, transform: &Transform) {
+    match norm {
+        NormKind::Batch | NormKind::Layer => {}
+    }
+    match interpolation {
+        Interpolation::Bilinear | Interpolation::Bicubic => {}
+    }
+    match kind {
+        Kind::Parameter | Kind::Buffer => {}
+    }
+    match transform {
+        Transform::RandomResizedCrop { .. }
+        | Transform::ResizeCenterCrop { .. }
+        | Transform::HorizontalFlip { .. }
+        | Transform::ColorJitter { .. }
+        | Transform::Grayscale { .. }
+        | Transform::GaussianBlur { .. }
+        | Transform::Solarize { .. }
+        | Transform::Normalize { .. } => {}
+    }
 }

@@ -43,7 +43,7 @@ pub(super) extern "C" fn emit_in_host(level: u32, target: RStr<'_>, message: RSt
     }
 }
 
-fn number(level: Option<Level>) -> u32 {
+pub(super) fn number(level: Option<Level>) -> u32 {
     match level {
         None => 0,
         Some(Level::ERROR) => 1,

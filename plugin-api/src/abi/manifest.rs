@@ -44,6 +44,14 @@ impl Manifest {
             features: 0,
         }
     }
+
+    /// The same, of a plugin with C++ of its own that was compiled against libtorch `version`.
+    ///
+    /// # Panics
+    /// As above.
+    pub const fn over_libtorch(self, version: &str) -> Self {
+        Manifest { libtorch: padded(version), ..self }
+    }
 }
 
 const fn padded<const N: usize>(text: &str) -> [u8; N] {
@@ -73,7 +81,8 @@ pub struct ManifestFields {
     pub bridge: String,
     /// The exact libtorch that it needs, when it brings C++ of its own.
     pub libtorch: Option<String>,
-    /// Bits for optional features; none is defined yet.
+    /// Bits for what the plugin has or needs; none is defined yet. A host passes over bits of the lower half that it does
+    /// not know, and refuses the plugin for one of the upper half: see [`unknown_needs`](Self::unknown_needs).
     pub features: u64,
 }
 
@@ -89,6 +98,11 @@ pub enum ManifestError {
 }
 
 impl ManifestFields {
+    /// The bits of `features` that this version does not know and must not pass over.
+    pub fn unknown_needs(&self) -> u64 {
+        self.features & 0xffff_ffff_0000_0000
+    }
+
     /// Reads the bytes of an exported [`Manifest`].
     ///
     /// # Errors

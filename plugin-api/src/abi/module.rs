@@ -152,7 +152,7 @@ pub struct FeaturesContext {
 /// A named number.
 #[repr(C)]
 #[derive(StableAbi)]
-pub struct AbiFigure {
+pub struct AbiProbeMetric {
     pub name: RString,
     pub value: f64,
 }
@@ -184,7 +184,7 @@ pub type MethodObject = AbiMethod_TO<'static, RBox<()>>;
 #[sabi_trait]
 pub trait AbiProbe: Send {
     #[sabi(last_prefix_field)]
-    fn judge(&mut self, features: AbiFeatures) -> RResult<RVec<AbiFigure>, AbiFailure>;
+    fn evaluate(&mut self, features: AbiFeatures) -> RResult<RVec<AbiProbeMetric>, AbiFailure>;
 }
 pub type ProbeObject = AbiProbe_TO<'static, RBox<()>>;
 

@@ -49,7 +49,7 @@ impl Backbone for {{Type}} {
             layers.push((conv, BatchNorm::new(&params.sub("norm"), wider)));
             channels = wider;
         }
-        let info = BackboneInfo { channels, downsample: 1 << options.layers, norm: NormKind::Batch, sparse: false };
+        let info = BackboneInfo::new(channels, 1 << options.layers, NormKind::Batch);
         Ok({{Type}} { layers, info })
     }
 

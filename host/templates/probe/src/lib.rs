@@ -37,8 +37,8 @@ impl Probe for {{Type}} {
         Ok({{Type}} { options })
     }
 
-    /// Figures for the log and the final table: here `eval/{{name}}/top1`, in [0, 1].
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
+    /// Metrics for the log and the final table: here `eval/{{name}}/top1`, in [0, 1].
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
         let scaled = |set: &LabelledFeatures| match self.options.cosine {
             true => l2_normalize(&set.x, -1),
             false => set.x.shallow_clone(),

@@ -58,7 +58,7 @@ impl Backbone for Leaky {
     }
 
     fn info(&self) -> BackboneInfo {
-        BackboneInfo { channels: 8, downsample: 8, norm: NormKind::Batch, sparse: true }
+        BackboneInfo::new(8, 8, NormKind::Batch).with_sparse_mode()
     }
 
     fn forward(&self, images: &Tensor, _mask: Option<&Tensor>, _train: bool) -> Result<Tensor> {

@@ -51,6 +51,14 @@ pub struct FaultyOptions {
     pub abort_on_misfit: bool,
     /// Return so many metrics.
     pub metrics: u32,
+    /// Return an error that panics when it is told, in this step.
+    pub unspeakable_error_at_step: Option<u64>,
+    /// Panic in a thread of its own in this step.
+    pub panic_in_thread_at_step: Option<u64>,
+    /// Panic where libtorch records no graph, when a batch has no view.
+    pub panic_under_no_grad_on_misfit: bool,
+    /// Panic when the method is dropped.
+    pub panic_in_drop: bool,
     /// Declare an EMA pair whose subtrees do not exist.
     pub ema_of_nothing: bool,
 }
@@ -137,11 +145,21 @@ impl Method for Faulty {
         if self.options.error_at_step == now {
             cannot_go_on().with_context(|| format!("step {} went wrong", batch.step))?;
         }
+        if self.options.unspeakable_error_at_step == now {
+            return Err(Unspeakable.into());
+        }
+        if self.options.panic_in_thread_at_step == now {
+            let thread = std::thread::Builder::new().name("helper".to_owned());
+            let _ = thread.spawn(|| panic!("the helper gives up"))?.join();
+        }
         if batch.step == 1 {
             tracing::warn!("one step is behind us");
         }
         if batch.views.is_empty() && self.options.abort_on_misfit {
             std::process::abort();
+        }
+        if batch.views.is_empty() && self.options.panic_under_no_grad_on_misfit {
+            tch::no_grad(|| panic!("there is nothing to see"));
         }
         if self.options.keep_batches {
             batch.views.iter().for_each(|view| std::mem::forget(view.copy()));
@@ -194,6 +212,26 @@ impl Method for Faulty {
             Features::Collapsed => images.flatten(1, 3) * 1e-6 + 1.0,
             Features::Nan => images.flatten(1, 3) * f64::NAN,
         })
+    }
+}
+
+impl Drop for Faulty {
+    fn drop(&mut self) {
+        if self.options.panic_in_drop {
+            panic!("the method cannot let go");
+        }
+    }
+}
+
+/// An error whose words cannot be had.
+#[derive(Debug)]
+struct Unspeakable;
+
+impl std::error::Error for Unspeakable {}
+
+impl std::fmt::Display for Unspeakable {
+    fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        panic!("words fail it")
     }
 }
 

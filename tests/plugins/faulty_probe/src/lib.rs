@@ -33,7 +33,7 @@ impl Probe for Faulty {
         Ok(Faulty(options))
     }
 
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
         let options = &self.0;
         let (train, held_out) = (&features.train.x, &features.held_out.x);
         if options.abort_on_misfit && train.size()[1] != held_out.size()[1] {
@@ -71,7 +71,7 @@ impl Probe for Careless {
         Ok(Careless)
     }
 
-    fn judge(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
+    fn evaluate(&mut self, features: &FrozenFeatures) -> Result<Vec<(String, f64)>> {
         Ok(vec![("count".to_owned(), features.held_out.x.size()[0] as f64)])
     }
 }

@@ -1,6 +1,8 @@
 //! `jepa-host plugin check`: each check in a process of its own, so that a plugin that ends its process fails a check
 //! and not the report.
 
+mod subjects;
+
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _, Write};
@@ -12,32 +14,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
-use jepa_plugin_api::RunFacts;
-use jepa_plugin_api::abi::Plugin;
-use jepa_plugin_api::tch::Tensor;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
+use self::subjects::What;
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::{Session, seed_weights};
-use crate::config::{Base, Config, Layers, ResolvedConfig};
-use crate::conformance::{Built, CHECKS, CLASSES, Check, PROBE_CHECKS, Subject, Verdict};
-use crate::device::check_native;
-use crate::plugin::{Admission, Kind, LoadedPlugin, PluginError, PluginSources, Registry, open};
+use crate::conformance::{CHECKS, Check, PROBE_CHECKS, Verdict};
+use crate::plugin::{Admission, LoadedPlugin, PluginError, PluginSources, open};
 
 /// A check that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The check before all others.
 const LOADS: (&str, &str) = ("loads", "manifest, symbols, types and autograd fit this host");
 
-const CHECK_HELP: &str = "\
-Checks, in this order: loads, options, gradients, seed, state, bf16, features, sparse, panics, leaks, cost.
-Of a probe: options, figures, panics, leaks.
-
-A plugin's methods and probes are checked, each method with a small ResNet-18 on 32 px; or its backbone that
-backbone.name names, by default the first one of a plugin without methods. Settings make it smaller, or choose what it
-needs:
+const HELP: &str = "\
+Methods are checked with a small ResNet-18 on 32 px. Of backbones that take the same options the first is checked, and
+others where backbone.name names one: the report lists what is left out. Settings make a subject smaller, or choose what
+it needs:
   jepa-host plugin check libmy_method.so method.hidden=64
   jepa-host plugin check libmy_net.so backbone.name=my_net_50 data.size=64
   jepa-host plugin check libmy_probe.so eval.probes.my_probe.cosine=false
@@ -45,7 +38,7 @@ needs:
 
 /// Try every promise that the host relies on, on synthetic images; exit 3 when one is broken
 #[derive(Debug, Args)]
-#[command(after_help = CHECK_HELP)]
+#[command(after_help = help())]
 pub(super) struct CheckArgs {
     /// A path, a file name, or a bare name
     #[arg(value_name = "FILE")]
@@ -70,6 +63,8 @@ struct Report {
     file: PathBuf,
     passed: bool,
     checks: Vec<Line>,
+    /// What the plugin offers besides.
+    unchecked: Vec<String>,
 }
 
 /// What one check said.
@@ -84,49 +79,13 @@ struct Line {
     seconds: f64,
 }
 
-/// A method, a backbone or a probe of the plugin.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct What {
-    kind: Kind,
-    name: String,
-}
-
-impl What {
-    fn words(&self) -> String {
-        format!("{} {}", self.kind.word(), self.name)
-    }
-
-    /// The setting that chooses it.
-    fn setting(&self) -> String {
-        match self.kind {
-            Kind::Method => format!("method.name={}", self.name),
-            Kind::Backbone => format!("backbone.name={}", self.name),
-            Kind::Probe => format!("{}.enabled=true", self.section()),
-        }
-    }
-
-    /// Where its options stand in the settings.
-    fn section(&self) -> String {
-        match self.kind {
-            Kind::Method | Kind::Backbone => self.kind.word().to_owned(),
-            Kind::Probe => format!("eval.probes.{}", self.name),
-        }
-    }
-
-    fn checks(&self) -> &'static [Check] {
-        match self.kind {
-            Kind::Method | Kind::Backbone => &CHECKS,
-            Kind::Probe => &PROBE_CHECKS,
-        }
-    }
-}
-
 impl CheckArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let of_probes =
             PROBE_CHECKS.iter().filter(|check| CHECKS.iter().all(|other| other.name != check.name));
-        let names =
-            || [LOADS.0].into_iter().chain(CHECKS.iter().chain(of_probes.clone()).map(|check| check.name));
+        let names = || {
+            [LOADS.0].into_iter().chain(CHECKS.iter().chain(of_probes.clone()).map(|check| check.name))
+        };
         if let Some(unknown) = self.only.as_ref().filter(|only| !names().any(|name| name == only.as_str())) {
             let all: Vec<_> = names().collect();
             return Err(Usage(format!("there is no check `{unknown}`; there are {}", all.join(", "))).into());
@@ -154,13 +113,14 @@ impl CheckArgs {
         let plugin = open(file, sources.admission())?;
         if only == LOADS.0 {
             let fits = Verdict::Passed(format!("{} {}", plugin.name(), plugin.file.manifest.version));
-            return Ok(report(file, vec![line("plugin".to_owned(), LOADS, fits, begun)]));
+            return Ok(report(file, vec![line("plugin".to_owned(), LOADS, fits, begun)], &[]));
         }
         let mut lines = Vec::new();
-        for what in self.subjects(&plugin) {
+        let (chosen, unchecked) = self.choose(&plugin);
+        for what in chosen {
             let Some(check) = what.checks().iter().find(|check| check.name == only) else { continue };
             let begun = Instant::now();
-            let subject = self.subject(&what, file, sources)?;
+            let subject = what.build(&self.overrides, file, sources)?;
             let scratch = Scratch::new()?;
             let verdict = check.run(&*subject, &scratch.0);
             lines.push(line(what.words(), (check.name, check.promise), verdict, begun));
@@ -170,32 +130,41 @@ impl CheckArgs {
                 Usage(format!("{} offers nothing that `{only}` is a check of", file.display())).into()
             );
         }
-        Ok(report(file, lines))
+        Ok(report(file, lines, &unchecked))
     }
 
     /// Every check, each in a process.
     fn all(&self, file: &Path, sources: &PluginSources) -> anyhow::Result<Report> {
         let mut lines = vec![self.in_process(LOADS, None, file, sources)?];
+        let mut unchecked = Vec::new();
         if matches!(lines[0].verdict, Verdict::Passed(_)) {
             let plugin = open(file, sources.admission())?;
-            let subjects = self.subjects(&plugin);
-            if subjects.is_empty() {
+            let (chosen, left_out) = self.choose(&plugin);
+            if chosen.is_empty() {
                 return Err(Usage(format!(
                     "{} offers nothing by the names in the settings; see `jepa-host plugin info {0}`",
                     file.display()
                 ))
                 .into());
             }
-            for what in subjects {
+            unchecked = left_out;
+            for what in chosen {
                 // Settings that do not fit are the user's, and no check.
-                self.subject(&what, file, sources)?;
+                what.build(&self.overrides, file, sources)?;
                 for check in what.checks() {
                     let check = (check.name, check.promise);
                     lines.push(self.in_process(check, Some(&what), file, sources)?);
                 }
             }
         }
-        Ok(report(file, lines))
+        Ok(report(file, lines, &unchecked))
+    }
+
+    /// What to check of the plugin, and what not.
+    fn choose(&self, plugin: &LoadedPlugin) -> (Vec<What>, Vec<What>) {
+        let (mut chosen, left_out) = subjects::choose(plugin, &self.overrides);
+        chosen.retain(|what| self.subject.as_ref().is_none_or(|words| *words == what.words()));
+        (chosen, left_out)
     }
 
     /// Runs this program for one check, and reads what it says, or how it ended.
@@ -248,78 +217,17 @@ impl CheckArgs {
             }
         }
     }
-
-    /// What to check: methods and probes, or one backbone, or what the settings name.
-    fn subjects(&self, plugin: &LoadedPlugin) -> Vec<What> {
-        let all = |kind: Kind| {
-            let names = kind.of(plugin.plugin.offer()).into_iter().map(|(name, _)| name.to_owned());
-            names.map(move |name| What { kind, name }).collect::<Vec<_>>()
-        };
-        let (methods, backbones, probes) = (all(Kind::Method), all(Kind::Backbone), all(Kind::Probe));
-        // As in a run, the last of several values counts.
-        let value_of = |key: &str| {
-            let values =
-                self.overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
-            values.last().map(|value| value.trim_matches('"').to_owned())
-        };
-        let (method, backbone) = (value_of("method.name"), value_of("backbone.name"));
-        let own_backbone = backbones.iter().find(|what| backbone.as_ref() == Some(&what.name)).cloned();
-        let enabled =
-            |what: &&What| value_of(&format!("{}.enabled", what.section())).as_deref() == Some("true");
-        let named_probes: Vec<What> = probes.iter().filter(enabled).cloned().collect();
-
-        let mut subjects = match (method, own_backbone) {
-            (Some(method), _) => methods.into_iter().filter(|what| what.name == method).collect(),
-            (None, Some(own)) => [vec![own], named_probes].concat(),
-            (None, None) if !named_probes.is_empty() => named_probes,
-            (None, None) => {
-                let alone = methods.is_empty() && backbone.is_none();
-                let first = backbones.into_iter().take(usize::from(alone)).collect();
-                [methods, first, probes].concat()
-            }
-        };
-        subjects.retain(|what| self.subject.as_ref().is_none_or(|words| *words == what.words()));
-        subjects
-    }
-
-    fn subject(&self, what: &What, file: &Path, sources: &PluginSources) -> anyhow::Result<Box<dyn Subject>> {
-        let mut overrides = self.overrides.clone();
-        overrides.push(what.setting());
-        let own_backbone = self.overrides.iter().any(|setting| setting.starts_with("backbone."));
-        let mut settings = json!({
-            "data": { "size": 32 },
-            "optimizer": { "batch_size": 8, "algorithm": "adamw" },
-            "trainer": { "device": "cpu" },
-        });
-        if what.kind == Kind::Method && !own_backbone {
-            settings["backbone"] =
-                json!({ "name": "resnet18", "stem": "small", "width": 16, "depths": [1, 1, 1] });
-        }
-        if what.kind == Kind::Backbone {
-            settings["data"]["size"] = json!(64);
-            settings["optimizer"]["batch_size"] = json!(4);
-        }
-        let settings = settings.as_object().cloned().unwrap_or_default();
-        let base = Base { layer: "default of plugin check".to_owned(), settings };
-        let layers = Layers { base: Some(base), overrides, ..Layers::default() };
-        if what.kind == Kind::Method {
-            let session = Session::open(&[file.to_owned()], layers, sources)?;
-            session.device()?;
-            return Ok(Box::new(MethodSubject(session)));
-        }
-        check_native()?;
-        let mut registry = Registry::new(sources.admission());
-        registry.load(file.to_owned())?;
-        let mut settings = layers.with_process_environment().load()?;
-        let (owner, options) = registry.find(what.kind, &what.name)?;
-        settings.adopt_plugin_options(&what.section(), owner.name(), options.as_value())?;
-        Ok(Box::new(PartSubject { registry, settings, what: what.clone() }))
-    }
 }
 
-fn report(file: &Path, checks: Vec<Line>) -> Report {
+fn help() -> String {
+    let names = |checks: &[Check]| checks.iter().map(|check| check.name).collect::<Vec<_>>().join(", ");
+    let (first, all, of_probes) = (LOADS.0, names(&CHECKS), names(&PROBE_CHECKS));
+    format!("Checks, in this order: {first}, {all}.\nOf a probe: {of_probes}.\n\n{HELP}")
+}
+
+fn report(file: &Path, checks: Vec<Line>, unchecked: &[What]) -> Report {
     let passed = checks.iter().all(|line| matches!(line.verdict, Verdict::Passed(_)));
-    Report { file: file.to_owned(), passed, checks }
+    Report { file: file.to_owned(), passed, checks, unchecked: unchecked.iter().map(What::words).collect() }
 }
 
 fn line(subject: String, (check, promise): (&str, &str), verdict: Verdict, begun: Instant) -> Line {
@@ -364,87 +272,13 @@ fn print_report(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "  {sign}  {:<10} {:<52} {:>5.1} s", line.check, line.promise, line.seconds)?;
         writeln!(out, "        {:<10} {detail}", "")?;
     }
+    if !report.unchecked.is_empty() {
+        writeln!(out, "\nnot checked: {}", report.unchecked.join(", "))?;
+    }
     let broken = report.checks.iter().filter(|line| matches!(line.verdict, Verdict::Failed(_))).count();
     match broken {
         0 => writeln!(out, "\nall {} checks passed", report.checks.len()),
         _ => writeln!(out, "\n{broken} of {} checks failed", report.checks.len()),
-    }
-}
-
-struct MethodSubject(Session);
-
-impl MethodSubject {
-    fn facts(&self, seed: u64) -> RunFacts {
-        let config = self.0.config();
-        RunFacts {
-            device: "cpu".to_owned(),
-            image_size: config.data.size as i64,
-            batch_size: config.optimizer.batch_size as i64,
-            epochs: config.trainer.epochs,
-            steps_per_epoch: 100,
-            classes: CLASSES as i64,
-            unlabelled: 0,
-            seed,
-        }
-    }
-}
-
-impl Subject for MethodSubject {
-    fn config(&self) -> &Config {
-        self.0.config()
-    }
-
-    fn build(&self, seed: u64) -> anyhow::Result<Built> {
-        let options = json!(self.config().method.options);
-        Ok(Built::Method(self.0.build_method_with(&options, self.facts(seed))?))
-    }
-
-    fn build_with(&self, options: &Value) -> anyhow::Result<Built> {
-        Ok(Built::Method(self.0.build_method_with(options, self.facts(0))?))
-    }
-
-    fn cross(&self, x: &Tensor) -> anyhow::Result<Tensor> {
-        self.0.registry.find(Kind::Method, &self.0.method)?.0.plugin.cross(x)
-    }
-}
-
-/// A backbone or a probe, which needs no method around it.
-struct PartSubject {
-    registry: Registry,
-    settings: ResolvedConfig,
-    what: What,
-}
-
-impl PartSubject {
-    fn plugin(&self) -> anyhow::Result<&Plugin> {
-        Ok(&self.registry.find(self.what.kind, &self.what.name)?.0.plugin)
-    }
-}
-
-impl Subject for PartSubject {
-    fn config(&self) -> &Config {
-        &self.settings.config
-    }
-
-    fn build(&self, seed: u64) -> anyhow::Result<Built> {
-        seed_weights(seed);
-        let config = self.config();
-        self.build_with(&match self.what.kind {
-            Kind::Probe => json!(config.eval.probes.get(&self.what.name).map(|probe| &probe.options)),
-            _ => json!(config.backbone.options),
-        })
-    }
-
-    fn build_with(&self, options: &Value) -> anyhow::Result<Built> {
-        let name = &self.what.name;
-        Ok(match self.what.kind {
-            Kind::Probe => Built::Probe(self.plugin()?.build_probe(name, options)?),
-            _ => Built::Backbone(self.plugin()?.build_backbone(name, options, "cpu")?),
-        })
-    }
-
-    fn cross(&self, x: &Tensor) -> anyhow::Result<Tensor> {
-        self.plugin()?.cross(x)
     }
 }
 

@@ -20,5 +20,5 @@ fn three_of_four_are_near_their_class() {
         seed: 0,
     };
     let mut probe = {{Type}}::new(from_value(json!({ "cosine": true })).unwrap()).unwrap();
-    assert_eq!(probe.judge(&features).unwrap(), [("top1".to_owned(), 0.75)]);
+    assert_eq!(probe.evaluate(&features).unwrap(), [("top1".to_owned(), 0.75)]);
 }

@@ -1,0 +1,60 @@
+//! What holds of the sources themselves.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use jepa_tests::author::workspace;
+
+/// Where `unsafe` may stand, and why there. A file that ends in a slash is a folder.
+const UNSAFE: [(&str, &str); 9] = [
+    ("plugin-api/src/abi/", "the boundary"),
+    ("plugin-api/src/lib.rs", "`export_plugin!` exports the boundary's two symbols"),
+    ("host/src/plugin/", "the boundary, on the host's side"),
+    ("host/src/device/native.rs", "bindings to host/native"),
+    ("host/src/device/cuda.rs", "opens libtorch_cuda before the first CUDA call"),
+    ("host/src/device/libtorch.rs", "asks the dynamic linker where libtorch is"),
+    ("host/src/device/memory.rs", "asks the C library what memory it holds"),
+    ("host/src/data/batch.rs", "threads write to disjoint parts of a batch"),
+    ("tests/src/real.rs", "sends signals to its children"),
+];
+
+/// The Rust sources of the workspace, below `folder`. Those of earlier API versions stay as they were.
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        let name = entry.file_name().unwrap().to_str().unwrap();
+        if entry.is_dir() && !name.starts_with('.') && !["target", "compat", "runs"].contains(&name) {
+            sources(&entry, found);
+        } else if name.ends_with(".rs") {
+            found.push(entry);
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_stays_in_its_rooms() {
+    let root = workspace();
+    let mut files = Vec::new();
+    sources(&root, &mut files);
+    assert!(files.len() > 100, "{files:?}");
+    let keyword = ["un", "safe"].concat();
+    let mut seen = Vec::new();
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        let uses = |line: &str| {
+            let code = line.split("//").next().unwrap_or_default();
+            [" {", " fn ", " impl ", " extern ", "(no_mangle)"].iter().any(|after| code.contains(&format!("{keyword}{after}")))
+        };
+        if !text.lines().any(uses) {
+            continue;
+        }
+        let name = file.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+        let room = UNSAFE.iter().find(|(room, _)| name == *room || room.ends_with('/') && name.starts_with(room));
+        let Some((room, _)) = room else {
+            panic!("{name} has {keyword} code: move that to where it belongs, or give the file a place and a reason here")
+        };
+        seen.push(*room);
+    }
+    for (room, why) in UNSAFE {
+        assert!(seen.contains(&room), "{room} needs no {keyword} code any more ({why}): take it out of this list");
+    }
+}
