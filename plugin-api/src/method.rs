@@ -72,6 +72,11 @@ pub trait Method: Send + Sized + 'static {
     /// [`encode`](Method::encode) uses. `jepa-host export` writes it, and `init.from` takes it up in another run.
     const ENCODER: &'static str;
 
+    /// Whether [`step`](Method::step) learns from [`Batch::labels`]. The host then begins no run unless every image of
+    /// `data.train` and of `data.val` has one, below [`RunFacts::classes`](crate::RunFacts). Since API 1.1; hosts of
+    /// 1.0 check nothing.
+    const NEEDS_LABELS: bool = false;
+
     /// The keys under `method.`: a struct with a serde default for every field. Its schema, its defaults and its doc
     /// comments are what `jepa-host plugin info` prints, and what the host validates a configuration against.
     type Options: DeserializeOwned + Serialize + JsonSchema;

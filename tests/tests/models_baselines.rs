@@ -1,5 +1,7 @@
 //! Steps of BYOL, SimCLR, VICReg and supervised learning equal those of lightly's heads and losses on timm's ResNet.
 
+use std::path::PathBuf;
+
 use byol::Byol;
 use jepa_host::config;
 use jepa_host::device::{autocast_bf16, ema_update};
@@ -238,24 +240,9 @@ fn what_cannot_be_learned_from_is_refused_with_the_key_to_change() {
     ] {
         assert!(message.contains("raise optimizer.batch_size"), "{message}");
     }
-    for facts in [RunFacts { classes: 0, ..facts() }, RunFacts { unlabelled: 3, ..facts() }] {
-        let message = refusal(build::<Supervised>(json!({}), facts).err());
-        assert!(message.contains("a label for every image of data.train"), "{message}");
-    }
     let one = RunFacts { classes: 1, ..facts() };
     let message = refusal(build::<Supervised>(json!({}), one).err());
     assert!(message.contains("the same label"), "{message}");
-    let mut built = build::<Supervised>(json!({}), facts()).expect("a method");
-    for (labels, train, words) in [
-        ([1, 7], true, "labels from 1 to 7 in data.train do not fit the 7 classes"),
-        ([-1, 3], false, "labels from -1 to 3 in data.val do not fit the 7 classes"),
-    ] {
-        let images = Tensor::zeros([2, 3, 16, 16], (Kind::Float, Device::Cpu));
-        let labels = Tensor::from_slice(&labels.map(i64::from));
-        let batch = Batch { labels, train, ..testing::batch(vec![images]) };
-        let message = refusal(built.method.step(&batch).err());
-        assert!(message.contains(words), "{message}");
-    }
 }
 
 #[test]
@@ -291,11 +278,38 @@ fn every_method_trains_in_the_real_binary_with_its_own_views() {
 }
 
 #[test]
-fn supervised_learning_without_labels_begins_no_run() {
+fn labels_that_cannot_be_learned_begin_no_run() {
     let room = Room::new();
-    let images = setting("data.train", &fixture("bad_no_labels.h5"));
-    let arguments = ["--plugin", "supervised", "optimizer.batch_size=2", &images];
-    let ended = room.run(arguments.into_iter().chain(TINY_BACKBONE)).expect(2);
-    ended.error_says(&["plugin `supervised` refused its settings", "a label for every image of data.train"]);
-    assert!(!room.file("runs").exists());
+    let packed = |name: &str, edit: &dyn Fn(&hdf5::File, &mut Vec<i64>)| {
+        let path = room.file(name);
+        std::fs::copy(held_out_images(), &path).expect("a copy");
+        let file = hdf5::File::open_rw(&path).expect("HDF5");
+        let mut labels: Vec<i64> = file.dataset("labels").expect("labels").read_raw().expect("integers");
+        edit(&file, &mut labels);
+        file.dataset("labels").expect("labels").write_raw(&labels).expect("written");
+        path
+    };
+    let whole = held_out_images();
+    let stray = packed("stray.h5", &|_, labels| labels[7] = 1_000_000);
+    let partly = packed("partly.h5", &|_, labels| labels[3] = -1);
+    let nine = packed("nine.h5", &|file, labels| {
+        file.unlink("class_names").expect("names");
+        labels.iter_mut().for_each(|label| *label = (*label).min(8));
+    });
+    let none = fixture("bad_no_labels.h5");
+    let cases: [(&PathBuf, &PathBuf, &[&str]); 6] = [
+        (&none, &whole, &["data.train: ", "bad_no_labels.h5 has no labels, and supervised needs one"]),
+        (&partly, &whole, &["data.train: ", "partly.h5 has no label for image 3, and supervised needs one"]),
+        (&whole, &none, &["data.val: ", "bad_no_labels.h5 has no labels, and supervised needs one"]),
+        (&whole, &partly, &["data.val: ", "no label for image 3"]),
+        (&nine, &whole, &["data.val: ", "has label 9, and the 9 classes of data.train are 0 to 8"]),
+        (&stray, &whole, &["data.train: ", "image 7 has label 1000000, and the 10 classes of its class_names"]),
+    ];
+    for (train, val, says) in cases {
+        let fixed = ["optimizer.batch_size=2", "eval.every_epochs=0", "data.size=8"];
+        let images = [setting("data.train", train), setting("data.val", val)];
+        let arguments = ["--plugin", "supervised"].into_iter().chain(TINY_BACKBONE).chain(fixed);
+        room.run(arguments.map(str::to_owned).chain(images)).expect(4).error_says(says);
+        assert!(!room.file("runs").exists(), "{says:?}");
+    }
 }

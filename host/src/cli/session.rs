@@ -68,6 +68,12 @@ impl Session {
         &self.settings.config
     }
 
+    /// Whether the method learns from labels.
+    pub fn needs_labels(&self) -> anyhow::Result<bool> {
+        let (plugin, _) = self.registry.find(Kind::Method, &self.method)?;
+        Ok(plugin.plugin.offer().methods.iter().any(|offer| offer.name == self.method && offer.needs_labels))
+    }
+
     /// Builds the method on `device` for a training set of so many `classes`, images without a label, and steps an
     /// epoch. Its weights are random, by the seed.
     pub fn build_method(

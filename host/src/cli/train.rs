@@ -79,6 +79,10 @@ impl TrainArgs {
         let val_set =
             config.data.val.as_ref().map(Dataset::open).transpose().context("data.val")?.map(Arc::new);
 
+        if session.needs_labels()? {
+            require_labels(&session.method, &train_set, val_set.as_deref())?;
+        }
+
         let steps_per_epoch =
             steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
         let classes = train_set.classes() as u64;
@@ -265,6 +269,17 @@ fn resumed(saved: Checkpoint, now: State) -> State {
         threads: now.threads,
         ..saved.state
     }
+}
+
+/// Refuses data sets that `method` cannot learn labels from, and be validated with.
+fn require_labels(method: &str, train: &Dataset, val: Option<&Dataset>) -> anyhow::Result<()> {
+    train.require_labels(method).context("data.train")?;
+    if let Some(val) = val {
+        val.require_labels(method)
+            .and_then(|_| val.require_classes(train.classes(), "data.train"))
+            .context("data.val")?;
+    }
+    Ok(())
 }
 
 /// Gives every backbone of `method` the weights in `from`.

@@ -82,7 +82,7 @@ impl Dataset {
     ///
     /// # Errors
     /// When it cannot be read, is not HDF5, is truncated, has another layout, other shapes or types than expected, no
-    /// image, or another number of labels than of images.
+    /// image, another number of labels than of images, or a label beyond the names of the classes.
     pub fn open(path: impl AsRef<Path>) -> Result<Dataset, DataError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(DataError::io("open", path))?;
@@ -113,6 +113,9 @@ impl Dataset {
         if let Some(labels) = labels.as_ref().filter(|labels| labels.len() != slots.len()) {
             let (images, labels) = (slots.len(), labels.len());
             return Err(DataError::CountMismatch { path: path.to_owned(), images, labels });
+        }
+        if let (Some(labels), Some(names)) = (&labels, &class_names) {
+            check_labels(path, labels, names.len(), "its class_names")?;
         }
         check_addresses(path, &slots, metadata.len())?;
 
@@ -170,6 +173,14 @@ impl Dataset {
             Some(index) => Err(missing(format!("no label for image {index}"))),
             None => Ok(labels),
         }
+    }
+
+    /// Refuses labels that are none of the `classes` of data set `of`.
+    ///
+    /// # Errors
+    /// [`DataError::Label`].
+    pub fn require_classes(&self, classes: usize, of: &'static str) -> Result<(), DataError> {
+        check_labels(&self.path, self.labels().unwrap_or_default(), classes, of)
     }
 
     /// Names of the classes, where the file has them.
@@ -292,6 +303,16 @@ fn open_error(path: &Path, error: &hdf5::Error) -> DataError {
         return DataError::Truncated { path: path.to_owned(), reason };
     }
     DataError::Hdf5 { path: path.to_owned(), action: "open it".into(), reason }
+}
+
+/// Images without a label, −1, are left alone.
+fn check_labels(path: &Path, labels: &[i64], classes: usize, of: &'static str) -> Result<(), DataError> {
+    match labels.iter().position(|&label| label >= 0 && label as usize >= classes) {
+        None => Ok(()),
+        Some(index) => {
+            Err(DataError::Label { path: path.to_owned(), index, label: labels[index], classes, of })
+        }
+    }
 }
 
 fn check_addresses(path: &Path, slots: &[Slot], file_len: u64) -> Result<(), DataError> {

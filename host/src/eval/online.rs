@@ -97,8 +97,9 @@ impl Evaluation {
         val_set: &Arc<Dataset>,
         plugin_probes: Vec<PluginProbe>,
     ) -> Result<Self, DataError> {
-        train_set.require_labels("evaluation")?;
-        val_set.require_labels("evaluation")?;
+        let needed_by = "evaluation (which eval.every_epochs=0 turns off)";
+        train_set.require_labels(needed_by)?;
+        val_set.require_labels(needed_by)?;
         let contrastive = config.eval.contrastive.enabled;
         let pairs = contrastive.then(|| pair_loader(config, &view, val_set)).transpose()?;
         let loader = |set, shuffle| feature_loader(config, view.clone(), set, shuffle);

@@ -73,7 +73,11 @@ impl MethodEntry {
     pub fn of<M: Method>() -> Self {
         MethodEntry {
             encoder: M::ENCODER,
-            offer: MethodOffer { name: M::NAME.to_owned(), options: schema_for!(M::Options) },
+            offer: MethodOffer {
+                name: M::NAME.to_owned(),
+                needs_labels: M::NEEDS_LABELS,
+                options: schema_for!(M::Options),
+            },
             build: |options, host| Ok(Box::new(M::new(serde_json::from_value(options)?, host)?)),
         }
     }

@@ -132,7 +132,7 @@ fn texts() -> String {
         (
             "offer",
             json!(Offer {
-                methods: vec![MethodOffer { name: "m".into(), options: schema.clone() }],
+                methods: vec![MethodOffer { name: "m".into(), needs_labels: true, options: schema.clone() }],
                 backbones: vec![BackboneOffer { name: "b".into(), options: schema.clone() }],
                 probes: vec![ProbeOffer { name: "p".into(), options: schema }],
             }),

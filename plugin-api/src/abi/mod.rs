@@ -30,7 +30,7 @@ pub use module::{BackboneOffer, MethodOffer, Offer, ProbeOffer};
 ///
 /// History
 /// - 1.0: methods and backbones.
-/// - 1.1: probes.
+/// - 1.1: probes; methods say whether they need labels.
 pub const API_MAJOR: u16 = number(env!("CARGO_PKG_VERSION_MAJOR"));
 
 /// Minor version: grows when something is appended, with a default for plugins that do not have it.
