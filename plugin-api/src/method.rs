@@ -96,7 +96,7 @@ pub trait Method: Send + Sized + 'static {
     /// Features of images for evaluation, without augmentation and without gradients.
     ///
     /// `images` is f32 `(B, 3, S, S)` on the run's device; the result is `(B, D)` of any floating-point type on the
-    /// same device, pooled over space.
+    /// same device, pooled over space. Before a run begins, the host tries it with one blank image.
     fn encode(&mut self, images: &Tensor) -> Result<Tensor>;
 }
 

@@ -179,7 +179,10 @@ fn errors_say_what_to_change() {
         model.forward(&images, mask.as_ref(), true).expect_err("an error").to_string()
     };
     let mask = |f: i64, kind: Kind| Some(Tensor::zeros([2, 1, f, f], (kind, Device::Cpu)));
-    assert!(fails(40, None).contains("set data.size to a multiple of 32"));
+    assert!(fails(40, mask(1, Kind::Bool)).contains("set data.size to a multiple of 32"));
+    // Without a mask there are no cells to divide into: timm's map of 100 px is 4 × 4 too.
+    let images = Tensor::zeros([2, 3, 100, 100], (Kind::Float, Device::Cpu));
+    assert_eq!(model.forward(&images, None, true).expect("a map").size(), [2, 32, 4, 4]);
     assert!(fails(64, mask(4, Kind::Bool)).contains("[2, 1, 2, 2]"));
     assert!(fails(64, mask(2, Kind::Float)).contains("bool"));
     assert!(fails(64, mask(2, Kind::Bool)).contains("shows no cell"));

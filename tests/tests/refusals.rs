@@ -313,6 +313,34 @@ fn a_size_that_does_not_divide_is_refused() {
 }
 
 #[test]
+fn cells_matter_to_masks_alone() {
+    let room = Room::new();
+    let images = setting("data.train", &demo_images());
+    let fixed = ["data.size=17", "trainer.device=cpu", "trainer.max_steps=1", "optimizer.batch_size=4"];
+    let heads = ["method.hidden=8", "method.output=8", images.as_str()];
+    let arguments = ["--plugin", "byol"].into_iter().chain(TINY_BACKBONE).chain(fixed).chain(heads);
+    room.run(arguments).expect(0);
+}
+
+#[test]
+fn a_backbone_that_cannot_look_at_the_images_begins_no_run() {
+    let room = Room::new();
+    let (images, file) =
+        (setting("data.train", &demo_images()), setting("backbone.file", &fixture("torchscript_net.pt")));
+    let script = ["backbone.name=torchscript", "backbone.channels=6", "backbone.downsample=8", "data.size=24"];
+    let script = script.into_iter().chain([file.as_str()]).collect::<Vec<_>>();
+    let cases: [(&[&str], [&str; 3]); 2] = [
+        (&script, ["data.size = 24 px", "torchscript_net.pt", "backbone.downsample"]),
+        (&["backbone.name=convnext_atto", "data.size=28"], ["data.size = 28 px", "a cell of 32 px", "backbone.stem"]),
+    ];
+    for (settings, says) in cases {
+        let arguments = ["--plugin", "byol", "trainer.device=cpu", &images].into_iter();
+        room.run(arguments.chain(settings.iter().copied())).expect(USAGE).error_says(&says);
+        assert!(!room.file("runs").exists(), "nothing was begun");
+    }
+}
+
+#[test]
 fn data_sets_that_cannot_be_used_are_refused() {
     let cases = [
         ("bad_truncated.h5", "is truncated"),

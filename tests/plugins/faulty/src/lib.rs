@@ -62,9 +62,9 @@ pub enum Features {
     /// The pixels: features that a probe can learn from.
     #[default]
     Good,
-    /// A panic.
+    /// A panic, once training has begun.
     Panic,
-    /// A map that is not pooled.
+    /// A map that is not pooled, once training has begun.
     Map,
     /// Numbers that are none.
     Nan,
@@ -187,7 +187,9 @@ impl Method for Faulty {
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
+        let begun = f64::try_from(&self.begun)? > 0.0;
         Ok(match self.options.features {
+            Features::Panic | Features::Map if !begun => images.flatten(1, 3),
             Features::Good => images.flatten(1, 3),
             Features::Panic => panic!("the method cannot look at it"),
             Features::Map => images.shallow_clone(),
