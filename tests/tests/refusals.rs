@@ -313,6 +313,23 @@ fn a_size_that_does_not_divide_is_refused() {
 }
 
 #[test]
+fn images_that_would_be_enlarged_are_refused() {
+    let room = Room::new();
+    let (small, fitting) = (fixture("reference_layout.h5"), demo_images());
+    let run = |settings: &[String]| train(&room, settings);
+    for key in ["data.train", "data.val"] {
+        let other = if key == "data.train" { "data.val" } else { "data.train" };
+        let sets = [setting(key, &small), setting(other, &fitting), "data.size=26".to_owned()];
+        let ended = run(&sets).expect(DATA);
+        let file = small.display().to_string();
+        ended.error_says(&[key, &file, "smaller than data.size = 26", "22 px", "data.upscale=true"]);
+        assert!(!room.file("runs").exists(), "nothing was begun");
+    }
+    let allowed = ["data.size=26", "data.upscale=true", "trainer.max_steps=1", "optimizer.batch_size=4"];
+    run(&[vec![setting("data.train", &small)], allowed.map(str::to_owned).to_vec()].concat()).expect(0);
+}
+
+#[test]
 fn cells_matter_to_masks_alone() {
     let room = Room::new();
     let images = setting("data.train", &demo_images());

@@ -8,13 +8,14 @@ use super::state::State;
 use crate::plugin::PluginRecord;
 
 /// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
-const FREE: [&str; 8] = [
+const FREE: [&str; 9] = [
     "run.",
     "checkpoint.",
     "eval.",
     "data.threads",
     "data.train",
     "data.val",
+    "data.upscale",
     "trainer.log_every_steps",
     "trainer.max_steps",
 ];

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use jepa_plugin_api::tch::{Tensor, no_grad};
 use serde_json::{Value, json};
@@ -15,7 +13,6 @@ use super::session::{SavedArgs, evaluation_view, find_checkpoint};
 use super::train::TrainArgs;
 use crate::checkpoint::load_state;
 use crate::config::Base;
-use crate::data::Dataset;
 use crate::eval::Evaluation;
 use crate::plugin::PluginSources;
 use crate::train::{Signals, TrainError};
@@ -102,12 +99,10 @@ impl EvalArgs {
         let Some(val) = &config.data.val else {
             return Err(Usage("the run has no data.val: add data.val=held_out.h5".to_owned()).into());
         };
-        let (train_set, val_set) = (
-            Dataset::open(config.train_file()?).context("data.train")?,
-            Dataset::open(val).context("data.val")?,
-        );
+        let train_set = saved.session.open_images("data.train", config.train_file()?)?;
+        let val_set = saved.session.open_images("data.val", val)?;
         let view = evaluation_view(config, saved.model.method.views());
-        let evaluation = Evaluation::new(config, view, &Arc::new(train_set), &Arc::new(val_set), probes)?;
+        let evaluation = Evaluation::new(config, view, &train_set, &val_set, probes)?;
 
         let (device, method) = (saved.device, &mut saved.model.method);
         let mut encode = |images: &Tensor| -> anyhow::Result<Tensor> {

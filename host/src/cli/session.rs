@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 use super::exit::Usage;
 use crate::checkpoint::{CheckpointError, State, load_model, resolve_resume, restore};
 use crate::config::{self, Config, Layers, ResolvedConfig};
+use crate::data::Dataset;
 use crate::device::{self, check_native, device_text};
 use crate::eval::PluginProbe;
 use crate::plugin::{Kind, PluginSources, Registry};
@@ -66,6 +68,16 @@ impl Session {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.settings.config
+    }
+
+    /// The images in the file `path`, which `key` names, large enough for `data.size`.
+    pub fn open_images(&self, key: &'static str, path: &Path) -> anyhow::Result<Arc<Dataset>> {
+        let settings = &self.config().data;
+        let set = Dataset::open(path).context(key)?;
+        if !settings.upscale {
+            set.require_size(settings.size).context(key)?;
+        }
+        Ok(Arc::new(set))
     }
 
     /// Whether the method learns from labels.

@@ -76,9 +76,9 @@ impl TrainArgs {
         tell_of_optimizer(config);
 
         let device = session.device()?;
-        let train_set = Arc::new(Dataset::open(config.train_file()?).context("data.train")?);
+        let train_set = session.open_images("data.train", config.train_file()?)?;
         let val_set =
-            config.data.val.as_ref().map(Dataset::open).transpose().context("data.val")?.map(Arc::new);
+            config.data.val.as_ref().map(|path| session.open_images("data.val", path)).transpose()?;
 
         if session.needs_labels()? {
             require_labels(&session.method, &train_set, val_set.as_deref())?;

@@ -85,6 +85,8 @@ pub struct Data {
     /// Side of the square images that the network sees, in pixels. Default 224.
     #[schemars(range(min = 1))]
     pub size: usize,
+    /// Train on images most of which are smaller than `size`, and have to be enlarged. Default false: they are refused.
+    pub upscale: bool,
     /// Threads that decode and augment; 0: one per core. Results do not depend on it. Default 0.
     pub threads: usize,
     /// What to do about an image that cannot be decoded. Default `fail`.
@@ -407,7 +409,7 @@ impl Default for Run {
 
 impl Default for Data {
     fn default() -> Self {
-        Data { train: None, val: None, size: 224, threads: 0, on_error: OnError::Fail }
+        Data { train: None, val: None, size: 224, upscale: false, threads: 0, on_error: OnError::Fail }
     }
 }
 

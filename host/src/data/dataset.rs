@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::chunked::Chunks;
 use super::error::DataError;
-use super::{index_file, packed, reference};
+use super::{decode, index_file, packed, reference};
 
 /// How a file is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -181,6 +181,29 @@ impl Dataset {
     /// [`DataError::Label`].
     pub fn require_classes(&self, classes: usize, of: &'static str) -> Result<(), DataError> {
         check_labels(&self.path, self.labels().unwrap_or_default(), classes, of)
+    }
+
+    /// Refuses images that would have to be enlarged to `size` pixels: when the shorter side of most is less, by the
+    /// headers of a few dozen, evenly spread. Some are in any collection of photos, and are enlarged.
+    ///
+    /// # Errors
+    /// [`DataError::Small`], and when the file cannot be read.
+    pub fn require_size(&self, size: usize) -> Result<(), DataError> {
+        const SAMPLES: usize = 65;
+        let samples = SAMPLES.min(self.len());
+        let (mut sides, mut bytes) = (Vec::new(), Vec::new());
+        for sample in 0..samples {
+            self.read_into(sample * self.len() / samples, &mut bytes)?;
+            // What to do about an image that is corrupt is for the loader to say.
+            sides.extend(decode::header(&bytes).map(|header| header.width.min(header.height)));
+        }
+        sides.sort_unstable();
+        match sides.get(sides.len() / 2) {
+            Some(&side) if (side as usize) < size => {
+                Err(DataError::Small { path: self.path.clone(), side, size })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Names of the classes, where the file has them.

@@ -108,6 +108,20 @@ pub enum DataError {
         /// Who says so.
         of: &'static str,
     },
+    /// Images that would have to be enlarged.
+    #[error(
+        "{}: most images are smaller than data.size = {size}; half of them have a side of {side} px or less. Lower \
+         data.size, or enlarge them with data.upscale=true",
+        path.display()
+    )]
+    Small {
+        /// The file.
+        path: PathBuf,
+        /// The median of the images' shorter sides, in pixels.
+        side: u32,
+        /// Configured.
+        size: usize,
+    },
     /// An index beyond the last image.
     #[error("{} has {len} images, so there is no image {index}", path.display())]
     OutOfRange {
