@@ -79,6 +79,33 @@ fn offline_figures_are_the_online_ones_to_the_last_digit() {
 }
 
 #[test]
+fn a_checkpoint_is_judged_by_its_own_settings_wherever_it_is_copied_to() {
+    let room = trained();
+    let online = state(&room, RUN)["last_eval"].clone();
+    room.run(arguments(&["trainer.max_steps=8", "eval.linear.epochs=2", "--resume", "auto"])).expect(0);
+    let earlier = checkpoints(&room.file(RUN).join("checkpoints")).remove(0);
+    let copied = room.file("copied");
+    fs::create_dir(&copied).unwrap();
+    for entry in fs::read_dir(&earlier).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, copied.join(path.file_name().unwrap())).unwrap();
+    }
+    for checkpoint in [earlier.to_str().unwrap(), "copied"] {
+        let ended = room.run(["eval", "linear", checkpoint, "--format", "json"]).expect(0);
+        let offline = json(&ended.stdout);
+        for name in ["eval/linear_top1", "eval/linear_top1_final", "eval/rankme"] {
+            assert_eq!(offline[name], online[name], "{name} of {checkpoint}");
+        }
+    }
+    room.run(["export", "copied", "copied.safetensors"]).expect(0);
+    room.run(["export", earlier.to_str().unwrap(), "earlier.safetensors"]).expect(0);
+    assert!(tensors(&room.file("copied.safetensors")) == tensors(&room.file("earlier.safetensors")));
+    room.run(arguments(&["init.from=copied", "run.name=from_copy", "trainer.max_steps=1"])).expect(0);
+    let ended = room.run(arguments(&["--resume", "copied"])).expect(1);
+    ended.error_says(&["copied is no checkpoint", "outside a run"]);
+}
+
+#[test]
 fn views_of_an_image_are_the_harder_to_find_the_more_there_are() {
     let room = trained();
     let accuracy = |images: &str| {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::error::CheckpointError;
-use super::resume::resolve_resume;
+use super::resume::find_checkpoint;
 use super::store::load_model;
 use super::tensors::{NamedTensors, read_tensors};
 
@@ -33,9 +33,6 @@ pub fn read_encoder(path: &Path) -> Result<NamedTensors, CheckpointError> {
         }
         return Ok(backbone);
     }
-    let nothing =
-        || CheckpointError::NotACheckpoint { path: path.to_owned(), why: "there is none in it".to_owned() };
-    let found = resolve_resume(&path.to_string_lossy(), "".as_ref(), "")?.ok_or_else(nothing)?;
-    let (state, model) = load_model(&found.checkpoint)?;
+    let (state, model) = load_model(&find_checkpoint(path)?)?;
     Ok(encoder_of(model, &state.encoder))
 }

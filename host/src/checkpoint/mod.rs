@@ -15,7 +15,7 @@ mod tensors;
 
 pub use encoder::{encoder_of, read_encoder};
 pub use error::CheckpointError;
-pub use resume::{Resume, resolve_resume};
+pub use resume::{Resume, find_checkpoint, resolve_resume};
 pub use run_dir::RunDir;
 pub use state::{Best, FORMAT, State};
 pub use store::{Checkpoint, latest, list, load, load_model, load_state, replace_file};

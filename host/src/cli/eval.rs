@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::{SavedArgs, evaluation_view, find_checkpoint};
+use super::session::{SavedArgs, evaluation_view};
 use super::train::TrainArgs;
-use crate::checkpoint::load_state;
+use crate::checkpoint::{find_checkpoint, load_state};
 use crate::config::Base;
 use crate::eval::Evaluation;
 use crate::plugin::PluginSources;
@@ -124,7 +124,7 @@ impl EvalArgs {
 impl FinetuneArgs {
     /// Trains the method `supervised` on the run's images, its backbone beginning with the run's weights.
     fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
-        let (run, checkpoint) = find_checkpoint(&self.run)?;
+        let checkpoint = find_checkpoint(&self.run)?;
         let state = load_state(&checkpoint)?;
         let of_run = |key: &str| state.config.pointer(key).cloned().unwrap_or(Value::Null);
         let name = format!("{}_finetuned", of_run("/run/name").as_str().unwrap_or(&state.method));
@@ -152,7 +152,7 @@ impl FinetuneArgs {
             "eval": { "every_epochs": 0, "at_start": false },
         });
         let Value::Object(settings) = settings else { unreachable!("written above") };
-        let layer = format!("eval finetune of {}", run.display());
+        let layer = format!("eval finetune of {}", checkpoint.display());
         let mut plugins = self.plugin;
         if plugins.is_empty() {
             let of_run = state.plugins.iter().map(|plugin| plugin.name.as_str());

@@ -8,8 +8,7 @@ use serde_json::json;
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::find_checkpoint;
-use crate::checkpoint::{encoder_of, load_model, write_tensors};
+use crate::checkpoint::{encoder_of, find_checkpoint, load_model, write_tensors};
 
 /// Write the learned backbone as safetensors, with timm's names: no plugin is needed
 #[derive(Debug, Args)]
@@ -32,7 +31,7 @@ impl ExportArgs {
         if self.out.exists() && !self.force {
             return Err(Usage(format!("{} exists: add --force to replace it", self.out.display())).into());
         }
-        let (_, checkpoint) = find_checkpoint(&self.run)?;
+        let checkpoint = find_checkpoint(&self.run)?;
         let (state, model) = load_model(&checkpoint)?;
         let tensors = encoder_of(model, &state.encoder);
         if tensors.is_empty() {

@@ -11,8 +11,8 @@ use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
 use serde_json::{Value, json};
 
 use super::exit::Usage;
-use crate::checkpoint::{CheckpointError, State, load_model, resolve_resume, restore};
-use crate::config::{self, Config, Layers, ResolvedConfig};
+use crate::checkpoint::{State, find_checkpoint, load_model, restore};
+use crate::config::{self, Base, Config, Layers, ResolvedConfig};
 use crate::data::Dataset;
 use crate::device::{self, check_native, device_text};
 use crate::eval::PluginProbe;
@@ -208,15 +208,14 @@ pub(super) struct Saved {
 impl SavedArgs {
     /// Builds the method as the run did, and gives it the weights of the checkpoint.
     pub fn open(&self, sources: &PluginSources) -> anyhow::Result<Saved> {
-        let (run, checkpoint) = find_checkpoint(&self.run)?;
+        let checkpoint = find_checkpoint(&self.run)?;
         let (state, weights) = load_model(&checkpoint)?;
         let names = || state.plugins.iter().map(|plugin| plugin.name.clone().into());
         let plugins = if self.plugin.is_empty() { names().collect() } else { self.plugin.clone() };
-        let layers = Layers {
-            file: Some(run.join("config.toml")),
-            overrides: self.overrides.clone(),
-            ..Layers::default()
-        };
+        // Those of the checkpoint, and not of the run, which may have gone on with others.
+        let settings = state.config.as_object().cloned().unwrap_or_default();
+        let base = Base { layer: checkpoint.display().to_string(), settings };
+        let layers = Layers { base: Some(base), overrides: self.overrides.clone(), ..Layers::default() };
         let session = Session::open(&plugins, layers, sources)?;
         for plugin in session.registry.plugins() {
             let then = state.plugins.iter().find(|then| then.name == plugin.name());
@@ -233,12 +232,4 @@ impl SavedArgs {
         restore(&model.tensors(), &weights).with_context(|| format!("{}", checkpoint.display()))?;
         Ok(Saved { session, device, model, state, checkpoint })
     }
-}
-
-/// The run directory and the checkpoint that `path` means.
-pub(super) fn find_checkpoint(path: &Path) -> Result<(PathBuf, PathBuf), CheckpointError> {
-    let nothing =
-        || CheckpointError::NotACheckpoint { path: path.to_owned(), why: "there is none in it".to_owned() };
-    let found = resolve_resume(&path.to_string_lossy(), "".as_ref(), "")?.ok_or_else(nothing)?;
-    Ok((found.run, found.checkpoint))
 }
