@@ -278,6 +278,41 @@ fn every_method_trains_in_the_real_binary_with_its_own_views() {
 }
 
 #[test]
+fn a_method_that_collapses_stops_and_a_healthy_one_goes_on() {
+    let train = |method: &str, settings: &[&str], code: i32| {
+        let room = Room::new();
+        let fixed = [
+            "data.size=16",
+            "optimizer.batch_size=128",
+            "optimizer.lr=0.01",
+            "optimizer.warmup_epochs=0",
+            "trainer.epochs=3",
+            "trainer.threads=1",
+            "trainer.device=cpu",
+            "eval.collapse=stop",
+            "eval.every_epochs=1",
+            "eval.train_limit=10",
+            "eval.linear.enabled=false",
+            "eval.knn.enabled=false",
+        ];
+        let images = [setting("data.train", &demo_images()), setting("data.val", &held_out_images())];
+        let arguments = ["--plugin", method].into_iter().chain(TINY_BACKBONE).chain(fixed);
+        let arguments = arguments.chain(settings.iter().copied()).map(str::to_owned).chain(images);
+        room.run(arguments).expect(code)
+    };
+    // Without its variance term VICReg draws everything together: its embeddings become one, whatever the batch norms
+    // of a backbone do to keep features apart.
+    let heads = ["method.units=32", "method.layers=2"];
+    let alone = ["method.variance=0", "method.covariance=0"];
+    let ended = train("vicreg", &[&heads[..], &alone].concat(), 5);
+    ended.error_says(&["features have collapsed at step ", "val/vicreg/spread is ", "eval.collapse_below = 0.01"]);
+    train("vicreg", &heads, 0);
+    train("byol", &["method.hidden=32", "method.output=16", "trainer.epochs=1"], 0);
+    train("simclr", &["method.hidden=32", "method.output=16", "trainer.epochs=1"], 0);
+    train("cnn_jepa", &["method.mask.min_keep=1", "trainer.epochs=1"], 0);
+}
+
+#[test]
 fn labels_that_cannot_be_learned_begin_no_run() {
     let room = Room::new();
     let packed = |name: &str, edit: &dyn Fn(&hdf5::File, &mut Vec<i64>)| {

@@ -121,7 +121,7 @@ fn steps_give_loss_and_figures_and_validation_changes_nothing() {
     let loss = f64::try_from(&step.loss).expect("a number");
     assert!(loss > 0.0 && loss < 4.0, "unit vectors are not {loss} apart");
     let names: Vec<_> = step.metrics.iter().map(|(name, _)| name.as_str()).collect();
-    assert_eq!(names, ["context_share", "target_share", "prediction_spread", "target_spread"]);
+    assert_eq!(names, ["context_share", "target_share", "prediction_spread", "spread"]);
     for (name, value) in &step.metrics {
         let value = f64::try_from(value).expect("a number");
         assert!(value > 0.0 && value < 1.5, "{name} is {value}");

@@ -309,9 +309,10 @@ pub struct Eval {
     /// How many training images the probes learn from, drawn at random by the seed. Default: all.
     #[schemars(range(min = 1))]
     pub train_limit: Option<usize>,
-    /// What to do when features collapse: when `eval/spread` falls below `collapse_below`. Default `warn`.
+    /// What to do when features collapse: when `eval/spread`, or the method's own `spread` on `data.val`, falls below
+    /// `collapse_below`. Default `warn`.
     pub collapse: Collapse,
-    /// The least spread of healthy features: 1 when they point everywhere, 0 when all are the same. Default 0.01.
+    /// The least spread of healthy features: 1 when they fill their space, 0 when all are the same. Default 0.01.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub collapse_below: f64,
     /// The linear probe.
@@ -561,6 +562,10 @@ impl Config {
                                1e-6, or optimizer.algorithm = \"sgd\"";
                 faults.push((key, message.to_owned()));
             }
+        }
+        if self.eval.collapse == Collapse::Stop && (self.eval.every_epochs == 0 || self.data.val.is_none()) {
+            let message = "nothing would be watched: \"stop\" needs data.val, and eval.every_epochs above 0";
+            faults.push(("eval.collapse", message.to_owned()));
         }
         // What a plugin's probe gives is known when it has run.
         let of_a_plugin = |metric: &str| metric.strip_prefix("eval/").is_some_and(|rest| rest.contains('/'));

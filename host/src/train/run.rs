@@ -364,10 +364,11 @@ impl Run {
     /// Applies `eval.collapse`.
     fn check_collapse(&self, figures: &Figures) -> Result<(), TrainError> {
         let (step, limit) = (self.state.step, self.config.eval.collapse_below);
-        let Some(&spread) = figures.get("eval/spread").filter(|spread| **spread < limit) else {
-            return Ok(());
-        };
-        let error = TrainError::Collapsed { step, spread, limit };
+        // Features may stay apart while what the loss compares has become one: then nothing is learned any more.
+        let spreads = ["eval/spread".to_owned(), format!("val/{}/spread", self.state.method)];
+        let collapsed = |metric: &String| figures.get(metric).is_some_and(|spread| *spread < limit);
+        let Some(metric) = spreads.into_iter().find(collapsed) else { return Ok(()) };
+        let error = TrainError::Collapsed { step, spread: figures[&metric], metric, limit };
         match self.config.eval.collapse {
             Collapse::Off => Ok(()),
             Collapse::Warn => {

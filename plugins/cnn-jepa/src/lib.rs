@@ -177,7 +177,7 @@ impl CnnJepa {
             .metric("context_share", &share(&masks.context))
             .metric("target_share", &share(&masks.target))
             .metric("prediction_spread", &spread(&prediction))
-            .metric("target_spread", &spread(&target)))
+            .metric("spread", &spread(&target)))
     }
 }
 

@@ -91,7 +91,8 @@ impl Method for VicReg {
         Ok(Step::new(loss)
             .metric("invariance", &invariance)
             .metric("variance", &variance)
-            .metric("covariance", &covariance))
+            .metric("covariance", &covariance)
+            .metric("spread", &a.detach().std_dim([0i64].as_slice(), false, false).mean(Kind::Float)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
