@@ -1,6 +1,6 @@
 //! What can be done with a finished run: judge it again, export its backbone, begin another run with it, embed images.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
@@ -191,6 +191,38 @@ fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
         for (name, value) in first.as_object().unwrap() {
             assert_eq!(value, &last[name], "{name} from {from}");
         }
+    }
+}
+
+#[test]
+fn what_timm_calls_for_is_what_is_exported() {
+    let room = Room::new();
+    let exported = |backbone: &str| {
+        let (images, name) =
+            (setting("data.train", &demo_images()), [format!("backbone.name={backbone}"), format!("run.name={backbone}")]);
+        let fixed = ["--plugin", "byol", "data.size=32", "data.upscale=true", "optimizer.batch_size=2", "trainer.max_steps=1"];
+        let fixed = fixed.into_iter().chain(["trainer.device=cpu", "method.hidden=8", "method.output=8", &images]);
+        room.run(fixed.chain(name.iter().map(String::as_str))).expect(0);
+        let (run, file) = (format!("runs/{backbone}"), format!("{backbone}.safetensors"));
+        let told = room.run(["export", &run, &file]).expect(0).stdout;
+        assert!(told.contains(&format!("timm.create_model(\"{backbone}\", num_classes=0)")), "{told}");
+        (fs::read(room.file(&file)).unwrap(), told)
+    };
+    for (backbone, fixture) in [("resnet18", "timm_resnet_names"), ("convnext_atto", "timm_convnext_names")] {
+        let (bytes, told) = exported(backbone);
+        let content = SafeTensors::deserialize(&bytes).unwrap();
+        let ours: BTreeMap<String, Vec<usize>> =
+            content.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+        let text = fs::read_to_string(jepa_tests::real::fixture(&format!("{fixture}.json"))).unwrap();
+        let names = json(&text)["models"][backbone].clone();
+        let mut timm: BTreeMap<String, Vec<usize>> =
+            serde_json::from_value::<Vec<(String, Vec<usize>)>>(names).unwrap().into_iter().collect();
+        // Every batch norm of PyTorch's has a counter, which the fixture leaves out.
+        let norms: Vec<String> = timm.keys().filter_map(|n| n.strip_suffix("running_var")).map(str::to_owned).collect();
+        timm.extend(norms.into_iter().map(|norm| (norm + "num_batches_tracked", Vec::new())));
+        assert_eq!(ours, timm, "{backbone}");
+        // The fixture's ConvNeXts have been freed of it.
+        assert_eq!(told.contains("model.head.norm = torch.nn.Identity()"), backbone == "convnext_atto", "{told}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! `jepa-host export`: the learned backbone as a safetensors file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -41,12 +41,32 @@ impl ExportArgs {
         write_tensors(&temporary, &tensors)?;
         std::fs::rename(&temporary, &self.out)
             .with_context(|| format!("cannot write {}", self.out.display()))?;
+        let python = in_timm(&state.backbone, &self.out);
         let report = json!({
             "file": self.out, "backbone": state.backbone, "checkpoint": checkpoint, "tensors": tensors.len(),
+            "python": python,
         });
         print(self.format, &report, |_, out| {
             writeln!(out, "{}: {} of {}", self.out.display(), state.backbone, checkpoint.display())?;
-            writeln!(out, "{} tensors, from the method's `{}`", tensors.len(), state.encoder)
+            writeln!(out, "{} tensors, from the method's `{}`", tensors.len(), state.encoder)?;
+            match &python {
+                Some(lines) => writeln!(out, "\nIn Python, where no backbone option changes the architecture:\n\n{lines}"),
+                None => Ok(()),
+            }
         })
     }
+}
+
+/// How timm loads `file`, where it knows `backbone`.
+fn in_timm(backbone: &str, file: &Path) -> Option<String> {
+    let convnext = backbone.starts_with("convnext_");
+    if !convnext && !backbone.contains("resnet") {
+        return None;
+    }
+    let mut lines = format!("model = timm.create_model(\"{backbone}\", num_classes=0)\n");
+    if convnext {
+        lines += "model.head.norm = torch.nn.Identity()  # belongs to timm's classifier\n";
+    }
+    lines += &format!("model.load_state_dict(safetensors.torch.load_file(\"{}\"), strict=True)", file.display());
+    Some(lines)
 }
