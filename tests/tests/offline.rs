@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use jepa_host::checkpoint::without_classifier;
 use jepa_tests::fixture::Fixture;
 use jepa_tests::real::{Room, TINY_BACKBONE, checkpoints, demo_images, held_out_images, setting};
 use safetensors::SafeTensors;
 use serde_json::Value;
+use tch::{Device, Kind, Tensor};
 
 const RUN: &str = "runs/cnn_jepa/version_0";
 
@@ -192,6 +194,30 @@ fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
             assert_eq!(value, &last[name], "{name} from {from}");
         }
     }
+}
+
+/// Writes `tensors` as a safetensors file.
+fn write(file: &Path, tensors: Vec<(String, Tensor)>) {
+    Tensor::write_safetensors(&tensors, file).unwrap();
+}
+
+#[test]
+fn a_classifier_is_left_out_unless_it_is_the_backbone_s_own() {
+    let room = trained();
+    room.run(["export", RUN, "backbone.safetensors"]).expect(0);
+    let mut tensors = Tensor::read_safetensors(room.file("backbone.safetensors")).unwrap();
+    tensors.push(("fc.weight".to_owned(), Tensor::zeros([10, 8], (Kind::Float, Device::Cpu))));
+    write(&room.file("with_fc.safetensors"), tensors);
+    let ended = room.run(arguments(&["init.from=with_fc.safetensors"])).expect(0);
+    assert!(ended.stderr.contains("left out the classifier, fc.weight"), "{}", ended.stderr);
+
+    let named = |names: &[&str]| -> Vec<(String, Tensor)> {
+        names.iter().map(|name| ((*name).to_owned(), Tensor::from(1f32))).collect()
+    };
+    let weights = named(&["stem.weight", "head.norm.weight", "head.fc.weight"]);
+    let kept = without_classifier(&weights, &named(&["stem.weight", "head.norm.weight"]));
+    let kept: Vec<&str> = kept.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(kept, ["stem.weight", "head.norm.weight"]);
 }
 
 #[test]

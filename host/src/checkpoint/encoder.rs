@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
+use tch::Tensor;
+
 use super::error::CheckpointError;
 use super::resume::find_checkpoint;
 use super::store::load_model;
 use super::tensors::{NamedTensors, read_tensors};
 
-/// First parts of the names of classifiers in timm and torchvision, which a backbone does not have.
+/// First parts of the names of classifiers in timm and torchvision.
 const CLASSIFIERS: [&str; 3] = ["fc.", "head.", "classifier."];
 
 /// The tensors of a model that lie under `encoder`, without that part of their names.
@@ -18,21 +20,26 @@ pub fn encoder_of(model: NamedTensors, encoder: &str) -> NamedTensors {
 }
 
 /// A backbone's tensors from a run, a checkpoint of ours, or a safetensors file of timm's, torchvision's or
-/// `jepa-host export`. A file's classifier is left out.
+/// `jepa-host export`.
 ///
 /// # Errors
 /// When there is none, or it is damaged.
 pub fn read_encoder(path: &Path) -> Result<NamedTensors, CheckpointError> {
     if path.is_file() {
-        let (classifier, backbone): (NamedTensors, NamedTensors) = read_tensors(path)?
-            .into_iter()
-            .partition(|(name, _)| CLASSIFIERS.iter().any(|prefix| name.starts_with(prefix)));
-        if !classifier.is_empty() {
-            let names: Vec<&str> = classifier.iter().map(|(name, _)| name.as_str()).collect();
-            tracing::info!("{}: left out its classifier, {}", path.display(), names.join(", "));
-        }
-        return Ok(backbone);
+        return read_tensors(path);
     }
     let (state, model) = load_model(&find_checkpoint(path)?)?;
     Ok(encoder_of(model, &state.encoder))
+}
+
+/// `weights` without the classifier that `backbone` does not have.
+pub fn without_classifier(weights: &[(String, Tensor)], backbone: &[(String, Tensor)]) -> NamedTensors {
+    let has = |wanted: &str| backbone.iter().any(|(name, _)| name == wanted);
+    let left_out = |name: &str| CLASSIFIERS.iter().any(|prefix| name.starts_with(prefix)) && !has(name);
+    let names: Vec<&str> = weights.iter().map(|(name, _)| name.as_str()).filter(|name| left_out(name)).collect();
+    if !names.is_empty() {
+        tracing::info!("left out the classifier, {}", names.join(", "));
+    }
+    let kept = weights.iter().filter(|(name, _)| !left_out(name));
+    kept.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
 }

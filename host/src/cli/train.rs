@@ -18,6 +18,7 @@ use super::output::print_text;
 use super::session::{Session, evaluation_view};
 use crate::checkpoint::{
     self, Checkpoint, FORMAT, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume, restore,
+    without_classifier,
 };
 use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
@@ -302,7 +303,8 @@ fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
     let weights = read_encoder(from).context("init.from")?;
     for backbone in method.backbones() {
         let entries = method.entries().iter().map(|entry| (entry.name.clone(), entry.tensor.shallow_clone()));
-        restore(&encoder_of(entries.collect(), backbone), &weights).map_err(|error| {
+        let into = encoder_of(entries.collect(), backbone);
+        restore(&into, &without_classifier(&weights, &into)).map_err(|error| {
             Usage(format!(
                 "init.from = {} does not fit backbone.name and its options: {error}",
                 from.display()
