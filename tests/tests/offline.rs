@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use jepa_host::checkpoint::without_classifier;
+use jepa_host::checkpoint::adapt;
 use jepa_tests::fixture::Fixture;
 use jepa_tests::real::{Room, TINY_BACKBONE, checkpoints, demo_images, held_out_images, setting};
 use safetensors::SafeTensors;
@@ -215,9 +215,23 @@ fn a_classifier_is_left_out_unless_it_is_the_backbone_s_own() {
         names.iter().map(|name| ((*name).to_owned(), Tensor::from(1f32))).collect()
     };
     let weights = named(&["stem.weight", "head.norm.weight", "head.fc.weight"]);
-    let kept = without_classifier(&weights, &named(&["stem.weight", "head.norm.weight"]));
+    let kept = adapt(&weights, &named(&["stem.weight", "head.norm.weight"]));
     let kept: Vec<&str> = kept.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(kept, ["stem.weight", "head.norm.weight"]);
+}
+
+#[test]
+fn a_file_without_counters_of_batches_begins_a_run_too() {
+    let room = trained();
+    room.run(["export", RUN, "backbone.safetensors"]).expect(0);
+    let mut tensors = Tensor::read_safetensors(room.file("backbone.safetensors")).unwrap();
+    let all = tensors.len();
+    tensors.retain(|(name, _)| !name.ends_with("num_batches_tracked"));
+    assert!(tensors.len() < all);
+    write(&room.file("old.safetensors"), tensors);
+    room.run(arguments(&["init.from=old.safetensors", "run.name=old"])).expect(0);
+    let last = &state(&room, RUN)["last_eval"];
+    assert_eq!(state(&room, "runs/old/version_0")["first_eval"]["eval/knn_top1"], last["eval/knn_top1"]);
 }
 
 #[test]

@@ -12,6 +12,9 @@ use super::tensors::{NamedTensors, read_tensors};
 /// First parts of the names of classifiers in timm and torchvision.
 const CLASSIFIERS: [&str; 3] = ["fc.", "head.", "classifier."];
 
+/// Last part of the name of a batch norm's counter of batches, which nothing computes with.
+const COUNTER: &str = ".num_batches_tracked";
+
 /// The tensors of a model that lie under `encoder`, without that part of their names.
 pub fn encoder_of(model: NamedTensors, encoder: &str) -> NamedTensors {
     let prefix = format!("{encoder}.");
@@ -32,8 +35,9 @@ pub fn read_encoder(path: &Path) -> Result<NamedTensors, CheckpointError> {
     Ok(encoder_of(model, &state.encoder))
 }
 
-/// `weights` without the classifier that `backbone` does not have.
-pub fn without_classifier(weights: &[(String, Tensor)], backbone: &[(String, Tensor)]) -> NamedTensors {
+/// What `backbone` takes of `weights`: without a classifier that it does not have, and with batch norm's counters at 0
+/// where an old file of torchvision's lacks them.
+pub fn adapt(weights: &[(String, Tensor)], backbone: &[(String, Tensor)]) -> NamedTensors {
     let has = |wanted: &str| backbone.iter().any(|(name, _)| name == wanted);
     let left_out = |name: &str| CLASSIFIERS.iter().any(|prefix| name.starts_with(prefix)) && !has(name);
     let names: Vec<&str> = weights.iter().map(|(name, _)| name.as_str()).filter(|name| left_out(name)).collect();
@@ -41,5 +45,8 @@ pub fn without_classifier(weights: &[(String, Tensor)], backbone: &[(String, Ten
         tracing::info!("left out the classifier, {}", names.join(", "));
     }
     let kept = weights.iter().filter(|(name, _)| !left_out(name));
-    kept.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    let kept = kept.map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+    let given = |wanted: &str| weights.iter().any(|(name, _)| name == wanted);
+    let counters = backbone.iter().filter(|(name, _)| name.ends_with(COUNTER) && !given(name));
+    kept.chain(counters.map(|(name, tensor)| (name.clone(), tensor.zeros_like()))).collect()
 }

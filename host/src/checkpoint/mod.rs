@@ -13,7 +13,7 @@ mod state;
 mod store;
 mod tensors;
 
-pub use encoder::{encoder_of, read_encoder, without_classifier};
+pub use encoder::{adapt, encoder_of, read_encoder};
 pub use error::CheckpointError;
 pub use resume::{Resume, find_checkpoint, resolve_resume};
 pub use run_dir::RunDir;

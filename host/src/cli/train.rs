@@ -17,8 +17,7 @@ use super::exit::Usage;
 use super::output::print_text;
 use super::session::{Session, evaluation_view};
 use crate::checkpoint::{
-    self, Checkpoint, FORMAT, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume, restore,
-    without_classifier,
+    self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, read_encoder, resolve_resume, restore,
 };
 use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
@@ -304,7 +303,7 @@ fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
     for backbone in method.backbones() {
         let entries = method.entries().iter().map(|entry| (entry.name.clone(), entry.tensor.shallow_clone()));
         let into = encoder_of(entries.collect(), backbone);
-        restore(&into, &without_classifier(&weights, &into)).map_err(|error| {
+        restore(&into, &adapt(&weights, &into)).map_err(|error| {
             Usage(format!(
                 "init.from = {} does not fit backbone.name and its options: {error}",
                 from.display()
