@@ -25,6 +25,9 @@ fn every_shipped_configuration_is_valid_and_trains_what_its_name_says() {
         let named = (name == "demo").then_some("method.name=cnn_jepa");
         let printed = room.run(arguments.chain(named)).expect(0).stdout;
         assert!(printed.contains(&format!("[method]\nname = \"{method}\" ")), "{name}:\n{printed}");
+        // As many images in a step as the published runs have.
+        let published = name.contains("imagenet");
+        assert_eq!(printed.contains("\naccumulate = 4 "), published, "{name}:\n{printed}");
         seen += 1;
     }
     assert_eq!(seen, 26, "the demo, and five data sets for each of five methods");
