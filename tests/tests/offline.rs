@@ -81,6 +81,19 @@ fn offline_figures_are_the_online_ones_to_the_last_digit() {
 }
 
 #[test]
+fn an_interrupted_judgement_does_not_speak_of_training() {
+    let room = trained();
+    let slow = ["eval.linear.epochs=1000000", "eval.linear.batch_size=1"];
+    let mut running = room.start(["-v", "eval", "linear", RUN].into_iter().chain(slow));
+    // By then signals have been taken over.
+    let told = room.file("err.1");
+    running.until("the plugins", || fs::read_to_string(&told).is_ok_and(|text| text.contains("plugin loaded")));
+    running.signal(libc::SIGINT);
+    let ended = running.wait().expect(130);
+    assert_eq!(ended.error(), "interrupted by SIGINT");
+}
+
+#[test]
 fn a_checkpoint_is_judged_by_its_own_settings_wherever_it_is_copied_to() {
     let room = trained();
     let online = state(&room, RUN)["last_eval"].clone();

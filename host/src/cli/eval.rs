@@ -108,9 +108,8 @@ impl EvalArgs {
         let mut encode = |images: &Tensor| -> anyhow::Result<Tensor> {
             Ok(no_grad(|| method.encode(&images.to_device(device)))?)
         };
-        let run = saved.checkpoint.clone();
         let go_on = || match signals.pending() {
-            Some(signal) => Err(TrainError::Interrupted { signal, run: run.clone() }.into()),
+            Some(signal) => Err(TrainError::Stopped { signal }.into()),
             None => Ok(()),
         };
         let figures: BTreeMap<String, f64> = evaluation.run(device, &mut encode, &go_on)?;

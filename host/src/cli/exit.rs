@@ -21,7 +21,7 @@ pub(super) struct Usage(pub String);
 /// program is nobody's concern.
 pub(super) fn report(error: &anyhow::Error) {
     let interrupted = |cause: &(dyn std::error::Error + 'static)| {
-        matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. }))
+        matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. } | TrainError::Stopped { .. }))
     };
     let first = error.chain().position(interrupted).unwrap_or(0);
     let mut text = String::new();
@@ -70,7 +70,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(5);
     }
     match cause.downcast_ref::<TrainError>()? {
-        TrainError::Interrupted { signal, .. } => Some(128 + *signal as u8),
+        TrainError::Interrupted { signal, .. } | TrainError::Stopped { signal } => Some(128 + *signal as u8),
         TrainError::Declaration { .. } => Some(6),
         TrainError::NoStep { .. } => Some(2),
         TrainError::Diverged { .. }

@@ -48,6 +48,12 @@ pub enum TrainError {
         /// The run directory.
         run: PathBuf,
     },
+    /// A signal asked for the end of what leaves nothing to go on with. Exit code 128 + signal.
+    #[error("interrupted by {}", signal_name(*signal))]
+    Stopped {
+        /// SIGINT or SIGTERM.
+        signal: i32,
+    },
     /// A plugin declares what cannot be.
     #[error("plugin `{plugin}` declares {what}")]
     Declaration {
