@@ -240,6 +240,16 @@ fn what_cannot_be_learned_from_is_refused_with_the_key_to_change() {
     ] {
         assert!(message.contains("raise optimizer.batch_size"), "{message}");
     }
+    let backwards = json!({ "crop_scale": [1.0, 0.2] });
+    for (key, error) in [
+        ("augment", build::<SimClr>(json!({ "augment": backwards }), facts()).err()),
+        ("augment_2", build::<Byol>(json!({ "augment_2": backwards }), facts()).err()),
+        ("augment", build::<VicReg>(json!({ "augment": backwards }), facts()).err()),
+        ("augment", build::<Supervised>(json!({ "augment": backwards }), facts()).err()),
+    ] {
+        let message = refusal(error);
+        assert!(message.contains(&format!("method.{key}.crop_scale is [1, 0.2]")), "{message}");
+    }
     let one = RunFacts { classes: 1, ..facts() };
     let message = refusal(build::<Supervised>(json!({}), one).err());
     assert!(message.contains("the same label"), "{message}");

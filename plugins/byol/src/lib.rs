@@ -59,6 +59,8 @@ impl Method for Byol {
     type Options = ByolOptions;
 
     fn new(options: ByolOptions, host: &mut Host) -> Result<Self> {
+        options.augment_1.check("method.augment_1")?;
+        options.augment_2.check("method.augment_2")?;
         let batch_size = host.facts().batch_size;
         ensure!(
             batch_size > 1,

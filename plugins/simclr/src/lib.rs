@@ -47,6 +47,7 @@ impl Method for SimClr {
     type Options = SimClrOptions;
 
     fn new(options: SimClrOptions, host: &mut Host) -> Result<Self> {
+        options.augment.check("method.augment")?;
         let batch_size = host.facts().batch_size;
         ensure!(
             batch_size > 1,

@@ -40,6 +40,7 @@ impl Method for Supervised {
     type Options = SupervisedOptions;
 
     fn new(options: SupervisedOptions, host: &mut Host) -> Result<Self> {
+        options.augment.check("method.augment")?;
         let classes = host.facts().classes;
         ensure!(classes > 1, "all images of data.train have the same label: there is nothing to tell apart");
         let backbone = host.backbone("backbone")?;

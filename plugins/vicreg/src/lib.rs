@@ -61,6 +61,7 @@ impl Method for VicReg {
     type Options = VicRegOptions;
 
     fn new(options: VicRegOptions, host: &mut Host) -> Result<Self> {
+        options.augment.check("method.augment")?;
         let batch_size = host.facts().batch_size;
         ensure!(batch_size > 1, "one image has no variance: raise optimizer.batch_size above {batch_size}");
         let backbone = host.backbone("backbone")?;
