@@ -217,7 +217,7 @@ impl Run {
             images += batch.indices.len();
             figures.push(("train/replaced".to_owned(), batch.replaced as f64));
             let batch = self.to_device(batch, true);
-            tch::manual_seed(Rng::keyed(self.state.seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
+            seed_torch(self.state.seed, step, i);
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
             let loss = output.loss.f_double_value(&[])?;
@@ -325,8 +325,9 @@ impl Run {
     fn validate(&mut self) -> anyhow::Result<Figures> {
         let Some(loader) = self.validation.clone() else { return Ok(Figures::new()) };
         let (mut sums, mut images) = (Figures::new(), 0usize);
-        for batch in loader.batches(VALIDATION_EPOCH, 0) {
+        for (i, batch) in loader.batches(VALIDATION_EPOCH, 0).enumerate() {
             self.check_signals()?;
+            seed_torch(self.state.seed, VALIDATION_EPOCH, i);
             let batch = self.to_device(batch?, false);
             let size = batch.len();
             let bf16 = self.config.trainer.precision == Precision::Bf16;
@@ -446,6 +447,11 @@ impl Run {
             train,
         }
     }
+}
+
+/// Puts libtorch's own generator where batch `i` of a step draws from.
+fn seed_torch(seed: u64, step: u64, i: usize) {
+    tch::manual_seed(Rng::keyed(seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
 }
 
 /// Images and seconds since the last log line.

@@ -49,6 +49,8 @@ pub struct FaultyOptions {
     pub keep_threads: bool,
     /// End the process when a batch has no view.
     pub abort_on_misfit: bool,
+    /// Add to the loss a number of torch's own generator.
+    pub torch_noise: bool,
     /// Return so many metrics.
     pub metrics: u32,
     /// Declare an EMA pair whose subtrees do not exist.
@@ -158,6 +160,9 @@ impl Method for Faulty {
         let mut loss = (&self.colour - &mean).square().mean(Kind::Float);
         if self.options.hidden_state {
             loss *= f64::from(self.steps);
+        }
+        if self.options.torch_noise {
+            loss += Tensor::rand([], (Kind::Float, loss.device()));
         }
         let fragile = self.options.fragile_in_bf16;
         if fragile && mean.f_matmul(&mean.tr())?.kind() == Kind::BFloat16 {
