@@ -180,7 +180,7 @@ impl Step {
         Step { loss, metrics: Vec::new() }
     }
 
-    /// Adds a figure to log: a scalar tensor. One called `spread` tells collapse, see `eval.collapse`: about 1 where what
+    /// Adds a figure to log: a scalar tensor, which the host reads after the step. One called `spread` tells collapse, see `eval.collapse`: about 1 where what
     /// the loss compares fills its space, 0 where it is the same for all images; [`nn::spread`](crate::nn::spread), say.
     pub fn metric(mut self, name: &str, value: &Tensor) -> Self {
         self.metrics.push((name.to_owned(), value.detach().to_kind(Kind::Float)));
