@@ -189,4 +189,8 @@ fn errors_say_what_to_change() {
     let one = mask(2, Kind::Bool).expect("a mask");
     let _ = one.get(0).get(0).get(1).get(1).fill_(true as i64);
     assert!(fails(64, Some(one)).contains("single visible position"));
+    let pixels = Tensor::zeros([1, 3, 32, 32], (Kind::Float, Device::Cpu));
+    let error = model.forward(&pixels, None, true).expect_err("one cell of one image").to_string();
+    assert!(error.contains("single position: raise optimizer.batch_size"), "{error}");
+    let _ = model.forward(&pixels, None, false).expect("running statistics do");
 }

@@ -16,6 +16,13 @@ use crate::{NormKind, Params};
 /// let mean = norm.forward(&x, true).mean(tch::Kind::Float);
 /// assert!(f64::try_from(mean).unwrap().abs() < 1e-5);
 /// ```
+///
+/// ```should_panic
+/// # use jepa_plugin_api::nn::BatchNorm;
+/// # use jepa_plugin_api::{Params, tch};
+/// # let norm = BatchNorm::new(&Params::new(tch::Device::Cpu), 8);
+/// norm.forward(&tch::Tensor::zeros([1, 8], (tch::Kind::Float, tch::Device::Cpu)), true);
+/// ```
 #[derive(Debug)]
 pub struct BatchNorm {
     /// Scale γ `(C)`.
@@ -55,8 +62,16 @@ impl BatchNorm {
     }
 
     /// Same shape as `x`. With `train`, takes the batch's statistics and updates the running ones.
+    ///
+    /// # Panics
+    /// When it is to train on a single value for each channel, which has no variance, as PyTorch's does not.
     pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
         if train {
+            assert!(
+                x.numel() as i64 > x.size()[1],
+                "batch norm cannot train on a single value per channel, {:?}: raise optimizer.batch_size",
+                x.size()
+            );
             self.count_batch();
         }
         x.batch_norm(

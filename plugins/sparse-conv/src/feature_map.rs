@@ -132,12 +132,17 @@ impl FeatureMap {
     /// When there is a single position to take the variance of.
     pub fn batch_norm(&self, norm: &BatchNorm, train: bool) -> Result<Self> {
         let Some(visible) = &self.visible else {
-            return Ok(self.with(Values::Map(norm.forward(&self.map(), train))));
+            let map = self.map();
+            ensure!(
+                !train || map.numel() as i64 > map.size()[1],
+                "batch norm cannot train on a single position: raise optimizer.batch_size or data.size"
+            );
+            return Ok(self.with(Values::Map(norm.forward(&map, train))));
         };
         let (rows, size) = self.rows(visible);
         ensure!(
             !train || rows.size()[0] > 1,
-            "batch norm cannot train on a single visible position: use a larger batch or show more cells"
+            "batch norm cannot train on a single visible position: raise optimizer.batch_size or show more cells"
         );
         Ok(self.with(Values::Rows(norm.forward(&rows, train), size)))
     }
