@@ -183,9 +183,6 @@ pub struct Trainer {
     /// Batches whose gradients are averaged into one optimizer step. Default 1.
     #[schemars(range(min = 1))]
     pub accumulate: usize,
-    /// Batch norm over the images of all ranks. One rank, which is all that a run has so far, has them all: it changes
-    /// nothing there. Default true.
-    pub sync_batch_norm: bool,
     /// Gradients are scaled down to this L2 norm over all parameters. Default: no clipping.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub clip: Option<f64>,
@@ -444,7 +441,6 @@ impl Default for Trainer {
             device: Device::Auto,
             threads: 0,
             accumulate: 1,
-            sync_batch_norm: true,
             clip: None,
             log_every_steps: 10,
         }

@@ -6,7 +6,9 @@ use crate::{NormKind, Params};
 
 /// Batch norm of maps `(B, C, H, W)` or of vectors `(B, C)`, with PyTorch's ε = 10⁻⁵ and momentum 0.1.
 ///
-/// The biased variance of the batch normalises it, the unbiased one goes into the running variance.
+/// The biased variance of the batch normalises it, the unbiased one goes into the running variance. Every batch norm
+/// of the host's own plugins, dense or sparse, takes its statistics in [`forward`](Self::forward) and nowhere else: of
+/// the batch on this device, which is all of it while a run has one.
 ///
 /// ```
 /// use jepa_plugin_api::nn::BatchNorm;
