@@ -3,6 +3,7 @@
 pub mod author;
 pub mod fixture;
 pub mod real;
+pub mod training;
 
 // Links the torch bridge's import library, which tch needs, into every test that uses this crate.
 use jepa_plugin_api as _;

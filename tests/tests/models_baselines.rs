@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 
 use byol::Byol;
-use jepa_host::config;
-use jepa_host::device::{autocast_bf16, ema_update};
-use jepa_host::train::{Optimizer, StepSettings};
+use jepa_host::device::autocast_bf16;
 use jepa_plugin_api::nn::{covariance_loss, negative_cosine, nt_xent, spread, variance_loss};
 use jepa_plugin_api::testing::{self, LinkedMethod};
-use jepa_plugin_api::{Backbone, Batch, Method, RunFacts, params};
+use jepa_plugin_api::{Backbone, Batch, Method, RunFacts};
 use jepa_tests::fixture::{Fixture, assert_close};
 use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, fixture, held_out_images, setting};
+use jepa_tests::training::three_steps;
 use serde_json::{Value, json};
 use simclr::SimClr;
 use sparse_resnet::ResNet;
@@ -81,43 +80,8 @@ fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
 fn training_equals_lightly<M: Method>(views: &[&str]) {
     let fixture = Fixture::read(&format!("{}_training", M::NAME));
     let (mut built, batch) = at_fixture::<M>(&fixture, views);
-    let config = fixture.json("config");
-    let number = |value: &Value| value.as_f64().expect("a number");
-    let settings = config::Optimizer {
-        lr: number(&config["optimizer"]["lr"]),
-        weight_decay: number(&config["optimizer"]["weight_decay"]),
-        eps: number(&config["optimizer"]["eps"]),
-        ..config::Optimizer::default()
-    };
-
-    let tensors = |under: &str| -> Vec<(String, Tensor)> {
-        let prefix = format!("{under}.");
-        let parameters = built.entries.iter().filter(|entry| entry.kind == params::Kind::Parameter);
-        parameters
-            .filter(|entry| entry.name.starts_with(&prefix))
-            .map(|entry| (entry.name.clone(), entry.tensor.shallow_clone()))
-            .collect()
-    };
-    let (mut online, mut targets) = (Vec::new(), Vec::new());
-    for pair in &built.ema {
-        online.extend(tensors(&pair.online).into_iter().map(|(_, tensor)| tensor));
-        targets.extend(tensors(&pair.target).into_iter().map(|(_, tensor)| tensor));
-    }
-    let trained: Vec<_> =
-        ["backbone", "projector", "predictor", "classifier"].into_iter().flat_map(tensors).collect();
-    let mut optimizer = Optimizer::new(&settings, &trained);
-
-    let mut losses = Vec::new();
-    for _ in 0..3 {
-        let loss = built.method.step(&batch).expect("a step").loss;
-        loss.backward();
-        let gradients = optimizer.gradients().expect("gradients");
-        let step = StepSettings { lr: settings.lr, weight_decay: settings.weight_decay, max_norm: None };
-        optimizer.step(&gradients, step).expect("an update");
-        ema_update(&targets, &online, number(&config["ema_momentum"])).expect("an update");
-        losses.push(loss.detach());
-    }
-    assert_close("losses", &Tensor::stack(&losses, 0), &fixture.tensor("output.losses"), OUTPUT);
+    let losses = three_steps(&mut built, &fixture.json("config"), |method| method.step(&batch).expect("a step").loss);
+    assert_close("losses", &losses, &fixture.tensor("output.losses"), OUTPUT);
     let after = fixture.under("after.");
     assert!(after.len() > 40);
     for (name, value) in after {

@@ -7,7 +7,9 @@ use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1};
 use jepa_plugin_api::testing::{self, LinkedMethod};
 use jepa_plugin_api::{Backbone, Method, RunFacts};
 use jepa_tests::fixture::{Fixture, assert_close};
+use jepa_tests::training::three_steps;
 use serde_json::{Value, json};
+use sparse_convnext::ConvNeXt;
 use sparse_resnet::ResNet;
 use tch::{Kind, Tensor};
 
@@ -77,6 +79,53 @@ fn a_step_with_separable_convolutions_equals_pytorch() {
 #[test]
 fn a_step_with_plain_convolutions_and_projection_equals_pytorch() {
     equals_fixture("cnn_jepa_step_plain");
+}
+
+/// The losses of three steps with AdamW and EMA, and every tensor afterwards.
+fn training_equals_fixture(name: &str) {
+    let fixture = Fixture::read(name);
+    let config = fixture.json("config");
+    let options = json!({ "predictor": config["predictor"], "projection": config["projection"] });
+    let backbone = &config["backbone"];
+    let (stem, width, depths) = (&backbone["stem"], &backbone["width"], &backbone["depths"]);
+    let network = json!({ "stem": stem, "width": width, "depths": depths });
+    let architecture = backbone["arch"].as_str().expect("a name");
+    let built = if architecture.starts_with("convnext") {
+        seeded(0, || {
+            let options = options.clone();
+            testing::method(options, testing::facts(), |params| {
+                ConvNeXt::new(architecture, serde_json::from_value(network.clone())?, params)
+            })
+        })
+    } else {
+        seeded(0, || Ok(build(options.clone(), network.clone(), testing::facts())))
+    };
+    let mut built: LinkedMethod<CnnJepa> = built.expect("a method");
+    for (name, value) in fixture.under("param.") {
+        testing::set_tensor(&built.entries, name, &value).expect("the fixture's name and shape");
+    }
+    let images = fixture.tensor("input.x");
+    let masks =
+        Masks { context: fixture.mask("input.context_mask"), target: fixture.mask("input.target_mask") };
+    let losses = three_steps(&mut built, &config, |method| {
+        method.step_with(&images, &masks, true).expect("a step").loss
+    });
+    assert_close("losses", &losses, &fixture.tensor("output.losses"), OUTPUT);
+    let after = fixture.under("after.");
+    assert!(after.len() > 40);
+    for (name, value) in after {
+        assert_close(name, built.tensor(name).expect("a tensor"), &value, OUTPUT);
+    }
+}
+
+#[test]
+fn three_steps_of_training_equal_pytorch() {
+    training_equals_fixture("cnn_jepa_training");
+}
+
+#[test]
+fn three_steps_of_training_on_a_convnext_equal_pytorch() {
+    training_equals_fixture("cnn_jepa_convnext_training");
 }
 
 #[test]
