@@ -129,10 +129,10 @@ impl Evaluation {
     ) -> anyhow::Result<BTreeMap<String, f64>> {
         let mut features = |loader, limit| {
             let mut encode = |images: &Tensor| go_on().and_then(|()| encode(images));
-            self.features(loader, limit, &mut encode).map(|features| features.near(device))
+            self.features(loader, limit, &mut encode)
         };
         let bank = features(&self.bank, self.bank_limit)?;
-        let queries = features(&self.queries, None)?;
+        let (bank, queries) = bank.near(features(&self.queries, None)?, device)?;
         let contrastive_accuracy =
             self.pairs.as_ref().map(|pairs| contrastive_accuracy(pairs, encode, go_on)).transpose()?;
         let mut figures = BTreeMap::new();
