@@ -167,6 +167,10 @@ fn fine_tuning_trains_the_run_s_backbone_with_labels() {
     room.run(["eval", "finetune", RUN].into_iter().chain(random)).expect(0);
     assert_ne!(first_loss("runs/random/version_0"), first_loss(tuned));
 
+    let other = ["--method", "simclr", "trainer.max_steps=1", "method.hidden=8", "method.output=8"];
+    room.run(["eval", "finetune", RUN, "run.name=other"].into_iter().chain(other)).expect(0);
+    assert_eq!(state(&room, "runs/other/version_0")["method"], "simclr");
+
     let ended = room.run(["eval", "finetune", RUN, "data.val=nowhere.h5"]).expect(4);
     ended.error_says(&["data.val: cannot open nowhere.h5"]);
     room.run(["eval", "finetune", "runs/nothing"]).expect(1).error_says(&["runs/nothing is no checkpoint"]);

@@ -45,7 +45,10 @@ pub(super) struct FinetuneArgs {
     /// A run directory (the newest checkpoint is taken), or a checkpoint
     #[arg(value_name = "RUN|CHECKPOINT")]
     run: PathBuf,
-    /// Plugin to load; by default `supervised`, and those that the run was trained with
+    /// The method that trains it, and by default the name of its plugin
+    #[arg(long, value_name = "METHOD", default_value = "supervised")]
+    method: String,
+    /// Plugin to load; by default that of the method, and those that the run was trained with
     #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
     plugin: Vec<PathBuf>,
     /// Print every setting with its value and where it comes from, and exit
@@ -121,7 +124,7 @@ impl EvalArgs {
 }
 
 impl FinetuneArgs {
-    /// Trains the method `supervised` on the run's images, its backbone beginning with the run's weights.
+    /// Trains another method on the run's images, its backbone beginning with the run's weights.
     fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let checkpoint = find_checkpoint(&self.run)?;
         let state = load_state(&checkpoint)?;
@@ -131,7 +134,7 @@ impl FinetuneArgs {
             "seed": of_run("/seed"),
             "run": { "name": name, "dir": of_run("/run/dir") },
             "init": { "from": checkpoint },
-            "method": { "name": "supervised" },
+            "method": { "name": self.method },
             "backbone": of_run("/backbone"),
             "data": of_run("/data"),
             "optimizer": {
@@ -155,8 +158,8 @@ impl FinetuneArgs {
         let mut plugins = self.plugin;
         if plugins.is_empty() {
             let of_run = state.plugins.iter().map(|plugin| plugin.name.as_str());
-            plugins.push("supervised".into());
-            plugins.extend(of_run.filter(|name| *name != "supervised").map(PathBuf::from));
+            plugins.push(self.method.clone().into());
+            plugins.extend(of_run.filter(|name| *name != self.method).map(PathBuf::from));
         }
         TrainArgs::on(Base { layer, settings }, plugins, self.overrides, self.print_config).run(sources)
     }
