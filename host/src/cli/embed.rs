@@ -8,9 +8,9 @@ use serde_json::json;
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::{SavedArgs, evaluation_view};
+use super::session::SavedArgs;
 use crate::data::FeatureFile;
-use crate::eval::{Features, feature_loader};
+use crate::eval::{Features, evaluation_view, feature_loader};
 use crate::plugin::PluginSources;
 
 /// Write the features of a data set as HDF5: `features` f32 (N, D), `labels` i64 (N), `indices` i64 (N)

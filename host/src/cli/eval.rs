@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::{SavedArgs, evaluation_view};
+use super::session::SavedArgs;
 use super::train::TrainArgs;
 use crate::checkpoint::{find_checkpoint, load_state};
 use crate::config::Base;
-use crate::eval::Evaluation;
+use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::PluginSources;
 use crate::train::{Signals, TrainError};
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::abi::MethodHandle;
-use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
+use jepa_plugin_api::{Rng, RunFacts, tch};
 use serde_json::{Value, json};
 
 use super::exit::Usage;
@@ -168,17 +168,6 @@ fn choose_method(config: &Config, registry: &Registry) -> anyhow::Result<String>
 fn chosen_probes(config: &Config, registry: &Registry) -> BTreeSet<String> {
     let loaded = registry.names(Kind::Probe).into_iter().map(str::to_owned);
     config.eval.probes.keys().cloned().chain(loaded).collect()
-}
-
-/// What the probes see: a centre crop, normalised as the method's own views are.
-pub(super) fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
-    let crop =
-        ViewSpec::new("evaluation").resize_center_crop(config.eval.crop_ratio, Interpolation::Bilinear);
-    let transforms = views.iter().flat_map(|view| &view.transforms);
-    match transforms.into_iter().find(|transform| matches!(transform, Transform::Normalize { .. })) {
-        Some(normalize) => crop.then(normalize.clone()),
-        None => crop,
-    }
 }
 
 /// A trained model to work with, on the command line.

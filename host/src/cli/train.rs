@@ -15,14 +15,14 @@ use serde_json::json;
 
 use super::exit::Usage;
 use super::output::print_text;
-use super::session::{Session, evaluation_view};
+use super::session::Session;
 use crate::checkpoint::{
     self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, read_encoder, resolve_resume, restore,
 };
 use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
-use crate::eval::Evaluation;
+use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::{Kind, PluginSources};
 use crate::provenance;
 use crate::track::{METRICS_FILE, Trackers};
