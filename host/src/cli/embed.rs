@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use jepa_plugin_api::tch::{Device, no_grad};
+use jepa_plugin_api::tch::Device;
 use serde_json::json;
 
 use super::exit::Usage;
@@ -49,8 +49,7 @@ impl EmbedArgs {
         let mut file: Option<FeatureFile> = None;
         for batch in loader.batches(0, 0) {
             let batch = batch?;
-            let images = batch.views[0].to_device(saved.device);
-            let x = no_grad(|| saved.model.method.encode(&images))?.to_device(Device::Cpu);
+            let x = saved.model.encode(&batch.views[0], saved.device)?.to_device(Device::Cpu);
             let features = Features::new(&x, &batch.labels)?;
             let file = match &mut file {
                 Some(file) => file,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use jepa_plugin_api::tch::{Tensor, no_grad};
+use jepa_plugin_api::tch::Tensor;
 use serde_json::{Value, json};
 
 use super::exit::Usage;
@@ -107,10 +107,8 @@ impl EvalArgs {
         let view = evaluation_view(config, saved.model.method.views());
         let evaluation = Evaluation::new(config, view, &train_set, &val_set, probes)?;
 
-        let (device, method) = (saved.device, &mut saved.model.method);
-        let mut encode = |images: &Tensor| -> anyhow::Result<Tensor> {
-            Ok(no_grad(|| method.encode(&images.to_device(device)))?)
-        };
+        let (device, model) = (saved.device, &mut saved.model);
+        let mut encode = |images: &Tensor| model.encode(images, device);
         let go_on = || match signals.pending() {
             Some(signal) => Err(TrainError::Stopped { signal }.into()),
             None => Ok(()),

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _};
-use jepa_plugin_api::abi::{FailureKind, MethodHandle};
-use jepa_plugin_api::tch::{self, Tensor, no_grad};
+use jepa_plugin_api::abi::{Failure, FailureKind, MethodHandle};
+use jepa_plugin_api::tch::{self, Tensor};
 use jepa_plugin_api::ViewSpec;
 use serde_json::json;
 
@@ -98,7 +98,7 @@ impl TrainArgs {
         let views = method.views().to_vec();
         let encoder = method.encoder().to_owned();
         let mut model = Model::adopt(method, session.registry.find(Kind::Method, &session.method)?.0.name())?;
-        try_encoder(&mut model.method, config.data.size, device)?;
+        try_encoder(&mut model, config.data.size, device)?;
         let optimizer = Optimizer::new(&config.optimizer, model.trained());
 
         let mut state = State {
@@ -285,16 +285,15 @@ fn require_labels(method: &str, train: &Dataset, val: Option<&Dataset>) -> anyho
 }
 
 /// Shows the method a blank image, as an evaluation would: sizes that do not fit fail before a run begins.
-fn try_encoder(method: &mut MethodHandle, size: usize, device: tch::Device) -> anyhow::Result<()> {
+fn try_encoder(model: &mut Model, size: usize, device: tch::Device) -> anyhow::Result<()> {
     let side = size as i64;
     let image = Tensor::f_zeros([1, 3, side, side], (tch::Kind::Float, device))?;
-    match no_grad(|| method.encode(&image)) {
-        Ok(_) => Ok(()),
-        Err(failure) if failure.kind == FailureKind::Error => {
-            Err(Usage(format!("images of data.size = {size} px do not fit: {failure}")).into())
+    model.encode(&image, device).map(drop).map_err(|error| match error.downcast_ref::<Failure>() {
+        Some(failure) if failure.kind == FailureKind::Error => {
+            Usage(format!("images of data.size = {size} px do not fit: {failure}")).into()
         }
-        Err(failure) => Err(failure.into()),
-    }
+        _ => error,
+    })
 }
 
 /// Gives every backbone of `method` the weights in `from`.

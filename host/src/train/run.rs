@@ -351,10 +351,8 @@ impl Run {
         let Some(evaluation) = &self.evaluation else { return Ok(Figures::new()) };
         self.trackers.note("evaluating");
         let (device, signals, run) = (self.device, &self.signals, self.directory.path());
-        let method = &mut self.model.method;
-        let mut encode = |images: &tch::Tensor| -> anyhow::Result<tch::Tensor> {
-            Ok(no_grad(|| method.encode(&images.to_device(device)))?)
-        };
+        let model = &mut self.model;
+        let mut encode = |images: &tch::Tensor| model.encode(images, device);
         let go_on = || match signals.pending() {
             Some(signal) => Err(TrainError::Interrupted { signal, run: run.to_owned() }.into()),
             None => Ok(()),

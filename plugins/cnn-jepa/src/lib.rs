@@ -9,7 +9,7 @@ mod masks;
 mod predictor;
 mod projection;
 
-use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1, truncated_normal};
+use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1, spread, truncated_normal};
 use jepa_plugin_api::{
     Augmentation, BackboneHandle, Batch, Context, EmaSchedule, Host, Interpolation, Method, Result, Step, ViewSpec, bail,
     ensure,
@@ -177,14 +177,12 @@ impl CnnJepa {
         Ok(Step::new(loss)
             .metric("context_share", &share(&masks.context))
             .metric("target_share", &share(&masks.target))
-            .metric("prediction_spread", &spread(&prediction))
-            .metric("spread", &spread(&target)))
+            .metric("prediction_spread", &spread(&cells(&prediction)))
+            .metric("spread", &spread(&cells(&target))))
     }
 }
 
-/// How far the unit vectors `(B, C, f, f)` differ from cell to cell: the standard deviation of each channel over all
-/// cells, averaged, times √C. Near 0 where features have collapsed to one, near 1 where they point everywhere.
-fn spread(unit: &Tensor) -> Tensor {
-    let channels = unit.size()[1] as f64;
-    tch::no_grad(|| unit.std_dim([0, 2, 3].as_slice(), false, false).mean(Kind::Float) * channels.sqrt())
+/// The features `(B, C, f, f)` of each cell as rows `(B f², C)`.
+fn cells(map: &Tensor) -> Tensor {
+    map.permute([0, 2, 3, 1]).flatten(0, 2)
 }
