@@ -195,7 +195,9 @@ fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
     assert!(exported.iter().any(|(name, _)| name == "layer2.0.downsample.1.running_var"));
 
     room.run(["export", RUN, "backbone.safetensors"]).expect(2).error_says(&["exists", "--force"]);
+    fs::write(room.file("backbone.tmp"), "somebody's own").unwrap();
     room.run(["export", RUN, "backbone.safetensors", "--force"]).expect(0);
+    assert_eq!(fs::read_to_string(room.file("backbone.tmp")).unwrap(), "somebody's own");
 
     // From the file and from the run itself, the first judgement is the last of the run that was exported.
     let last = &state(&room, RUN)["last_eval"];

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::exit::Usage;
 use super::output::{Format, print};
 use crate::checkpoint::{encoder_of, find_checkpoint, load_model, write_tensors};
+use crate::files::{put_in_place, temporary_beside};
 
 /// Write the learned backbone as safetensors, with timm's names: no plugin is needed
 #[derive(Debug, Args)]
@@ -37,9 +38,9 @@ impl ExportArgs {
         if tensors.is_empty() {
             return Err(Usage(format!("the method {} has no backbone to export", state.method)).into());
         }
-        let temporary = self.out.with_extension("tmp");
+        let temporary = temporary_beside(&self.out);
         write_tensors(&temporary, &tensors)?;
-        std::fs::rename(&temporary, &self.out)
+        put_in_place(&temporary, &self.out)
             .with_context(|| format!("cannot write {}", self.out.display()))?;
         let python = in_timm(&state.backbone, &self.out);
         let report = json!({
