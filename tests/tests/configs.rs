@@ -1,4 +1,4 @@
-//! Every configuration that is shipped can be used as it is.
+//! Every configuration that is shipped is valid: its keys, its values, and the options of method and backbone.
 
 use std::fs;
 use std::path::Path;
