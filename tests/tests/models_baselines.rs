@@ -18,7 +18,10 @@ use tch::{Device, Kind, Reduction, Tensor};
 use vicreg::VicReg;
 
 const OUTPUT: f64 = 1e-5;
-const GRADIENT: f64 = 1e-4;
+/// Of a backbone's batch norms, over few values, f32 leaves less than that: 9.9e-6 was measured for
+/// backbone.layer2.0.bn1.weight of SimCLR, and PyTorch's own f32 may be off its f64 as far as this (`TOLERANCE` in the
+/// generator). Everything else is held to 1e-5.
+const BATCH_NORM_GRADIENT: f64 = 2e-5;
 
 fn facts() -> RunFacts {
     RunFacts { batch_size: 10, classes: 7, image_size: 16, ..testing::facts() }
@@ -64,7 +67,9 @@ fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
         if zero.iter().any(|zero| zero == name) {
             assert!(f64::try_from(ours.abs().max()).expect("a number") < 1e-5, "{name}");
         } else {
-            assert_close(&format!("gradient of {name}"), &ours, &gradient, GRADIENT);
+            let of_batch_norm = name.starts_with("backbone.") && name.contains("bn");
+            let tolerance = if of_batch_norm { BATCH_NORM_GRADIENT } else { OUTPUT };
+            assert_close(&format!("gradient of {name}"), &ours, &gradient, tolerance);
         }
     }
     for (name, after) in fixture.under("after.") {

@@ -13,8 +13,7 @@ use sparse_convnext::ConvNeXt;
 use sparse_resnet::ResNet;
 use tch::{Kind, Tensor};
 
-const OUTPUT: f64 = 1e-5;
-const GRADIENT: f64 = 1e-4;
+const TOLERANCE: f64 = 1e-5;
 
 fn build(method: Value, backbone: Value, facts: RunFacts) -> LinkedMethod<CnnJepa> {
     let resnet = |params: &_| ResNet::new("resnet18", serde_json::from_value(backbone.clone())?, params);
@@ -40,14 +39,14 @@ fn equals_fixture(name: &str) {
 
     // Once for the features, and from the same state for the loss: running statistics move in training.
     let output = built.method.forward(&images, &masks.context, true).expect("features");
-    assert_close("context", &output.context, &fixture.tensor("output.context_map"), OUTPUT);
-    assert_close("prediction", &output.prediction, &fixture.tensor("output.prediction"), OUTPUT);
-    assert_close("target", &output.target, &fixture.tensor("output.target_map"), OUTPUT);
+    assert_close("context", &output.context, &fixture.tensor("output.context_map"), TOLERANCE);
+    assert_close("prediction", &output.prediction, &fixture.tensor("output.prediction"), TOLERANCE);
+    assert_close("target", &output.target, &fixture.tensor("output.target_map"), TOLERANCE);
     for (name, value) in fixture.under("param.") {
         testing::set_tensor(&built.entries, name, &value).expect("the fixture's name and shape");
     }
     let step = built.method.step_with(&images, &masks, true).expect("a step");
-    assert_close("loss", &step.loss, &fixture.tensor("output.loss"), OUTPUT);
+    assert_close("loss", &step.loss, &fixture.tensor("output.loss"), TOLERANCE);
     step.loss.backward();
 
     let zero: Vec<String> = serde_json::from_value(fixture.json("zero_gradient")).expect("names");
@@ -56,11 +55,11 @@ fn equals_fixture(name: &str) {
         if zero.iter().any(|zero| zero == name) {
             assert!(f64::try_from(ours.abs().max()).expect("a number") < 1e-6, "{name}");
         } else {
-            assert_close(&format!("gradient of {name}"), &ours, &gradient, GRADIENT);
+            assert_close(&format!("gradient of {name}"), &ours, &gradient, TOLERANCE);
         }
     }
     for (name, after) in fixture.under("after.").into_iter().filter(|(name, _)| name.contains("running_")) {
-        assert_close(name, built.tensor(name).expect("a buffer"), &after, OUTPUT);
+        assert_close(name, built.tensor(name).expect("a buffer"), &after, TOLERANCE);
     }
     for target in built.entries.iter().filter(|entry| entry.name.starts_with("target")) {
         assert!(!target.tensor.grad().defined(), "{} has a gradient", target.name);
@@ -110,11 +109,11 @@ fn training_equals_fixture(name: &str) {
     let losses = three_steps(&mut built, &config, |method| {
         method.step_with(&images, &masks, true).expect("a step").loss
     });
-    assert_close("losses", &losses, &fixture.tensor("output.losses"), OUTPUT);
+    assert_close("losses", &losses, &fixture.tensor("output.losses"), TOLERANCE);
     let after = fixture.under("after.");
     assert!(after.len() > 40);
     for (name, value) in after {
-        assert_close(name, built.tensor(name).expect("a tensor"), &value, OUTPUT);
+        assert_close(name, built.tensor(name).expect("a tensor"), &value, TOLERANCE);
     }
 }
 
@@ -138,9 +137,9 @@ fn the_loss_equals_pytorch_also_where_it_is_linear_or_empty() {
         let per_cell = smooth_l1(&unit, &target, 1.0).sum_dim_intlist([1].as_slice(), true, Kind::Float);
         let loss = masked_mean(&per_cell, &fixture.mask(&format!("input.mask.{case}")));
         loss.backward();
-        assert_close(case, &loss, &fixture.tensor(&format!("output.loss.{case}")), OUTPUT);
+        assert_close(case, &loss, &fixture.tensor(&format!("output.loss.{case}")), TOLERANCE);
         let expected = fixture.tensor(&format!("grad.prediction.{case}"));
-        assert_close(case, &prediction.grad(), &expected, GRADIENT);
+        assert_close(case, &prediction.grad(), &expected, TOLERANCE);
     }
 }
 

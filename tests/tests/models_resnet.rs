@@ -8,7 +8,9 @@ use sparse_resnet::ResNet;
 use tch::{Device, Kind, Tensor};
 
 const OUTPUT: f64 = 1e-5;
-const GRADIENT: f64 = 1e-4;
+/// Batch norms over few values leave so much of f32: 1.7e-5 was measured for layer1.1.bn1.bias of the sparse basic
+/// blocks, and PyTorch's own f32 is off its f64 by as much as 2e-5 (`TOLERANCE` in the generator).
+const GRADIENT: f64 = 3e-5;
 
 fn build(name: &str, options: Value) -> (ResNet, Vec<Entry>) {
     let params = Params::new(Device::Cpu);
