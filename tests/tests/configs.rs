@@ -29,7 +29,11 @@ fn every_shipped_configuration_is_valid_and_trains_what_its_name_says() {
         let published = name.contains("imagenet");
         assert_eq!(printed.contains("\naccumulate = 4 "), published, "{name}:\n{printed}");
         // And the gap in their masks.
-        assert_eq!(printed.contains("sampling = \"reference\" "), published && *method == "cnn_jepa", "{name}");
+        assert_eq!(
+            printed.contains("sampling = \"reference\" "),
+            published && *method == "cnn_jepa",
+            "{name}"
+        );
         seen += 1;
     }
     assert_eq!(seen, 26, "the demo, and five data sets for each of five methods");

@@ -194,7 +194,8 @@ fn collapsed_features_are_told_or_end_the_run() {
     assert_eq!(run(&[collapsed, one, "eval.collapse=off"], 0).stderr.matches(warning).count(), 0);
     assert_eq!(run(&[one], 0).stderr.matches("collapsed").count(), 0, "healthy features");
     for blind in ["eval.every_epochs=0", "data.val=none"] {
-        let says = ["eval.collapse (command line)", "nothing would be watched", "data.val", "eval.every_epochs"];
+        let says =
+            ["eval.collapse (command line)", "nothing would be watched", "data.val", "eval.every_epochs"];
         run(&["eval.collapse=stop", blind], 2).error_says(&says);
     }
     run(&[collapsed, "eval.collapse=stop"], 5).error_says(&[warning, "eval.collapse_below = 0.01"]);

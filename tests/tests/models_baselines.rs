@@ -85,7 +85,8 @@ fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
 fn training_equals_lightly<M: Method>(views: &[&str]) {
     let fixture = Fixture::read(&format!("{}_training", M::NAME));
     let (mut built, batch) = at_fixture::<M>(&fixture, views);
-    let losses = three_steps(&mut built, &fixture.json("config"), |method| method.step(&batch).expect("a step").loss);
+    let losses =
+        three_steps(&mut built, &fixture.json("config"), |method| method.step(&batch).expect("a step").loss);
     assert_close("losses", &losses, &fixture.tensor("output.losses"), OUTPUT);
     let after = fixture.under("after.");
     assert!(after.len() > 40);
@@ -284,7 +285,11 @@ fn a_method_that_collapses_stops_and_a_healthy_one_goes_on() {
     let heads = ["method.units=32", "method.layers=2"];
     let alone = ["method.variance=0", "method.covariance=0"];
     let ended = train("vicreg", &[&heads[..], &alone].concat(), 5);
-    ended.error_says(&["features have collapsed at step ", "val/vicreg/spread is ", "eval.collapse_below = 0.01"]);
+    ended.error_says(&[
+        "features have collapsed at step ",
+        "val/vicreg/spread is ",
+        "eval.collapse_below = 0.01",
+    ]);
     train("vicreg", &heads, 0);
     train("byol", &["method.hidden=32", "method.output=16", "trainer.epochs=1"], 0);
     train("simclr", &["method.hidden=32", "method.output=16", "trainer.epochs=1"], 0);
@@ -317,7 +322,11 @@ fn labels_that_cannot_be_learned_begin_no_run() {
         (&whole, &none, &["data.val: ", "bad_no_labels.h5 has no labels, and supervised needs one"]),
         (&whole, &partly, &["data.val: ", "no label for image 3"]),
         (&nine, &whole, &["data.val: ", "has label 9, and the 9 classes of data.train are 0 to 8"]),
-        (&stray, &whole, &["data.train: ", "image 7 has label 1000000, and the 10 classes of its class_names"]),
+        (
+            &stray,
+            &whole,
+            &["data.train: ", "image 7 has label 1000000, and the 10 classes of its class_names"],
+        ),
     ];
     for (train, val, says) in cases {
         let fixed = ["optimizer.batch_size=2", "eval.every_epochs=0", "data.size=8"];

@@ -87,7 +87,8 @@ fn an_interrupted_judgement_does_not_speak_of_training() {
     let mut running = room.start(["-v", "eval", "linear", RUN].into_iter().chain(slow));
     // By then signals have been taken over.
     let told = room.file("err.1");
-    running.until("the plugins", || fs::read_to_string(&told).is_ok_and(|text| text.contains("plugin loaded")));
+    running
+        .until("the plugins", || fs::read_to_string(&told).is_ok_and(|text| text.contains("plugin loaded")));
     running.signal(libc::SIGINT);
     let ended = running.wait().expect(130);
     assert_eq!(ended.error(), "interrupted by SIGINT");
@@ -257,10 +258,20 @@ fn a_file_without_counters_of_batches_begins_a_run_too() {
 fn what_timm_calls_for_is_what_is_exported() {
     let room = Room::new();
     let exported = |backbone: &str| {
-        let (images, name) =
-            (setting("data.train", &demo_images()), [format!("backbone.name={backbone}"), format!("run.name={backbone}")]);
-        let fixed = ["--plugin", "byol", "data.size=32", "data.upscale=true", "optimizer.batch_size=2", "trainer.max_steps=1"];
-        let fixed = fixed.into_iter().chain(["trainer.device=cpu", "method.hidden=8", "method.output=8", &images]);
+        let (images, name) = (
+            setting("data.train", &demo_images()),
+            [format!("backbone.name={backbone}"), format!("run.name={backbone}")],
+        );
+        let fixed = [
+            "--plugin",
+            "byol",
+            "data.size=32",
+            "data.upscale=true",
+            "optimizer.batch_size=2",
+            "trainer.max_steps=1",
+        ];
+        let fixed =
+            fixed.into_iter().chain(["trainer.device=cpu", "method.hidden=8", "method.output=8", &images]);
         room.run(fixed.chain(name.iter().map(String::as_str))).expect(0);
         let (run, file) = (format!("runs/{backbone}"), format!("{backbone}.safetensors"));
         let told = room.run(["export", &run, &file]).expect(0).stdout;
@@ -277,11 +288,16 @@ fn what_timm_calls_for_is_what_is_exported() {
         let mut timm: BTreeMap<String, Vec<usize>> =
             serde_json::from_value::<Vec<(String, Vec<usize>)>>(names).unwrap().into_iter().collect();
         // Every batch norm of PyTorch's has a counter, which the fixture leaves out.
-        let norms: Vec<String> = timm.keys().filter_map(|n| n.strip_suffix("running_var")).map(str::to_owned).collect();
+        let norms: Vec<String> =
+            timm.keys().filter_map(|n| n.strip_suffix("running_var")).map(str::to_owned).collect();
         timm.extend(norms.into_iter().map(|norm| (norm + "num_batches_tracked", Vec::new())));
         assert_eq!(ours, timm, "{backbone}");
         // The fixture's ConvNeXts have been freed of it.
-        assert_eq!(told.contains("model.head.norm = torch.nn.Identity()"), backbone == "convnext_atto", "{told}");
+        assert_eq!(
+            told.contains("model.head.norm = torch.nn.Identity()"),
+            backbone == "convnext_atto",
+            "{told}"
+        );
     }
 }
 

@@ -344,11 +344,15 @@ fn a_backbone_that_cannot_look_at_the_images_begins_no_run() {
     let room = Room::new();
     let (images, file) =
         (setting("data.train", &demo_images()), setting("backbone.file", &fixture("torchscript_net.pt")));
-    let script = ["backbone.name=torchscript", "backbone.channels=6", "backbone.downsample=8", "data.size=24"];
+    let script =
+        ["backbone.name=torchscript", "backbone.channels=6", "backbone.downsample=8", "data.size=24"];
     let script = script.into_iter().chain([file.as_str()]).collect::<Vec<_>>();
     let cases: [(&[&str], [&str; 3]); 2] = [
         (&script, ["data.size = 24 px", "torchscript_net.pt", "backbone.downsample"]),
-        (&["backbone.name=convnext_atto", "data.size=28"], ["data.size = 28 px", "a cell of 32 px", "backbone.stem"]),
+        (
+            &["backbone.name=convnext_atto", "data.size=28"],
+            ["data.size = 28 px", "a cell of 32 px", "backbone.stem"],
+        ),
     ];
     for (settings, says) in cases {
         let arguments = ["--plugin", "byol", "trainer.device=cpu", &images].into_iter();

@@ -40,7 +40,8 @@ pub fn read_encoder(path: &Path) -> Result<NamedTensors, CheckpointError> {
 pub fn adapt(weights: &[(String, Tensor)], backbone: &[(String, Tensor)]) -> NamedTensors {
     let has = |wanted: &str| backbone.iter().any(|(name, _)| name == wanted);
     let left_out = |name: &str| CLASSIFIERS.iter().any(|prefix| name.starts_with(prefix)) && !has(name);
-    let names: Vec<&str> = weights.iter().map(|(name, _)| name.as_str()).filter(|name| left_out(name)).collect();
+    let names: Vec<&str> =
+        weights.iter().map(|(name, _)| name.as_str()).filter(|name| left_out(name)).collect();
     if !names.is_empty() {
         tracing::info!("left out the classifier, {}", names.join(", "));
     }

@@ -51,7 +51,10 @@ impl ExportArgs {
             writeln!(out, "{}: {} of {}", self.out.display(), state.backbone, checkpoint.display())?;
             writeln!(out, "{} tensors, from the method's `{}`", tensors.len(), state.encoder)?;
             match &python {
-                Some(lines) => writeln!(out, "\nIn Python, where no backbone option changes the architecture:\n\n{lines}"),
+                Some(lines) => writeln!(
+                    out,
+                    "\nIn Python, where no backbone option changes the architecture:\n\n{lines}"
+                ),
                 None => Ok(()),
             }
         })
@@ -68,6 +71,7 @@ fn in_timm(backbone: &str, file: &Path) -> Option<String> {
     if convnext {
         lines += "model.head.norm = torch.nn.Identity()  # belongs to timm's classifier\n";
     }
-    lines += &format!("model.load_state_dict(safetensors.torch.load_file(\"{}\"), strict=True)", file.display());
+    lines +=
+        &format!("model.load_state_dict(safetensors.torch.load_file(\"{}\"), strict=True)", file.display());
     Some(lines)
 }

@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _};
+use jepa_plugin_api::ViewSpec;
 use jepa_plugin_api::abi::{Failure, FailureKind, MethodHandle};
 use jepa_plugin_api::tch::{self, Tensor};
-use jepa_plugin_api::ViewSpec;
 use serde_json::json;
 
 use super::exit::Usage;

@@ -7,7 +7,9 @@ use std::process::Command;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use jepa_host::data::{self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackReport, Split, decode};
+use jepa_host::data::{
+    self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackReport, Split, decode,
+};
 
 use crate::fixtures::{jpeg, path, picture, png, small_set};
 

@@ -11,8 +11,8 @@ mod projection;
 
 use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1, spread, truncated_normal};
 use jepa_plugin_api::{
-    Augmentation, BackboneHandle, Batch, Context, EmaSchedule, Host, Interpolation, Method, Result, Step, ViewSpec, bail,
-    ensure,
+    Augmentation, BackboneHandle, Batch, Context, EmaSchedule, Host, Interpolation, Method, Result, Step,
+    ViewSpec, bail, ensure,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
