@@ -50,7 +50,7 @@ step() {
     "${peer[@]}" >"$out.pytorch.json"
     "${peer[@]}" --channels-last >"$out.channels_last.json"
     "$jepa_host" --quiet --plugin cnn_jepa backbone.name="$backbone" backbone.stem="$stem" backbone.width="$width" \
-        backbone.depths="$depths" data.train="$images" data.size="$size" optimizer.batch_size="$batch" \
+        backbone.depths="$depths" data.train="$images" data.size="$size" data.upscale=true optimizer.batch_size="$batch" \
         trainer.precision="$precision" trainer.threads="$threads" trainer.device=cpu trainer.max_steps="$steps" \
         trainer.log_every_steps=1 method.mask.strategy=random checkpoint.every_epochs=0 checkpoint.keep=1 \
         run.dir="$folder" run.name="$1.$2" >/dev/null 2>"$out.log" || die "jepa-host failed:" "$(<"$out.log")"

@@ -65,7 +65,7 @@ sys.exit(gone.rstrip("_") not in said)
 PYTHON
 done <"$place/lib/libjepa_torch_0_24.lacks"
 
-short=(data.size=32 data.train=$data/fashion_mnist_train.h5 data.val=$data/fashion_mnist_test.h5 eval.train_limit=500
+short=(data.size=32 data.upscale=true data.train=$data/fashion_mnist_train.h5 data.val=$data/fashion_mnist_test.h5 eval.train_limit=500
     eval.at_start=false eval.linear.epochs=3 optimizer.batch_size=64 trainer.max_steps=5 run.dir="$folder/runs")
 resnet=(backbone.name=resnet18 backbone.stem=small backbone.width=8 'backbone.depths=[1,1]')
 convnext=(backbone.name=convnext_atto backbone.stem=small backbone.width=8 'backbone.depths=[1,1,1,1]')

@@ -10,6 +10,7 @@ pub mod conformance;
 pub mod data;
 pub mod device;
 pub mod eval;
+mod files;
 mod linker;
 pub mod plugin;
 pub mod provenance;

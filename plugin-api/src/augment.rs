@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{Interpolation, ViewSpec};
+use crate::{Interpolation, Result, ViewSpec, ensure};
 
 /// How a view is augmented: crop, flip, colour jitter, grey, blur, solarise, in this order. A step of probability 0 is
 /// left out.
@@ -88,6 +88,26 @@ impl Augmentation {
     /// Crop and flip alone.
     pub const CROP_AND_FLIP: Augmentation =
         Augmentation { jitter: 0.0, grayscale: 0.0, blur: 0.0, ..Augmentation::SIMCLR };
+
+    /// Checks what the schema of the options cannot say. `key` is where they stand, such as `method.augment`.
+    ///
+    /// # Errors
+    /// Names the key under `key` whose value makes no sense.
+    ///
+    /// ```
+    /// use jepa_plugin_api::Augmentation;
+    /// let backwards = Augmentation { crop_scale: (1.0, 0.2), ..Augmentation::SIMCLR };
+    /// let error = backwards.check("method.augment").unwrap_err().to_string();
+    /// assert!(error.starts_with("method.augment.crop_scale is [1, 0.2]"), "{error}");
+    /// ```
+    pub fn check(&self, key: &str) -> Result<()> {
+        let (low, high) = self.crop_scale;
+        ensure!(
+            0.0 < low && low <= high && high <= 1.0,
+            "{key}.crop_scale is [{low}, {high}], but must be two rising shares in (0, 1]"
+        );
+        Ok(())
+    }
 
     /// The view that this makes, normalised with ImageNet's statistics.
     pub fn view(&self, name: &str) -> ViewSpec {

@@ -72,6 +72,11 @@ pub trait Method: Send + Sized + 'static {
     /// [`encode`](Method::encode) uses. `jepa-host export` writes it, and `init.from` takes it up in another run.
     const ENCODER: &'static str;
 
+    /// Whether [`step`](Method::step) learns from [`Batch::labels`]. The host then begins no run unless every image of
+    /// `data.train` and of `data.val` has one, below [`RunFacts::classes`](crate::RunFacts). Since API 1.1; hosts of
+    /// 1.0 check nothing.
+    const NEEDS_LABELS: bool = false;
+
     /// The keys under `method.`: a struct with a serde default for every field. Its schema, its defaults and its doc
     /// comments are what `jepa-host plugin info` prints, and what the host validates a configuration against.
     type Options: DeserializeOwned + Serialize + JsonSchema;
@@ -91,7 +96,7 @@ pub trait Method: Send + Sized + 'static {
     /// Features of images for evaluation, without augmentation and without gradients.
     ///
     /// `images` is f32 `(B, 3, S, S)` on the run's device; the result is `(B, D)` of any floating-point type on the
-    /// same device, pooled over space.
+    /// same device, pooled over space. Before a run begins, the host tries it with one blank image.
     fn encode(&mut self, images: &Tensor) -> Result<Tensor>;
 }
 
@@ -175,7 +180,8 @@ impl Step {
         Step { loss, metrics: Vec::new() }
     }
 
-    /// Adds a figure to log: a scalar tensor, which stays on its device until the host logs it.
+    /// Adds a figure to log: a scalar tensor, which the host reads after the step. One called `spread` tells collapse, see `eval.collapse`: about 1 where what
+    /// the loss compares fills its space, 0 where it is the same for all images; [`nn::spread`](crate::nn::spread), say.
     pub fn metric(mut self, name: &str, value: &Tensor) -> Self {
         self.metrics.push((name.to_owned(), value.detach().to_kind(Kind::Float)));
         self

@@ -4,6 +4,7 @@ pub mod author;
 pub mod boundary;
 pub mod fixture;
 pub mod real;
+pub mod training;
 pub mod wandb;
 
 // Links the torch bridge's import library, which tch needs, into every test that uses this crate.

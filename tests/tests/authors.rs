@@ -148,7 +148,11 @@ fn a_new_crate_replaces_nothing_and_has_a_name_that_cargo_takes() {
         ("option", "probe", "Option"),
     ] {
         let ended = room.run(["plugin", "new", name, "--kind", kind]).expect(2);
-        ended.error_says(&[&format!("`{name}` cannot name this plugin"), &format!("`{clash}`"), &format!("my-{name}")]);
+        ended.error_says(&[
+            &format!("`{name}` cannot name this plugin"),
+            &format!("`{clash}`"),
+            &format!("my-{name}"),
+        ]);
         assert!(!room.file(name).exists(), "{name}");
     }
     // A word of another kind's source, or of a comment, names nothing here.

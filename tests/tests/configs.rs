@@ -1,4 +1,4 @@
-//! Every configuration that is shipped can be used as it is.
+//! Every configuration that is shipped is valid: its keys, its values, and the options of method and backbone.
 
 use std::fs;
 use std::path::Path;
@@ -25,6 +25,15 @@ fn every_shipped_configuration_is_valid_and_trains_what_its_name_says() {
         let named = (name == "demo").then_some("method.name=cnn_jepa");
         let printed = room.run(arguments.chain(named)).expect(0).stdout;
         assert!(printed.contains(&format!("[method]\nname = \"{method}\" ")), "{name}:\n{printed}");
+        // As many images in a step as the published runs have.
+        let published = name.contains("imagenet");
+        assert_eq!(printed.contains("\naccumulate = 4 "), published, "{name}:\n{printed}");
+        // And the gap in their masks.
+        assert_eq!(
+            printed.contains("sampling = \"reference\" "),
+            published && *method == "cnn_jepa",
+            "{name}"
+        );
         seen += 1;
     }
     assert_eq!(seen, 26, "the demo, and five data sets for each of five methods");

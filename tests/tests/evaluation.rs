@@ -168,6 +168,21 @@ fn what_fails_in_an_evaluation_has_its_exit_code_and_costs_no_epoch() {
 }
 
 #[test]
+fn torch_s_own_random_numbers_are_the_same_at_every_judgement() {
+    let room = Room::new();
+    let still = ["optimizer.lr=1e-30", "optimizer.weight_decay=0"];
+    let noisy = ["method.torch_noise=true", "--plugin", "faulty_probe", "eval.probes.faulty.unseeded=true"];
+    train(&room, &[&still[..], &noisy].concat()).expect(0);
+    let judged = judgements(&room);
+    let all = |name: &str| -> Vec<f64> { judged.iter().filter_map(|record| record[name].as_f64()).collect() };
+    for (name, count) in [("val/loss", 3), ("eval/faulty/norm", 4)] {
+        let values = all(name);
+        assert_eq!(values.len(), count, "{judged:?}");
+        assert!(values.iter().all(|value| *value == values[0]), "{name}: {values:?}");
+    }
+}
+
+#[test]
 fn collapsed_features_are_told_or_end_the_run() {
     let warning = "features have collapsed at step 4: eval/spread is ";
     let run = |settings: &[&str], code: i32| {
@@ -178,6 +193,11 @@ fn collapsed_features_are_told_or_end_the_run() {
     assert_eq!(run(&[collapsed, one], 0).stderr.matches(warning).count(), 1);
     assert_eq!(run(&[collapsed, one, "eval.collapse=off"], 0).stderr.matches(warning).count(), 0);
     assert_eq!(run(&[one], 0).stderr.matches("collapsed").count(), 0, "healthy features");
+    for blind in ["eval.every_epochs=0", "data.val=none"] {
+        let says =
+            ["eval.collapse (command line)", "nothing would be watched", "data.val", "eval.every_epochs"];
+        run(&["eval.collapse=stop", blind], 2).error_says(&says);
+    }
     run(&[collapsed, "eval.collapse=stop"], 5).error_says(&[warning, "eval.collapse_below = 0.01"]);
 }
 

@@ -1,14 +1,15 @@
 //! Steps of BYOL, SimCLR, VICReg and supervised learning equal those of lightly's heads and losses on timm's ResNet.
 
+use std::path::PathBuf;
+
 use byol::Byol;
-use jepa_host::config;
-use jepa_host::device::{autocast_bf16, ema_update};
-use jepa_host::train::{Optimizer, StepSettings};
+use jepa_host::device::autocast_bf16;
 use jepa_plugin_api::nn::{covariance_loss, negative_cosine, nt_xent, spread, variance_loss};
 use jepa_plugin_api::testing::{self, LinkedMethod};
-use jepa_plugin_api::{Backbone, Batch, Method, RunFacts, params};
+use jepa_plugin_api::{Backbone, Batch, Method, RunFacts};
 use jepa_tests::fixture::{Fixture, assert_close};
 use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, fixture, held_out_images, setting};
+use jepa_tests::training::three_steps;
 use serde_json::{Value, json};
 use simclr::SimClr;
 use sparse_resnet::ResNet;
@@ -17,7 +18,10 @@ use tch::{Device, Kind, Reduction, Tensor};
 use vicreg::VicReg;
 
 const OUTPUT: f64 = 1e-5;
-const GRADIENT: f64 = 1e-4;
+/// Of a backbone's batch norms, over few values, f32 leaves less than that: 9.9e-6 was measured for
+/// backbone.layer2.0.bn1.weight of SimCLR, and PyTorch's own f32 may be off its f64 as far as this (`TOLERANCE` in the
+/// generator). Everything else is held to 1e-5.
+const BATCH_NORM_GRADIENT: f64 = 2e-5;
 
 fn facts() -> RunFacts {
     RunFacts { batch_size: 10, classes: 7, image_size: 16, ..testing::facts() }
@@ -63,7 +67,9 @@ fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
         if zero.iter().any(|zero| zero == name) {
             assert!(f64::try_from(ours.abs().max()).expect("a number") < 1e-5, "{name}");
         } else {
-            assert_close(&format!("gradient of {name}"), &ours, &gradient, GRADIENT);
+            let of_batch_norm = name.starts_with("backbone.") && name.contains("bn");
+            let tolerance = if of_batch_norm { BATCH_NORM_GRADIENT } else { OUTPUT };
+            assert_close(&format!("gradient of {name}"), &ours, &gradient, tolerance);
         }
     }
     for (name, after) in fixture.under("after.") {
@@ -79,43 +85,9 @@ fn step_equals_lightly<M: Method>(views: &[&str], metrics: &[&str]) {
 fn training_equals_lightly<M: Method>(views: &[&str]) {
     let fixture = Fixture::read(&format!("{}_training", M::NAME));
     let (mut built, batch) = at_fixture::<M>(&fixture, views);
-    let config = fixture.json("config");
-    let number = |value: &Value| value.as_f64().expect("a number");
-    let settings = config::Optimizer {
-        lr: number(&config["optimizer"]["lr"]),
-        weight_decay: number(&config["optimizer"]["weight_decay"]),
-        eps: number(&config["optimizer"]["eps"]),
-        ..config::Optimizer::default()
-    };
-
-    let tensors = |under: &str| -> Vec<(String, Tensor)> {
-        let prefix = format!("{under}.");
-        let parameters = built.entries.iter().filter(|entry| entry.kind == params::Kind::Parameter);
-        parameters
-            .filter(|entry| entry.name.starts_with(&prefix))
-            .map(|entry| (entry.name.clone(), entry.tensor.shallow_clone()))
-            .collect()
-    };
-    let (mut online, mut targets) = (Vec::new(), Vec::new());
-    for pair in &built.ema {
-        online.extend(tensors(&pair.online).into_iter().map(|(_, tensor)| tensor));
-        targets.extend(tensors(&pair.target).into_iter().map(|(_, tensor)| tensor));
-    }
-    let trained: Vec<_> =
-        ["backbone", "projector", "predictor", "classifier"].into_iter().flat_map(tensors).collect();
-    let mut optimizer = Optimizer::new(&settings, &trained);
-
-    let mut losses = Vec::new();
-    for _ in 0..3 {
-        let loss = built.method.step(&batch).expect("a step").loss;
-        loss.backward();
-        let gradients = optimizer.gradients().expect("gradients");
-        let step = StepSettings { lr: settings.lr, weight_decay: settings.weight_decay, max_norm: None };
-        optimizer.step(&gradients, step).expect("an update");
-        ema_update(&targets, &online, number(&config["ema_momentum"])).expect("an update");
-        losses.push(loss.detach());
-    }
-    assert_close("losses", &Tensor::stack(&losses, 0), &fixture.tensor("output.losses"), OUTPUT);
+    let losses =
+        three_steps(&mut built, &fixture.json("config"), |method| method.step(&batch).expect("a step").loss);
+    assert_close("losses", &losses, &fixture.tensor("output.losses"), OUTPUT);
     let after = fixture.under("after.");
     assert!(after.len() > 40);
     for (name, value) in after {
@@ -238,24 +210,19 @@ fn what_cannot_be_learned_from_is_refused_with_the_key_to_change() {
     ] {
         assert!(message.contains("raise optimizer.batch_size"), "{message}");
     }
-    for facts in [RunFacts { classes: 0, ..facts() }, RunFacts { unlabelled: 3, ..facts() }] {
-        let message = refusal(build::<Supervised>(json!({}), facts).err());
-        assert!(message.contains("a label for every image of data.train"), "{message}");
+    let backwards = json!({ "crop_scale": [1.0, 0.2] });
+    for (key, error) in [
+        ("augment", build::<SimClr>(json!({ "augment": backwards }), facts()).err()),
+        ("augment_2", build::<Byol>(json!({ "augment_2": backwards }), facts()).err()),
+        ("augment", build::<VicReg>(json!({ "augment": backwards }), facts()).err()),
+        ("augment", build::<Supervised>(json!({ "augment": backwards }), facts()).err()),
+    ] {
+        let message = refusal(error);
+        assert!(message.contains(&format!("method.{key}.crop_scale is [1, 0.2]")), "{message}");
     }
     let one = RunFacts { classes: 1, ..facts() };
     let message = refusal(build::<Supervised>(json!({}), one).err());
     assert!(message.contains("the same label"), "{message}");
-    let mut built = build::<Supervised>(json!({}), facts()).expect("a method");
-    for (labels, train, words) in [
-        ([1, 7], true, "labels from 1 to 7 in data.train do not fit the 7 classes"),
-        ([-1, 3], false, "labels from -1 to 3 in data.val do not fit the 7 classes"),
-    ] {
-        let images = Tensor::zeros([2, 3, 16, 16], (Kind::Float, Device::Cpu));
-        let labels = Tensor::from_slice(&labels.map(i64::from));
-        let batch = Batch { labels, train, ..testing::batch(vec![images]) };
-        let message = refusal(built.method.step(&batch).err());
-        assert!(message.contains(words), "{message}");
-    }
 }
 
 #[test]
@@ -291,11 +258,81 @@ fn every_method_trains_in_the_real_binary_with_its_own_views() {
 }
 
 #[test]
-fn supervised_learning_without_labels_begins_no_run() {
+fn a_method_that_collapses_stops_and_a_healthy_one_goes_on() {
+    let train = |method: &str, settings: &[&str], code: i32| {
+        let room = Room::new();
+        let fixed = [
+            "data.size=16",
+            "optimizer.batch_size=128",
+            "optimizer.lr=0.01",
+            "optimizer.warmup_epochs=0",
+            "trainer.epochs=3",
+            "trainer.threads=1",
+            "trainer.device=cpu",
+            "eval.collapse=stop",
+            "eval.every_epochs=1",
+            "eval.train_limit=10",
+            "eval.linear.enabled=false",
+            "eval.knn.enabled=false",
+        ];
+        let images = [setting("data.train", &demo_images()), setting("data.val", &held_out_images())];
+        let arguments = ["--plugin", method].into_iter().chain(TINY_BACKBONE).chain(fixed);
+        let arguments = arguments.chain(settings.iter().copied()).map(str::to_owned).chain(images);
+        room.run(arguments).expect(code)
+    };
+    // Without its variance term VICReg draws everything together: its embeddings become one, whatever the batch norms
+    // of a backbone do to keep features apart.
+    let heads = ["method.units=32", "method.layers=2"];
+    let alone = ["method.variance=0", "method.covariance=0"];
+    let ended = train("vicreg", &[&heads[..], &alone].concat(), 5);
+    ended.error_says(&[
+        "features have collapsed at step ",
+        "val/vicreg/spread is ",
+        "eval.collapse_below = 0.01",
+    ]);
+    train("vicreg", &heads, 0);
+    train("byol", &["method.hidden=32", "method.output=16", "trainer.epochs=1"], 0);
+    train("simclr", &["method.hidden=32", "method.output=16", "trainer.epochs=1"], 0);
+    train("cnn_jepa", &["method.mask.min_keep=1", "trainer.epochs=1"], 0);
+}
+
+#[test]
+fn labels_that_cannot_be_learned_begin_no_run() {
     let room = Room::new();
-    let images = setting("data.train", &fixture("bad_no_labels.h5"));
-    let arguments = ["--plugin", "supervised", "optimizer.batch_size=2", &images];
-    let ended = room.run(arguments.into_iter().chain(TINY_BACKBONE)).expect(2);
-    ended.error_says(&["plugin `supervised` refused its settings", "a label for every image of data.train"]);
-    assert!(!room.file("runs").exists());
+    let packed = |name: &str, edit: &dyn Fn(&hdf5::File, &mut Vec<i64>)| {
+        let path = room.file(name);
+        std::fs::copy(held_out_images(), &path).expect("a copy");
+        let file = hdf5::File::open_rw(&path).expect("HDF5");
+        let mut labels: Vec<i64> = file.dataset("labels").expect("labels").read_raw().expect("integers");
+        edit(&file, &mut labels);
+        file.dataset("labels").expect("labels").write_raw(&labels).expect("written");
+        path
+    };
+    let whole = held_out_images();
+    let stray = packed("stray.h5", &|_, labels| labels[7] = 1_000_000);
+    let partly = packed("partly.h5", &|_, labels| labels[3] = -1);
+    let nine = packed("nine.h5", &|file, labels| {
+        file.unlink("class_names").expect("names");
+        labels.iter_mut().for_each(|label| *label = (*label).min(8));
+    });
+    let none = fixture("bad_no_labels.h5");
+    let cases: [(&PathBuf, &PathBuf, &[&str]); 6] = [
+        (&none, &whole, &["data.train: ", "bad_no_labels.h5 has no labels, and supervised needs one"]),
+        (&partly, &whole, &["data.train: ", "partly.h5 has no label for image 3, and supervised needs one"]),
+        (&whole, &none, &["data.val: ", "bad_no_labels.h5 has no labels, and supervised needs one"]),
+        (&whole, &partly, &["data.val: ", "no label for image 3"]),
+        (&nine, &whole, &["data.val: ", "has label 9, and the 9 classes of data.train are 0 to 8"]),
+        (
+            &stray,
+            &whole,
+            &["data.train: ", "image 7 has label 1000000, and the 10 classes of its class_names"],
+        ),
+    ];
+    for (train, val, says) in cases {
+        let fixed = ["optimizer.batch_size=2", "eval.every_epochs=0", "data.size=8"];
+        let images = [setting("data.train", train), setting("data.val", val)];
+        let arguments = ["--plugin", "supervised"].into_iter().chain(TINY_BACKBONE).chain(fixed);
+        room.run(arguments.map(str::to_owned).chain(images)).expect(4).error_says(says);
+        assert!(!room.file("runs").exists(), "{says:?}");
+    }
 }

@@ -7,12 +7,13 @@ use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1};
 use jepa_plugin_api::testing::{self, LinkedMethod};
 use jepa_plugin_api::{Backbone, Method, RunFacts};
 use jepa_tests::fixture::{Fixture, assert_close};
+use jepa_tests::training::three_steps;
 use serde_json::{Value, json};
+use sparse_convnext::ConvNeXt;
 use sparse_resnet::ResNet;
 use tch::{Kind, Tensor};
 
-const OUTPUT: f64 = 1e-5;
-const GRADIENT: f64 = 1e-4;
+const TOLERANCE: f64 = 1e-5;
 
 fn build(method: Value, backbone: Value, facts: RunFacts) -> LinkedMethod<CnnJepa> {
     let resnet = |params: &_| ResNet::new("resnet18", serde_json::from_value(backbone.clone())?, params);
@@ -38,14 +39,14 @@ fn equals_fixture(name: &str) {
 
     // Once for the features, and from the same state for the loss: running statistics move in training.
     let output = built.method.forward(&images, &masks.context, true).expect("features");
-    assert_close("context", &output.context, &fixture.tensor("output.context_map"), OUTPUT);
-    assert_close("prediction", &output.prediction, &fixture.tensor("output.prediction"), OUTPUT);
-    assert_close("target", &output.target, &fixture.tensor("output.target_map"), OUTPUT);
+    assert_close("context", &output.context, &fixture.tensor("output.context_map"), TOLERANCE);
+    assert_close("prediction", &output.prediction, &fixture.tensor("output.prediction"), TOLERANCE);
+    assert_close("target", &output.target, &fixture.tensor("output.target_map"), TOLERANCE);
     for (name, value) in fixture.under("param.") {
         testing::set_tensor(&built.entries, name, &value).expect("the fixture's name and shape");
     }
     let step = built.method.step_with(&images, &masks, true).expect("a step");
-    assert_close("loss", &step.loss, &fixture.tensor("output.loss"), OUTPUT);
+    assert_close("loss", &step.loss, &fixture.tensor("output.loss"), TOLERANCE);
     step.loss.backward();
 
     let zero: Vec<String> = serde_json::from_value(fixture.json("zero_gradient")).expect("names");
@@ -54,11 +55,11 @@ fn equals_fixture(name: &str) {
         if zero.iter().any(|zero| zero == name) {
             assert!(f64::try_from(ours.abs().max()).expect("a number") < 1e-6, "{name}");
         } else {
-            assert_close(&format!("gradient of {name}"), &ours, &gradient, GRADIENT);
+            assert_close(&format!("gradient of {name}"), &ours, &gradient, TOLERANCE);
         }
     }
     for (name, after) in fixture.under("after.").into_iter().filter(|(name, _)| name.contains("running_")) {
-        assert_close(name, built.tensor(name).expect("a buffer"), &after, OUTPUT);
+        assert_close(name, built.tensor(name).expect("a buffer"), &after, TOLERANCE);
     }
     for target in built.entries.iter().filter(|entry| entry.name.starts_with("target")) {
         assert!(!target.tensor.grad().defined(), "{} has a gradient", target.name);
@@ -79,6 +80,53 @@ fn a_step_with_plain_convolutions_and_projection_equals_pytorch() {
     equals_fixture("cnn_jepa_step_plain");
 }
 
+/// The losses of three steps with AdamW and EMA, and every tensor afterwards.
+fn training_equals_fixture(name: &str) {
+    let fixture = Fixture::read(name);
+    let config = fixture.json("config");
+    let options = json!({ "predictor": config["predictor"], "projection": config["projection"] });
+    let backbone = &config["backbone"];
+    let (stem, width, depths) = (&backbone["stem"], &backbone["width"], &backbone["depths"]);
+    let network = json!({ "stem": stem, "width": width, "depths": depths });
+    let architecture = backbone["arch"].as_str().expect("a name");
+    let built = if architecture.starts_with("convnext") {
+        seeded(0, || {
+            let options = options.clone();
+            testing::method(options, testing::facts(), |params| {
+                ConvNeXt::new(architecture, serde_json::from_value(network.clone())?, params)
+            })
+        })
+    } else {
+        seeded(0, || Ok(build(options.clone(), network.clone(), testing::facts())))
+    };
+    let mut built: LinkedMethod<CnnJepa> = built.expect("a method");
+    for (name, value) in fixture.under("param.") {
+        testing::set_tensor(&built.entries, name, &value).expect("the fixture's name and shape");
+    }
+    let images = fixture.tensor("input.x");
+    let masks =
+        Masks { context: fixture.mask("input.context_mask"), target: fixture.mask("input.target_mask") };
+    let losses = three_steps(&mut built, &config, |method| {
+        method.step_with(&images, &masks, true).expect("a step").loss
+    });
+    assert_close("losses", &losses, &fixture.tensor("output.losses"), TOLERANCE);
+    let after = fixture.under("after.");
+    assert!(after.len() > 40);
+    for (name, value) in after {
+        assert_close(name, built.tensor(name).expect("a tensor"), &value, TOLERANCE);
+    }
+}
+
+#[test]
+fn three_steps_of_training_equal_pytorch() {
+    training_equals_fixture("cnn_jepa_training");
+}
+
+#[test]
+fn three_steps_of_training_on_a_convnext_equal_pytorch() {
+    training_equals_fixture("cnn_jepa_convnext_training");
+}
+
 #[test]
 fn the_loss_equals_pytorch_also_where_it_is_linear_or_empty() {
     let fixture = Fixture::read("jepa_loss");
@@ -89,9 +137,9 @@ fn the_loss_equals_pytorch_also_where_it_is_linear_or_empty() {
         let per_cell = smooth_l1(&unit, &target, 1.0).sum_dim_intlist([1].as_slice(), true, Kind::Float);
         let loss = masked_mean(&per_cell, &fixture.mask(&format!("input.mask.{case}")));
         loss.backward();
-        assert_close(case, &loss, &fixture.tensor(&format!("output.loss.{case}")), OUTPUT);
+        assert_close(case, &loss, &fixture.tensor(&format!("output.loss.{case}")), TOLERANCE);
         let expected = fixture.tensor(&format!("grad.prediction.{case}"));
-        assert_close(case, &prediction.grad(), &expected, GRADIENT);
+        assert_close(case, &prediction.grad(), &expected, TOLERANCE);
     }
 }
 
@@ -121,7 +169,7 @@ fn steps_give_loss_and_figures_and_validation_changes_nothing() {
     let loss = f64::try_from(&step.loss).expect("a number");
     assert!(loss > 0.0 && loss < 4.0, "unit vectors are not {loss} apart");
     let names: Vec<_> = step.metrics.iter().map(|(name, _)| name.as_str()).collect();
-    assert_eq!(names, ["context_share", "target_share", "prediction_spread", "target_spread"]);
+    assert_eq!(names, ["context_share", "target_share", "prediction_spread", "spread"]);
     for (name, value) in &step.metrics {
         let value = f64::try_from(value).expect("a number");
         assert!(value > 0.0 && value < 1.5, "{name} is {value}");

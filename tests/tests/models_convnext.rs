@@ -200,8 +200,10 @@ fn errors_say_what_to_change() {
 
     let (model, _) = build("convnext_atto", json!({ "width": 4 }));
     let images = Tensor::zeros([2, 3, 40, 40], (Kind::Float, Device::Cpu));
-    let error = model.forward(&images, None, true).expect_err("an error").to_string();
+    let mask = Tensor::ones([2, 1, 1, 1], (Kind::Bool, Device::Cpu));
+    let error = model.forward(&images, Some(&mask), true).expect_err("an error").to_string();
     assert!(error.contains("set data.size to a multiple of 32"), "{error}");
+    assert_eq!(model.forward(&images, None, true).expect("a map").size(), [2, 32, 1, 1]);
 }
 
 /// What the real binary makes of 60 steps of CNN-JEPA on a small ConvNeXt: the names it saved, and its metrics.

@@ -178,6 +178,8 @@ fn maps_without_room_are_refused_by_key() {
     assert!(refused(json!({ "target_scale": [0.9, 1.0] }), 7).contains("method.mask.target_scale"));
     assert!(refused(json!({ "target_scale": [0.5, 0.2] }), 7).contains("method.mask.target_scale"));
     assert!(refused(json!({ "min_keep": 45 }), 7).contains("method.mask.min_keep"));
+    let error = refused(json!({ "context_scale": [0.05, 0.05] }), 7);
+    assert!(error.contains("method.mask.context_scale") && error.contains("more than 5 "), "{error}");
     assert!(refused(json!({ "num_targets": 0 }), 7).contains("method.mask.num_targets"));
     assert!(refused(json!({ "target_aspect": [0.0, 1.0] }), 7).contains("method.mask.target_aspect"));
     assert!(refused(json!({ "multi_block_probability": 2 }), 7).contains("multi_block_probability"));

@@ -8,7 +8,9 @@ use sparse_resnet::ResNet;
 use tch::{Device, Kind, Tensor};
 
 const OUTPUT: f64 = 1e-5;
-const GRADIENT: f64 = 1e-4;
+/// Batch norms over few values leave so much of f32: 1.7e-5 was measured for layer1.1.bn1.bias of the sparse basic
+/// blocks, and PyTorch's own f32 is off its f64 by as much as 2e-5 (`TOLERANCE` in the generator).
+const GRADIENT: f64 = 3e-5;
 
 fn build(name: &str, options: Value) -> (ResNet, Vec<Entry>) {
     let params = Params::new(Device::Cpu);
@@ -179,11 +181,18 @@ fn errors_say_what_to_change() {
         model.forward(&images, mask.as_ref(), true).expect_err("an error").to_string()
     };
     let mask = |f: i64, kind: Kind| Some(Tensor::zeros([2, 1, f, f], (kind, Device::Cpu)));
-    assert!(fails(40, None).contains("set data.size to a multiple of 32"));
+    assert!(fails(40, mask(1, Kind::Bool)).contains("set data.size to a multiple of 32"));
+    // Without a mask there are no cells to divide into: timm's map of 100 px is 4 × 4 too.
+    let images = Tensor::zeros([2, 3, 100, 100], (Kind::Float, Device::Cpu));
+    assert_eq!(model.forward(&images, None, true).expect("a map").size(), [2, 32, 4, 4]);
     assert!(fails(64, mask(4, Kind::Bool)).contains("[2, 1, 2, 2]"));
     assert!(fails(64, mask(2, Kind::Float)).contains("bool"));
     assert!(fails(64, mask(2, Kind::Bool)).contains("shows no cell"));
     let one = mask(2, Kind::Bool).expect("a mask");
     let _ = one.get(0).get(0).get(1).get(1).fill_(true as i64);
     assert!(fails(64, Some(one)).contains("single visible position"));
+    let pixels = Tensor::zeros([1, 3, 32, 32], (Kind::Float, Device::Cpu));
+    let error = model.forward(&pixels, None, true).expect_err("one cell of one image").to_string();
+    assert!(error.contains("single position: raise optimizer.batch_size"), "{error}");
+    let _ = model.forward(&pixels, None, false).expect("running statistics do");
 }

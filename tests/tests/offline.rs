@@ -1,13 +1,15 @@
 //! What can be done with a finished run: judge it again, export its backbone, begin another run with it, embed images.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use jepa_host::checkpoint::adapt;
 use jepa_tests::fixture::Fixture;
 use jepa_tests::real::{Room, TINY_BACKBONE, checkpoints, demo_images, held_out_images, setting};
 use safetensors::SafeTensors;
 use serde_json::Value;
+use tch::{Device, Kind, Tensor};
 
 const RUN: &str = "runs/cnn_jepa/version_0";
 
@@ -79,6 +81,47 @@ fn offline_figures_are_the_online_ones_to_the_last_digit() {
 }
 
 #[test]
+fn an_interrupted_judgement_does_not_speak_of_training() {
+    let room = trained();
+    let slow = ["eval.linear.epochs=1000000", "eval.linear.batch_size=1"];
+    let mut running = room.start(["-v", "eval", "linear", RUN].into_iter().chain(slow));
+    // By then signals have been taken over.
+    let told = room.file("err.1");
+    running
+        .until("the plugins", || fs::read_to_string(&told).is_ok_and(|text| text.contains("plugin loaded")));
+    running.signal(libc::SIGINT);
+    let ended = running.wait().expect(130);
+    assert_eq!(ended.error(), "interrupted by SIGINT");
+}
+
+#[test]
+fn a_checkpoint_is_judged_by_its_own_settings_wherever_it_is_copied_to() {
+    let room = trained();
+    let online = state(&room, RUN)["last_eval"].clone();
+    room.run(arguments(&["trainer.max_steps=8", "eval.linear.epochs=2", "--resume", "auto"])).expect(0);
+    let earlier = checkpoints(&room.file(RUN).join("checkpoints")).remove(0);
+    let copied = room.file("copied");
+    fs::create_dir(&copied).unwrap();
+    for entry in fs::read_dir(&earlier).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, copied.join(path.file_name().unwrap())).unwrap();
+    }
+    for checkpoint in [earlier.to_str().unwrap(), "copied"] {
+        let ended = room.run(["eval", "linear", checkpoint, "--format", "json"]).expect(0);
+        let offline = json(&ended.stdout);
+        for name in ["eval/linear_top1", "eval/linear_top1_final", "eval/rankme"] {
+            assert_eq!(offline[name], online[name], "{name} of {checkpoint}");
+        }
+    }
+    room.run(["export", "copied", "copied.safetensors"]).expect(0);
+    room.run(["export", earlier.to_str().unwrap(), "earlier.safetensors"]).expect(0);
+    assert!(tensors(&room.file("copied.safetensors")) == tensors(&room.file("earlier.safetensors")));
+    room.run(arguments(&["init.from=copied", "run.name=from_copy", "trainer.max_steps=1"])).expect(0);
+    let ended = room.run(arguments(&["--resume", "copied"])).expect(1);
+    ended.error_says(&["copied is no checkpoint", "outside a run"]);
+}
+
+#[test]
 fn views_of_an_image_are_the_harder_to_find_the_more_there_are() {
     let room = trained();
     let accuracy = |images: &str| {
@@ -125,6 +168,10 @@ fn fine_tuning_trains_the_run_s_backbone_with_labels() {
     room.run(["eval", "finetune", RUN].into_iter().chain(random)).expect(0);
     assert_ne!(first_loss("runs/random/version_0"), first_loss(tuned));
 
+    let other = ["--method", "simclr", "trainer.max_steps=1", "method.hidden=8", "method.output=8"];
+    room.run(["eval", "finetune", RUN, "run.name=other"].into_iter().chain(other)).expect(0);
+    assert_eq!(state(&room, "runs/other/version_0")["method"], "simclr");
+
     let ended = room.run(["eval", "finetune", RUN, "data.val=nowhere.h5"]).expect(4);
     ended.error_says(&["data.val: cannot open nowhere.h5"]);
     room.run(["eval", "finetune", "runs/nothing"]).expect(1).error_says(&["runs/nothing is no checkpoint"]);
@@ -149,7 +196,9 @@ fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
     assert!(exported.iter().any(|(name, _)| name == "layer2.0.downsample.1.running_var"));
 
     room.run(["export", RUN, "backbone.safetensors"]).expect(2).error_says(&["exists", "--force"]);
+    fs::write(room.file("backbone.tmp"), "somebody's own").unwrap();
     room.run(["export", RUN, "backbone.safetensors", "--force"]).expect(0);
+    assert_eq!(fs::read_to_string(room.file("backbone.tmp")).unwrap(), "somebody's own");
 
     // From the file and from the run itself, the first judgement is the last of the run that was exported.
     let last = &state(&room, RUN)["last_eval"];
@@ -164,6 +213,91 @@ fn an_exported_backbone_has_timm_s_names_and_begins_another_run() {
         for (name, value) in first.as_object().unwrap() {
             assert_eq!(value, &last[name], "{name} from {from}");
         }
+    }
+}
+
+/// Writes `tensors` as a safetensors file.
+fn write(file: &Path, tensors: Vec<(String, Tensor)>) {
+    Tensor::write_safetensors(&tensors, file).unwrap();
+}
+
+#[test]
+fn a_classifier_is_left_out_unless_it_is_the_backbone_s_own() {
+    let room = trained();
+    room.run(["export", RUN, "backbone.safetensors"]).expect(0);
+    let mut tensors = Tensor::read_safetensors(room.file("backbone.safetensors")).unwrap();
+    tensors.push(("fc.weight".to_owned(), Tensor::zeros([10, 8], (Kind::Float, Device::Cpu))));
+    write(&room.file("with_fc.safetensors"), tensors);
+    let ended = room.run(arguments(&["init.from=with_fc.safetensors"])).expect(0);
+    assert!(ended.stderr.contains("left out the classifier, fc.weight"), "{}", ended.stderr);
+
+    let named = |names: &[&str]| -> Vec<(String, Tensor)> {
+        names.iter().map(|name| ((*name).to_owned(), Tensor::from(1f32))).collect()
+    };
+    let weights = named(&["stem.weight", "head.norm.weight", "head.fc.weight"]);
+    let kept = adapt(&weights, &named(&["stem.weight", "head.norm.weight"]));
+    let kept: Vec<&str> = kept.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(kept, ["stem.weight", "head.norm.weight"]);
+}
+
+#[test]
+fn a_file_without_counters_of_batches_begins_a_run_too() {
+    let room = trained();
+    room.run(["export", RUN, "backbone.safetensors"]).expect(0);
+    let mut tensors = Tensor::read_safetensors(room.file("backbone.safetensors")).unwrap();
+    let all = tensors.len();
+    tensors.retain(|(name, _)| !name.ends_with("num_batches_tracked"));
+    assert!(tensors.len() < all);
+    write(&room.file("old.safetensors"), tensors);
+    room.run(arguments(&["init.from=old.safetensors", "run.name=old"])).expect(0);
+    let last = &state(&room, RUN)["last_eval"];
+    assert_eq!(state(&room, "runs/old/version_0")["first_eval"]["eval/knn_top1"], last["eval/knn_top1"]);
+}
+
+#[test]
+fn what_timm_calls_for_is_what_is_exported() {
+    let room = Room::new();
+    let exported = |backbone: &str| {
+        let (images, name) = (
+            setting("data.train", &demo_images()),
+            [format!("backbone.name={backbone}"), format!("run.name={backbone}")],
+        );
+        let fixed = [
+            "--plugin",
+            "byol",
+            "data.size=32",
+            "data.upscale=true",
+            "optimizer.batch_size=2",
+            "trainer.max_steps=1",
+        ];
+        let fixed =
+            fixed.into_iter().chain(["trainer.device=cpu", "method.hidden=8", "method.output=8", &images]);
+        room.run(fixed.chain(name.iter().map(String::as_str))).expect(0);
+        let (run, file) = (format!("runs/{backbone}"), format!("{backbone}.safetensors"));
+        let told = room.run(["export", &run, &file]).expect(0).stdout;
+        assert!(told.contains(&format!("timm.create_model(\"{backbone}\", num_classes=0)")), "{told}");
+        (fs::read(room.file(&file)).unwrap(), told)
+    };
+    for (backbone, fixture) in [("resnet18", "timm_resnet_names"), ("convnext_atto", "timm_convnext_names")] {
+        let (bytes, told) = exported(backbone);
+        let content = SafeTensors::deserialize(&bytes).unwrap();
+        let ours: BTreeMap<String, Vec<usize>> =
+            content.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+        let text = fs::read_to_string(jepa_tests::real::fixture(&format!("{fixture}.json"))).unwrap();
+        let names = json(&text)["models"][backbone].clone();
+        let mut timm: BTreeMap<String, Vec<usize>> =
+            serde_json::from_value::<Vec<(String, Vec<usize>)>>(names).unwrap().into_iter().collect();
+        // Every batch norm of PyTorch's has a counter, which the fixture leaves out.
+        let norms: Vec<String> =
+            timm.keys().filter_map(|n| n.strip_suffix("running_var")).map(str::to_owned).collect();
+        timm.extend(norms.into_iter().map(|norm| (norm + "num_batches_tracked", Vec::new())));
+        assert_eq!(ours, timm, "{backbone}");
+        // The fixture's ConvNeXts have been freed of it.
+        assert_eq!(
+            told.contains("model.head.norm = torch.nn.Identity()"),
+            backbone == "convnext_atto",
+            "{told}"
+        );
     }
 }
 

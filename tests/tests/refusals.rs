@@ -181,7 +181,8 @@ fn a_plugin_that_links_libtorch_has_to_say_which() {
     let uses = "int answer(void);\nint ask(void) { return answer(); }\n";
     let link = ["-Wl,--no-as-needed", "-L.", "-ltorch_cpu"];
     let library = room.compile_with("libown.so", &(manifest("") + uses), &link);
-    refused(&room, &library).error_says(&["links libtorch_cpu.so, and its manifest names no version", "libtorch: "]);
+    refused(&room, &library)
+        .error_says(&["links libtorch_cpu.so, and its manifest names no version", "libtorch: "]);
     let library = room.compile_with("libown.so", &(manifest("1.2.3") + uses), &link);
     refused(&room, &library).error_says(&["brings C++ for libtorch 1.2.3", "build it for "]);
 }
@@ -202,7 +203,9 @@ fn a_refused_file_may_be_the_one_that_is_missed() {
 
 #[test]
 fn what_a_newer_plugin_declares_and_this_host_cannot_read_is_refused() {
-    let words = |plugin: &str| format!("plugin `{plugin}` does not fit: it was built with plugin API 1.9 and declares what");
+    let words = |plugin: &str| {
+        format!("plugin `{plugin}` does not fit: it was built with plugin API 1.9 and declares what")
+    };
     let images = setting("data.train", &demo_images());
     let train = |room: &Room, plugins: &[&str]| {
         let plugins = plugins.iter().flat_map(|plugin| ["--plugin", plugin]).chain([images.as_str()]);
@@ -416,6 +419,55 @@ fn a_size_that_does_not_divide_is_refused() {
     let ended = train(&room, &settings).expect(USAGE);
     ended.error_says(&["17 px", "set data.size to a multiple of 2"]);
     assert!(!room.file("runs").exists(), "nothing was begun");
+}
+
+#[test]
+fn images_that_would_be_enlarged_are_refused() {
+    let room = Room::new();
+    let (small, fitting) = (fixture("reference_layout.h5"), demo_images());
+    let run = |settings: &[String]| train(&room, settings);
+    for key in ["data.train", "data.val"] {
+        let other = if key == "data.train" { "data.val" } else { "data.train" };
+        let sets = [setting(key, &small), setting(other, &fitting), "data.size=26".to_owned()];
+        let ended = run(&sets).expect(DATA);
+        let file = small.display().to_string();
+        ended.error_says(&[key, &file, "smaller than data.size = 26", "22 px", "data.upscale=true"]);
+        assert!(!room.file("runs").exists(), "nothing was begun");
+    }
+    let allowed = ["data.size=26", "data.upscale=true", "trainer.max_steps=1", "optimizer.batch_size=4"];
+    run(&[vec![setting("data.train", &small)], allowed.map(str::to_owned).to_vec()].concat()).expect(0);
+}
+
+#[test]
+fn cells_matter_to_masks_alone() {
+    let room = Room::new();
+    let images = setting("data.train", &demo_images());
+    let fixed = ["data.size=17", "trainer.device=cpu", "trainer.max_steps=1", "optimizer.batch_size=4"];
+    let heads = ["method.hidden=8", "method.output=8", images.as_str()];
+    let arguments = ["--plugin", "byol"].into_iter().chain(TINY_BACKBONE).chain(fixed).chain(heads);
+    room.run(arguments).expect(0);
+}
+
+#[test]
+fn a_backbone_that_cannot_look_at_the_images_begins_no_run() {
+    let room = Room::new();
+    let (images, file) =
+        (setting("data.train", &demo_images()), setting("backbone.file", &fixture("torchscript_net.pt")));
+    let script =
+        ["backbone.name=torchscript", "backbone.channels=6", "backbone.downsample=8", "data.size=24"];
+    let script = script.into_iter().chain([file.as_str()]).collect::<Vec<_>>();
+    let cases: [(&[&str], [&str; 3]); 2] = [
+        (&script, ["data.size = 24 px", "torchscript_net.pt", "backbone.downsample"]),
+        (
+            &["backbone.name=convnext_atto", "data.size=28"],
+            ["data.size = 28 px", "a cell of 32 px", "backbone.stem"],
+        ),
+    ];
+    for (settings, says) in cases {
+        let arguments = ["--plugin", "byol", "trainer.device=cpu", &images].into_iter();
+        room.run(arguments.chain(settings.iter().copied())).expect(USAGE).error_says(&says);
+        assert!(!room.file("runs").exists(), "nothing was begun");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::state::State;
 use crate::plugin::PluginRecord;
 
 /// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
-const FREE: [&str; 9] = [
+const FREE: [&str; 10] = [
     "run.",
     "track.",
     "checkpoint.",
@@ -16,6 +16,7 @@ const FREE: [&str; 9] = [
     "data.threads",
     "data.train",
     "data.val",
+    "data.upscale",
     "trainer.log_every_steps",
     "trainer.max_steps",
 ];

@@ -10,6 +10,7 @@ use tch::Tensor;
 use super::error::CheckpointError;
 use super::state::{Best, FORMAT, State};
 use super::tensors::{self, Layout, NamedTensors};
+use crate::files::{TEMPORARY, put_in_place, sync_folder, temporary_beside};
 
 /// Folder of a run's checkpoints.
 pub(super) const FOLDER: &str = "checkpoints";
@@ -18,8 +19,6 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 pub(super) const STATE: &str = "state.json";
 const BEST: &str = "best.json";
 const STEP: &str = "step_";
-/// What is being written or deleted; worthless after a kill.
-const TEMPORARY: &str = ".tmp_";
 /// An earlier checkpoint of the same step while its successor takes its name.
 const REPLACED: &str = ".old_";
 /// A checkpoint of steps that a run went back behind.
@@ -102,12 +101,11 @@ fn note_best(folder: &Path, best: Option<&Best>) -> Result<(), CheckpointError> 
 /// # Errors
 /// When it cannot be written.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!("{TEMPORARY}{name}"));
-    write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, path)).inspect_err(|_| {
+    let temporary = temporary_beside(path);
+    write_synced(&temporary, bytes).inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })?;
-    path.parent().map_or(Ok(()), sync_folder)
+    put_in_place(&temporary, path)
 }
 
 fn prune(folder: &Path, keep: usize, best: Option<u64>) -> Result<(), CheckpointError> {
@@ -271,11 +269,4 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
     file.sync_all()
-}
-
-/// A rename is lasting only when the folder is on the disk too.
-fn sync_folder(path: &Path) -> io::Result<()> {
-    // The folder of a bare file name is the current one.
-    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-    File::open(path)?.sync_all()
 }

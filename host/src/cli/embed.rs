@@ -1,17 +1,16 @@
 //! `jepa-host embed`: the features of a data set as an HDF5 file.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use clap::Args;
-use jepa_plugin_api::tch::{Device, no_grad};
+use jepa_plugin_api::tch::Device;
 use serde_json::json;
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::{SavedArgs, evaluation_view};
-use crate::data::{Dataset, FeatureFile};
-use crate::eval::{Features, feature_loader};
+use super::session::SavedArgs;
+use crate::data::FeatureFile;
+use crate::eval::{Features, evaluation_view, feature_loader};
 use crate::plugin::PluginSources;
 
 /// Write the features of a data set as HDF5: `features` f32 (N, D), `labels` i64 (N), `indices` i64 (N)
@@ -37,17 +36,20 @@ impl EmbedArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let mut saved = self.saved.open(sources)?;
         let config = saved.session.config();
-        let Some(data) = self.data.as_ref().or(config.data.val.as_ref()) else {
-            return Err(Usage("the run has no data.val: name the images with --data".to_owned()).into());
+        let (key, data) = match (&self.data, &config.data.val) {
+            (Some(data), _) => ("--data", data),
+            (None, Some(data)) => ("data.val", data),
+            (None, None) => {
+                return Err(Usage("the run has no data.val: name the images with --data".to_owned()).into());
+            }
         };
-        let set = Arc::new(Dataset::open(data)?);
+        let set = saved.session.open_images(key, data)?;
         let view = evaluation_view(config, saved.model.method.views());
         let loader = feature_loader(config, view, &set, false)?;
         let mut file: Option<FeatureFile> = None;
         for batch in loader.batches(0, 0) {
             let batch = batch?;
-            let images = batch.views[0].to_device(saved.device);
-            let x = no_grad(|| saved.model.method.encode(&images))?.to_device(Device::Cpu);
+            let x = saved.model.encode(&batch.views[0], saved.device)?.to_device(Device::Cpu);
             let features = Features::new(&x, &batch.labels)?;
             let file = match &mut file {
                 Some(file) => file,

@@ -2,21 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use jepa_plugin_api::tch::{Tensor, no_grad};
+use jepa_plugin_api::tch::Tensor;
 use serde_json::{Value, json};
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::{SavedArgs, evaluation_view, find_checkpoint};
+use super::session::SavedArgs;
 use super::train::TrainArgs;
-use crate::checkpoint::load_state;
+use crate::checkpoint::{find_checkpoint, load_state};
 use crate::config::Base;
-use crate::data::Dataset;
-use crate::eval::Evaluation;
+use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::PluginSources;
 use crate::train::{Signals, TrainError};
 
@@ -48,7 +45,10 @@ pub(super) struct FinetuneArgs {
     /// A run directory (the newest checkpoint is taken), or a checkpoint
     #[arg(value_name = "RUN|CHECKPOINT")]
     run: PathBuf,
-    /// Plugin to load; by default `supervised`, and those that the run was trained with
+    /// The method that trains it, and by default the name of its plugin
+    #[arg(long, value_name = "METHOD", default_value = "supervised")]
+    method: String,
+    /// Plugin to load; by default that of the method, and those that the run was trained with
     #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
     plugin: Vec<PathBuf>,
     /// Print every setting with its value and where it comes from, and exit
@@ -102,20 +102,15 @@ impl EvalArgs {
         let Some(val) = &config.data.val else {
             return Err(Usage("the run has no data.val: add data.val=held_out.h5".to_owned()).into());
         };
-        let (train_set, val_set) = (
-            Dataset::open(config.train_file()?).context("data.train")?,
-            Dataset::open(val).context("data.val")?,
-        );
+        let train_set = saved.session.open_images("data.train", config.train_file()?)?;
+        let val_set = saved.session.open_images("data.val", val)?;
         let view = evaluation_view(config, saved.model.method.views());
-        let evaluation = Evaluation::new(config, view, &Arc::new(train_set), &Arc::new(val_set), probes)?;
+        let evaluation = Evaluation::new(config, view, &train_set, &val_set, probes)?;
 
-        let (device, method) = (saved.device, &mut saved.model.method);
-        let mut encode = |images: &Tensor| -> anyhow::Result<Tensor> {
-            Ok(no_grad(|| method.encode(&images.to_device(device)))?)
-        };
-        let run = saved.checkpoint.clone();
+        let (device, model) = (saved.device, &mut saved.model);
+        let mut encode = |images: &Tensor| model.encode(images, device);
         let go_on = || match signals.pending() {
-            Some(signal) => Err(TrainError::Interrupted { signal, run: run.clone() }.into()),
+            Some(signal) => Err(TrainError::Stopped { signal }.into()),
             None => Ok(()),
         };
         let figures: BTreeMap<String, f64> = evaluation.run(device, &mut encode, &go_on)?;
@@ -127,9 +122,9 @@ impl EvalArgs {
 }
 
 impl FinetuneArgs {
-    /// Trains the method `supervised` on the run's images, its backbone beginning with the run's weights.
+    /// Trains another method on the run's images, its backbone beginning with the run's weights.
     fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
-        let (run, checkpoint) = find_checkpoint(&self.run)?;
+        let checkpoint = find_checkpoint(&self.run)?;
         let state = load_state(&checkpoint)?;
         let of_run = |key: &str| state.config.pointer(key).cloned().unwrap_or(Value::Null);
         let name = format!("{}_finetuned", of_run("/run/name").as_str().unwrap_or(&state.method));
@@ -137,7 +132,7 @@ impl FinetuneArgs {
             "seed": of_run("/seed"),
             "run": { "name": name, "dir": of_run("/run/dir") },
             "init": { "from": checkpoint },
-            "method": { "name": "supervised" },
+            "method": { "name": self.method },
             "backbone": of_run("/backbone"),
             "data": of_run("/data"),
             "optimizer": {
@@ -157,12 +152,12 @@ impl FinetuneArgs {
             "eval": { "every_epochs": 0, "at_start": false },
         });
         let Value::Object(settings) = settings else { unreachable!("written above") };
-        let layer = format!("eval finetune of {}", run.display());
+        let layer = format!("eval finetune of {}", checkpoint.display());
         let mut plugins = self.plugin;
         if plugins.is_empty() {
             let of_run = state.plugins.iter().map(|plugin| plugin.name.as_str());
-            plugins.push("supervised".into());
-            plugins.extend(of_run.filter(|name| *name != "supervised").map(PathBuf::from));
+            plugins.push(self.method.clone().into());
+            plugins.extend(of_run.filter(|name| *name != self.method).map(PathBuf::from));
         }
         TrainArgs::on(Base { layer, settings }, plugins, self.overrides, self.print_config).run(sources)
     }

@@ -21,7 +21,7 @@ pub(super) struct Usage(pub String);
 /// program is nobody's concern.
 pub(super) fn report(error: &anyhow::Error) {
     let interrupted = |cause: &(dyn std::error::Error + 'static)| {
-        matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. }))
+        matches!(cause.downcast_ref(), Some(TrainError::Interrupted { .. } | TrainError::Stopped { .. }))
     };
     let first = error.chain().position(interrupted).unwrap_or(0);
     let mut text = String::new();
@@ -45,7 +45,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if cause.is::<ConfigError>() || cause.is::<Usage>() || cause.is::<LockError>() {
         return Some(2);
     }
-    if let Some(DataError::Exists { .. }) = cause.downcast_ref() {
+    if let Some(DataError::Exists { .. } | DataError::View { .. }) = cause.downcast_ref() {
         return Some(2);
     }
     if let Some(error) = cause.downcast_ref() {
@@ -74,7 +74,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(5);
     }
     match cause.downcast_ref::<TrainError>()? {
-        TrainError::Interrupted { signal, .. } => Some(128 + *signal as u8),
+        TrainError::Interrupted { signal, .. } | TrainError::Stopped { signal } => Some(128 + *signal as u8),
         TrainError::Declaration { .. } => Some(6),
         TrainError::NoStep { .. } => Some(2),
         TrainError::Diverged { .. }

@@ -2,16 +2,18 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::abi::MethodHandle;
-use jepa_plugin_api::{Interpolation, Rng, RunFacts, Transform, ViewSpec, tch};
+use jepa_plugin_api::{Rng, RunFacts, tch};
 use serde_json::{Value, json};
 
 use super::exit::Usage;
-use crate::checkpoint::{CheckpointError, State, load_model, resolve_resume, restore};
-use crate::config::{self, Config, Layers, ResolvedConfig};
+use crate::checkpoint::{State, find_checkpoint, load_model, restore};
+use crate::config::{self, Base, Config, Layers, ResolvedConfig};
+use crate::data::Dataset;
 use crate::device::{self, check_native, device_text};
 use crate::eval::PluginProbe;
 use crate::plugin::{Kind, PluginSources, Registry};
@@ -66,6 +68,22 @@ impl Session {
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.settings.config
+    }
+
+    /// The images in the file `path`, which `key` names, large enough for `data.size`.
+    pub fn open_images(&self, key: &'static str, path: &Path) -> anyhow::Result<Arc<Dataset>> {
+        let settings = &self.config().data;
+        let set = Dataset::open(path).context(key)?;
+        if !settings.upscale {
+            set.require_size(settings.size).context(key)?;
+        }
+        Ok(Arc::new(set))
+    }
+
+    /// Whether the method learns from labels.
+    pub fn needs_labels(&self) -> anyhow::Result<bool> {
+        let (plugin, _) = self.registry.find(Kind::Method, &self.method)?;
+        Ok(plugin.plugin.offer().methods.iter().any(|offer| offer.name == self.method && offer.needs_labels))
     }
 
     /// Builds the method on `device` for a training set of so many `classes`, images without a label, and steps an
@@ -152,17 +170,6 @@ fn chosen_probes(config: &Config, registry: &Registry) -> BTreeSet<String> {
     config.eval.probes.keys().cloned().chain(loaded).collect()
 }
 
-/// What the probes see: a centre crop, normalised as the method's own views are.
-pub(super) fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
-    let crop =
-        ViewSpec::new("evaluation").resize_center_crop(config.eval.crop_ratio, Interpolation::Bilinear);
-    let transforms = views.iter().flat_map(|view| &view.transforms);
-    match transforms.into_iter().find(|transform| matches!(transform, Transform::Normalize { .. })) {
-        Some(normalize) => crop.then(normalize.clone()),
-        None => crop,
-    }
-}
-
 /// A trained model to work with, on the command line.
 #[derive(Debug, Args)]
 pub(super) struct SavedArgs {
@@ -190,15 +197,14 @@ pub(super) struct Saved {
 impl SavedArgs {
     /// Builds the method as the run did, and gives it the weights of the checkpoint.
     pub fn open(&self, sources: &PluginSources) -> anyhow::Result<Saved> {
-        let (run, checkpoint) = find_checkpoint(&self.run)?;
+        let checkpoint = find_checkpoint(&self.run)?;
         let (state, weights) = load_model(&checkpoint)?;
         let names = || state.plugins.iter().map(|plugin| plugin.name.clone().into());
         let plugins = if self.plugin.is_empty() { names().collect() } else { self.plugin.clone() };
-        let layers = Layers {
-            file: Some(run.join("config.toml")),
-            overrides: self.overrides.clone(),
-            ..Layers::default()
-        };
+        // Those of the checkpoint, and not of the run, which may have gone on with others.
+        let settings = state.config.as_object().cloned().unwrap_or_default();
+        let base = Base { layer: checkpoint.display().to_string(), settings };
+        let layers = Layers { base: Some(base), overrides: self.overrides.clone(), ..Layers::default() };
         let session = Session::open(&plugins, layers, sources)?;
         for plugin in session.registry.plugins() {
             let then = state.plugins.iter().find(|then| then.name == plugin.name());
@@ -215,12 +221,4 @@ impl SavedArgs {
         restore(&model.tensors(), &weights).with_context(|| format!("{}", checkpoint.display()))?;
         Ok(Saved { session, device, model, state, checkpoint })
     }
-}
-
-/// The run directory and the checkpoint that `path` means.
-pub(super) fn find_checkpoint(path: &Path) -> Result<(PathBuf, PathBuf), CheckpointError> {
-    let nothing =
-        || CheckpointError::NotACheckpoint { path: path.to_owned(), why: "there is none in it".to_owned() };
-    let found = resolve_resume(&path.to_string_lossy(), "".as_ref(), "")?.ok_or_else(nothing)?;
-    Ok((found.run, found.checkpoint))
 }

@@ -8,21 +8,22 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _};
-use jepa_plugin_api::abi::MethodHandle;
-use jepa_plugin_api::{ViewSpec, tch};
+use jepa_plugin_api::ViewSpec;
+use jepa_plugin_api::abi::{Failure, FailureKind, MethodHandle};
+use jepa_plugin_api::tch::{self, Tensor};
 use serde_json::json;
 
 use super::exit::{self, Usage};
 use super::output::print_text;
-use super::session::{Session, evaluation_view};
+use super::session::Session;
 use super::trackers::{open_trackers, patience_at_end};
 use crate::checkpoint::{
-    self, Checkpoint, FORMAT, Resume, RunDir, State, encoder_of, read_encoder, resolve_resume, restore,
+    self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, read_encoder, resolve_resume, restore,
 };
 use crate::config::{Base, Config, Layers, LrScale, nearest};
 use crate::data::{Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
-use crate::eval::Evaluation;
+use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::{Kind, LoadedPlugin, PluginSources};
 use crate::provenance;
 use crate::track::METRICS_FILE;
@@ -80,9 +81,13 @@ impl TrainArgs {
         tell_of_optimizer(config);
 
         let device = session.device()?;
-        let train_set = Arc::new(Dataset::open(config.train_file()?).context("data.train")?);
+        let train_set = session.open_images("data.train", config.train_file()?)?;
         let val_set =
-            config.data.val.as_ref().map(Dataset::open).transpose().context("data.val")?.map(Arc::new);
+            config.data.val.as_ref().map(|path| session.open_images("data.val", path)).transpose()?;
+
+        if session.needs_labels()? {
+            require_labels(&session.method, &train_set, val_set.as_deref())?;
+        }
 
         let steps_per_epoch =
             steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
@@ -97,7 +102,8 @@ impl TrainArgs {
         }
         let views = method.views().to_vec();
         let encoder = method.encoder().to_owned();
-        let model = Model::adopt(method, session.registry.find(Kind::Method, &session.method)?.0.name())?;
+        let mut model = Model::adopt(method, session.registry.find(Kind::Method, &session.method)?.0.name())?;
+        try_encoder(&mut model, config.data.size, device)?;
         let optimizer = Optimizer::new(&config.optimizer, model.trained());
 
         let mut state = State {
@@ -275,12 +281,36 @@ fn resumed(saved: Checkpoint, now: State) -> State {
     }
 }
 
+/// Refuses data sets that `method` cannot learn labels from, and be validated with.
+fn require_labels(method: &str, train: &Dataset, val: Option<&Dataset>) -> anyhow::Result<()> {
+    train.require_labels(method).context("data.train")?;
+    if let Some(val) = val {
+        val.require_labels(method)
+            .and_then(|_| val.require_classes(train.classes(), "data.train"))
+            .context("data.val")?;
+    }
+    Ok(())
+}
+
+/// Shows the method a blank image, as an evaluation would: sizes that do not fit fail before a run begins.
+fn try_encoder(model: &mut Model, size: usize, device: tch::Device) -> anyhow::Result<()> {
+    let side = size as i64;
+    let image = Tensor::f_zeros([1, 3, side, side], (tch::Kind::Float, device))?;
+    model.encode(&image, device).map(drop).map_err(|error| match error.downcast_ref::<Failure>() {
+        Some(failure) if failure.kind == FailureKind::Error => {
+            Usage(format!("images of data.size = {size} px do not fit: {failure}")).into()
+        }
+        _ => error,
+    })
+}
+
 /// Gives every backbone of `method` the weights in `from`.
 fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
     let weights = read_encoder(from).context("init.from")?;
     for backbone in method.backbones() {
         let entries = method.entries().iter().map(|entry| (entry.name.clone(), entry.tensor.shallow_clone()));
-        restore(&encoder_of(entries.collect(), backbone), &weights).map_err(|error| {
+        let into = encoder_of(entries.collect(), backbone);
+        restore(&into, &adapt(&weights, &into)).map_err(|error| {
             Usage(format!(
                 "init.from = {} does not fit backbone.name and its options: {error}",
                 from.display()

@@ -87,6 +87,8 @@ pub struct Data {
     /// Side of the square images that the network sees, in pixels. Default 224.
     #[schemars(range(min = 1))]
     pub size: usize,
+    /// Train on images most of which are smaller than `size`, and have to be enlarged. Default false: they are refused.
+    pub upscale: bool,
     /// Threads that decode and augment; 0: one per core. Results do not depend on it. Default 0.
     pub threads: usize,
     /// What to do about an image that cannot be decoded. Default `fail`.
@@ -183,9 +185,6 @@ pub struct Trainer {
     /// Batches whose gradients are averaged into one optimizer step. Default 1.
     #[schemars(range(min = 1))]
     pub accumulate: usize,
-    /// Batch norm over the images of all ranks. One rank, which is all that a run has so far, has them all: it changes
-    /// nothing there. Default true.
-    pub sync_batch_norm: bool,
     /// Gradients are scaled down to this L2 norm over all parameters. Default: no clipping.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub clip: Option<f64>,
@@ -309,9 +308,10 @@ pub struct Eval {
     /// How many training images the probes learn from, drawn at random by the seed. Default: all.
     #[schemars(range(min = 1))]
     pub train_limit: Option<usize>,
-    /// What to do when features collapse: when `eval/spread` falls below `collapse_below`. Default `warn`.
+    /// What to do when features collapse: when `eval/spread`, or the method's own `spread` on `data.val`, falls below
+    /// `collapse_below`. Default `warn`.
     pub collapse: Collapse,
-    /// The least spread of healthy features: 1 when they point everywhere, 0 when all are the same. Default 0.01.
+    /// The least spread of healthy features: 1 when they fill their space, 0 when all are the same. Default 0.01.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub collapse_below: f64,
     /// The linear probe.
@@ -482,7 +482,7 @@ impl Default for Run {
 
 impl Default for Data {
     fn default() -> Self {
-        Data { train: None, val: None, size: 224, threads: 0, on_error: OnError::Fail }
+        Data { train: None, val: None, size: 224, upscale: false, threads: 0, on_error: OnError::Fail }
     }
 }
 
@@ -516,7 +516,6 @@ impl Default for Trainer {
             device: Device::Auto,
             threads: 0,
             accumulate: 1,
-            sync_batch_norm: true,
             clip: None,
             log_every_steps: 10,
         }
@@ -634,6 +633,10 @@ impl Config {
                                1e-6, or optimizer.algorithm = \"sgd\"";
                 faults.push((key, message.to_owned()));
             }
+        }
+        if self.eval.collapse == Collapse::Stop && (self.eval.every_epochs == 0 || self.data.val.is_none()) {
+            let message = "nothing would be watched: \"stop\" needs data.val, and eval.every_epochs above 0";
+            faults.push(("eval.collapse", message.to_owned()));
         }
         // What a plugin's probe gives is known when it has run.
         let of_a_plugin = |metric: &str| metric.strip_prefix("eval/").is_some_and(|rest| rest.contains('/'));

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::chunked::Chunks;
 use super::error::DataError;
-use super::{index_file, packed, reference};
+use super::{decode, index_file, packed, reference};
 
 /// How a file is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -82,7 +82,7 @@ impl Dataset {
     ///
     /// # Errors
     /// When it cannot be read, is not HDF5, is truncated, has another layout, other shapes or types than expected, no
-    /// image, or another number of labels than of images.
+    /// image, another number of labels than of images, or a label beyond the names of the classes.
     pub fn open(path: impl AsRef<Path>) -> Result<Dataset, DataError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(DataError::io("open", path))?;
@@ -113,6 +113,9 @@ impl Dataset {
         if let Some(labels) = labels.as_ref().filter(|labels| labels.len() != slots.len()) {
             let (images, labels) = (slots.len(), labels.len());
             return Err(DataError::CountMismatch { path: path.to_owned(), images, labels });
+        }
+        if let (Some(labels), Some(names)) = (&labels, &class_names) {
+            check_labels(path, labels, names.len(), "its class_names")?;
         }
         check_addresses(path, &slots, metadata.len())?;
 
@@ -169,6 +172,37 @@ impl Dataset {
         match labels.iter().position(|&label| label < 0) {
             Some(index) => Err(missing(format!("no label for image {index}"))),
             None => Ok(labels),
+        }
+    }
+
+    /// Refuses labels that are none of the `classes` of data set `of`.
+    ///
+    /// # Errors
+    /// [`DataError::Label`].
+    pub fn require_classes(&self, classes: usize, of: &'static str) -> Result<(), DataError> {
+        check_labels(&self.path, self.labels().unwrap_or_default(), classes, of)
+    }
+
+    /// Refuses images that would have to be enlarged to `size` pixels: when the shorter side of most is less, by the
+    /// headers of a few dozen, evenly spread. Some are in any collection of photos, and are enlarged.
+    ///
+    /// # Errors
+    /// [`DataError::Small`], and when the file cannot be read.
+    pub fn require_size(&self, size: usize) -> Result<(), DataError> {
+        const SAMPLES: usize = 65;
+        let samples = SAMPLES.min(self.len());
+        let (mut sides, mut bytes) = (Vec::new(), Vec::new());
+        for sample in 0..samples {
+            self.read_into(sample * self.len() / samples, &mut bytes)?;
+            // What to do about an image that is corrupt is for the loader to say.
+            sides.extend(decode::header(&bytes).map(|header| header.width.min(header.height)));
+        }
+        sides.sort_unstable();
+        match sides.get(sides.len() / 2) {
+            Some(&side) if (side as usize) < size => {
+                Err(DataError::Small { path: self.path.clone(), side, size })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -292,6 +326,16 @@ fn open_error(path: &Path, error: &hdf5::Error) -> DataError {
         return DataError::Truncated { path: path.to_owned(), reason };
     }
     DataError::Hdf5 { path: path.to_owned(), action: "open it".into(), reason }
+}
+
+/// Images without a label, −1, are left alone.
+fn check_labels(path: &Path, labels: &[i64], classes: usize, of: &'static str) -> Result<(), DataError> {
+    match labels.iter().position(|&label| label >= 0 && label as usize >= classes) {
+        None => Ok(()),
+        Some(index) => {
+            Err(DataError::Label { path: path.to_owned(), index, label: labels[index], classes, of })
+        }
+    }
 }
 
 fn check_addresses(path: &Path, slots: &[Slot], file_len: u64) -> Result<(), DataError> {

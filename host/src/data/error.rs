@@ -78,8 +78,8 @@ pub enum DataError {
     },
     /// Labels are needed, and there are none.
     #[error(
-        "{} has {what}, and {needed_by} needs one for each image; add a group `labels` with one integer per image, pack it from \
-         class folders (`jepa-host data pack DIR OUT.h5`), or turn evaluation off with eval.every_epochs=0",
+        "{} has {what}, and {needed_by} needs one for each image; add a group `labels` with one integer per image, or \
+         pack it from class folders (`jepa-host data pack DIR OUT.h5`)",
         path.display()
     )]
     NoLabels {
@@ -89,6 +89,38 @@ pub enum DataError {
         what: String,
         /// Who asked.
         needed_by: String,
+    },
+    /// A label that is no class.
+    #[error(
+        "{}: image {index} has label {label}, and the {classes} classes of {of} are 0 to {}; correct the label, or pack \
+         the images again from class folders",
+        path.display(), classes.saturating_sub(1)
+    )]
+    Label {
+        /// The file.
+        path: PathBuf,
+        /// The first such image.
+        index: usize,
+        /// Its label.
+        label: i64,
+        /// How many classes there are.
+        classes: usize,
+        /// Who says so.
+        of: &'static str,
+    },
+    /// Images that would have to be enlarged.
+    #[error(
+        "{}: most images are smaller than data.size = {size}; half of them have a side of {side} px or less. Lower \
+         data.size, or enlarge them with data.upscale=true",
+        path.display()
+    )]
+    Small {
+        /// The file.
+        path: PathBuf,
+        /// The median of the images' shorter sides, in pixels.
+        side: u32,
+        /// Configured.
+        size: usize,
     },
     /// An index beyond the last image.
     #[error("{} has {len} images, so there is no image {index}", path.display())]

@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::error::DataError;
+use crate::files::{put_in_place, temporary_beside};
 
 /// A file that is being written, block by block, under another name until it is complete.
 #[derive(Debug)]
@@ -30,7 +31,7 @@ impl FeatureFile {
         if out.exists() && !force {
             return Err(DataError::Exists { path: out.to_owned() });
         }
-        let temporary = out.with_extension("tmp");
+        let temporary = temporary_beside(out);
         let failed = DataError::hdf5(out, "write the features");
         let make = || -> hdf5::Result<hdf5::File> {
             let file = hdf5::File::create(&temporary)?;
@@ -74,7 +75,7 @@ impl FeatureFile {
         self.file.close().map_err(DataError::hdf5(&self.out, "write the features"))?;
         fs::File::open(&self.temporary)
             .and_then(|file| file.sync_all())
-            .and_then(|()| fs::rename(&self.temporary, &self.out))
+            .and_then(|()| put_in_place(&self.temporary, &self.out))
             .map_err(DataError::io("write", &self.out))?;
         Ok(self.columns)
     }

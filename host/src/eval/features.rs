@@ -1,7 +1,7 @@
 //! Features of a whole set of images, computed once and then used by every probe.
 
 use anyhow::Context as _;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::EvalError;
 
@@ -50,17 +50,21 @@ impl Features {
         self.x.size()[1]
     }
 
-    /// The same on `device`, or where they are when they do not fit there.
-    pub fn near(self, device: Device) -> Self {
-        match (self.x.f_to_device(device), self.y.f_to_device(device)) {
-            (Ok(x), Ok(y)) => Features { x, y },
-            (Err(error), _) | (_, Err(error)) => {
-                tracing::warn!(
-                    "{} features do not fit on {device:?}, so the CPU evaluates: {error}",
-                    self.images()
-                );
-                self
+    /// These and `other` on `device`; or both where they are, when they do not fit there together.
+    ///
+    /// # Errors
+    /// Whatever else libtorch reports.
+    pub fn near(self, other: Self, device: Device) -> Result<(Self, Self), EvalError> {
+        let moved = |set: &Self| -> Result<Self, TchError> {
+            Ok(Features { x: set.x.f_to_device(device)?, y: set.y.f_to_device(device)? })
+        };
+        match moved(&self).and_then(|first| Ok((first, moved(&other)?))) {
+            Err(error) if error.to_string().contains("out of memory") => {
+                let images = self.images() + other.images();
+                tracing::warn!("the features of {images} images do not fit on {device:?}: the CPU evaluates");
+                Ok((self, other))
             }
+            pair => Ok(pair?),
         }
     }
 

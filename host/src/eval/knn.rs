@@ -43,7 +43,7 @@ pub fn evaluate(
     Features::check_pair(bank, queries, classes)?;
     let _no_grad = tch::no_grad_guard();
     let vote = Vote::new(bank, classes, k, temperature)?;
-    let block = (SIMILARITIES / bank.images()).clamp(1, MOST_QUERIES);
+    let block = queries_at_once(bank.images());
     let mut hits = Hits::default();
     for (x, y) in queries.x.f_split(block, 0)?.iter().zip(&queries.y.f_split(block, 0)?) {
         go_on().map_err(EvalError::Stopped)?;
@@ -51,6 +51,11 @@ pub fn evaluate(
     }
     let (top1, top5) = hits.shares();
     Ok(KnnResult { top1, top5 })
+}
+
+/// How many queries meet a bank of so many features at once: memory does not grow with the bank.
+fn queries_at_once(bank: i64) -> i64 {
+    (SIMILARITIES / bank).clamp(1, MOST_QUERIES)
 }
 
 struct Vote<'a> {
@@ -78,7 +83,11 @@ impl<'a> Vote<'a> {
         let weights = nearest.f_sub(&nearest.f_narrow(1, 0, 1)?)?.f_div_scalar(self.temperature)?.f_exp()?;
         let voters = self.bank.y.f_index_select(0, &places.f_view([-1])?)?.f_view_as(&places)?;
         let mut votes = Tensor::f_zeros([x.size()[0], self.classes], (Kind::Float, x.device()))?;
-        let _ = votes.f_scatter_add_(1, &voters, &weights)?;
+        // One neighbour after the other, so that no two votes of a call meet and their order is the same on every device.
+        for j in 0..self.k {
+            let (voter, weight) = (voters.f_narrow(1, j, 1)?, weights.f_narrow(1, j, 1)?);
+            let _ = votes.f_scatter_add_(1, &voter, &weight)?;
+        }
         Ok(votes)
     }
 }
@@ -97,6 +106,15 @@ mod tests {
     use crate::checkpoint::read_tensors;
 
     #[test]
+    fn a_block_of_similarities_has_the_same_bound_for_every_bank() {
+        for bank in [1, 60_000, 126_689, 1_281_167, SIMILARITIES] {
+            let queries = queries_at_once(bank);
+            assert!(queries >= 1 && queries * bank <= SIMILARITIES, "{queries} queries and {bank} features");
+        }
+        assert_eq!((queries_at_once(1), queries_at_once(60_000)), (1024, 559));
+    }
+
+    #[test]
     fn votes_equal_the_definition_and_lightly() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/knn.safetensors");
         let fixture: BTreeMap<String, Tensor> = read_tensors(&path).unwrap().into_iter().collect();
@@ -105,7 +123,7 @@ mod tests {
 
         let share = |scores: &Tensor| scores / scores.sum_dim_intlist(1, true, Kind::Float);
         let scores = Vote::new(&bank, 4, 10, 0.1).unwrap().scores(&queries.x).unwrap();
-        assert!(share(&scores).allclose(&share(&fixture["output.scores"]), 1e-4, 1e-6, false));
+        assert!(share(&scores).allclose(&share(&fixture["output.scores"]), 1e-5, 1e-7, false));
         let (_, order) = scores.sort_stable(true, 1, true);
         assert_eq!(order, fixture["output.order"]);
 

@@ -1,10 +1,13 @@
 //! Probes that plugins bring.
 
 use jepa_plugin_api::abi::Plugin;
-use jepa_plugin_api::{FrozenFeatures, LabelledFeatures};
+use jepa_plugin_api::{FrozenFeatures, LabelledFeatures, Rng, tch};
 use serde_json::Value;
 
 use super::Features;
+
+/// Key of the number that libtorch's own generator starts from in each judgement.
+const TORCH_RANDOMNESS: u64 = 0x7072_6f62_6500_0000;
 
 /// A plugin's probe with its options. It is built anew for each evaluation, so that none depends on an earlier one.
 pub struct PluginProbe {
@@ -39,6 +42,7 @@ impl PluginProbe {
             y: features.y.shallow_clone(),
         };
         let features = FrozenFeatures { train: set(bank), held_out: set(queries), classes, seed };
+        tch::manual_seed(Rng::keyed(seed, 0, 0, TORCH_RANDOMNESS).bits() as i64);
         let figures = self.plugin.build_probe(&self.name, &self.options)?.evaluate(features)?;
         Ok(figures.into_iter().map(|(name, value)| (format!("{}/{name}", self.name), value)).collect())
     }

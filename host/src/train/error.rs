@@ -27,12 +27,14 @@ pub enum TrainError {
     },
     /// All features have become the same. Exit code 5.
     #[error(
-        "features have collapsed at step {step}: eval/spread is {spread:.2e}, below eval.collapse_below = {limit}. Try \
-         a lower optimizer.lr, or a slower EMA; eval.collapse = \"warn\" goes on nevertheless"
+        "features have collapsed at step {step}: {metric} is {spread:.2e}, below eval.collapse_below = {limit}. Try a \
+         lower optimizer.lr, a slower EMA, or other weights of the loss; eval.collapse = \"warn\" goes on nevertheless"
     )]
     Collapsed {
         /// Optimizer steps taken.
         step: u64,
+        /// Whose spread it is.
+        metric: String,
         /// What is left of it.
         spread: f64,
         /// Configured.
@@ -45,6 +47,12 @@ pub enum TrainError {
         signal: i32,
         /// The run directory.
         run: PathBuf,
+    },
+    /// A signal asked for the end of what leaves nothing to go on with. Exit code 128 + signal.
+    #[error("interrupted by {}", signal_name(*signal))]
+    Stopped {
+        /// SIGINT or SIGTERM.
+        signal: i32,
     },
     /// A plugin declares what cannot be.
     #[error("plugin `{plugin}` declares {what}")]

@@ -2,7 +2,7 @@
 
 use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::params::Kind;
-use jepa_plugin_api::tch::{Tensor, no_grad};
+use jepa_plugin_api::tch::{Device, Tensor, no_grad};
 
 use super::TrainError;
 use super::ema::Ema;
@@ -54,6 +54,14 @@ impl Model {
     /// Every tensor, as a checkpoint holds it.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         self.method.entries().iter().map(|entry| (entry.name.clone(), entry.tensor.shallow_clone())).collect()
+    }
+
+    /// Features (B, D) on `device` of images f32 `(B, 3, S, S)`, wherever these are.
+    ///
+    /// # Errors
+    /// The method's failure.
+    pub fn encode(&mut self, images: &Tensor, device: Device) -> anyhow::Result<Tensor> {
+        Ok(no_grad(|| self.method.encode(&images.to_device(device)))?)
     }
 
     /// Moves every EMA target towards its online side.

@@ -218,7 +218,7 @@ impl<'t> Run<'t> {
             if i == 0 {
                 self.show_examples(&batch);
             }
-            tch::manual_seed(Rng::keyed(self.state.seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
+            seed_torch(self.state.seed, step, i);
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
             let loss = output.loss.f_double_value(&[])?;
@@ -340,8 +340,9 @@ impl<'t> Run<'t> {
     fn validate(&mut self) -> anyhow::Result<Figures> {
         let Some(loader) = self.validation.clone() else { return Ok(Figures::new()) };
         let (mut sums, mut images) = (Figures::new(), 0usize);
-        for batch in loader.batches(VALIDATION_EPOCH, 0) {
+        for (i, batch) in loader.batches(VALIDATION_EPOCH, 0).enumerate() {
             self.check_signals()?;
+            seed_torch(self.state.seed, VALIDATION_EPOCH, i);
             let batch = self.to_device(batch?, false);
             let size = batch.len();
             let bf16 = self.config.trainer.precision == Precision::Bf16;
@@ -365,10 +366,8 @@ impl<'t> Run<'t> {
         let Some(evaluation) = &self.evaluation else { return Ok(Figures::new()) };
         self.trackers.note("evaluating");
         let (device, signals, run) = (self.device, &self.signals, self.directory.path());
-        let method = &mut self.model.method;
-        let mut encode = |images: &tch::Tensor| -> anyhow::Result<tch::Tensor> {
-            Ok(no_grad(|| method.encode(&images.to_device(device)))?)
-        };
+        let model = &mut self.model;
+        let mut encode = |images: &tch::Tensor| model.encode(images, device);
         let go_on = || match signals.pending() {
             Some(signal) => Err(TrainError::Interrupted { signal, run: run.to_owned() }.into()),
             None => Ok(()),
@@ -379,10 +378,11 @@ impl<'t> Run<'t> {
     /// Applies `eval.collapse`.
     fn check_collapse(&self, figures: &Figures) -> Result<(), TrainError> {
         let (step, limit) = (self.state.step, self.config.eval.collapse_below);
-        let Some(&spread) = figures.get("eval/spread").filter(|spread| **spread < limit) else {
-            return Ok(());
-        };
-        let error = TrainError::Collapsed { step, spread, limit };
+        // Features may stay apart while what the loss compares has become one: then nothing is learned any more.
+        let spreads = ["eval/spread".to_owned(), format!("val/{}/spread", self.state.method)];
+        let collapsed = |metric: &String| figures.get(metric).is_some_and(|spread| *spread < limit);
+        let Some(metric) = spreads.into_iter().find(collapsed) else { return Ok(()) };
+        let error = TrainError::Collapsed { step, spread: figures[&metric], metric, limit };
         match self.config.eval.collapse {
             Collapse::Off => Ok(()),
             Collapse::Warn => {
@@ -464,6 +464,11 @@ impl<'t> Run<'t> {
             train,
         }
     }
+}
+
+/// Puts libtorch's own generator where batch `i` of a step draws from.
+fn seed_torch(seed: u64, step: u64, i: usize) {
+    tch::manual_seed(Rng::keyed(seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
 }
 
 /// Images and seconds since the last log line.

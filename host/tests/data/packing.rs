@@ -7,7 +7,9 @@ use std::process::Command;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use jepa_host::data::{self, DataError, Dataset, Layout, PackOptions, PackReport, Split, decode};
+use jepa_host::data::{
+    self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackReport, Split, decode,
+};
 
 use crate::fixtures::{jpeg, path, picture, png, small_set};
 
@@ -117,11 +119,34 @@ with h5py.File(sys.argv[1]) as file:
     assert file.attrs['format'] == 'jepa-host packed images' and file.attrs['format_version'] == 1
     assert file.attrs['source'] == 'photos'
 ";
+    python(script, &[&out, &root.join("dogs/a.png")]);
+}
+
+#[test]
+#[ignore = "needs h5py: `make test` fetches it and runs this too"]
+fn h5py_reads_a_file_of_features() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("features.h5");
+    let mut file = FeatureFile::create(&out, 3, 2, false).unwrap();
+    file.append(&[0.0, 0.5, 1.0, 1.5], &[4, -1], &[0, 1]).unwrap();
+    file.append(&[2.0, 2.5], &[7], &[2]).unwrap();
+    file.finish().unwrap();
+    let script = "
+import sys, h5py
+with h5py.File(sys.argv[1]) as file:
+    assert file['features'].dtype == 'f4' and file['labels'].dtype == file['indices'].dtype == 'i8'
+    assert file['features'][()].tolist() == [[0, 0.5], [1, 1.5], [2, 2.5]]
+    assert file['labels'][()].tolist() == [4, -1, 7] and file['indices'][()].tolist() == [0, 1, 2]
+";
+    python(script, &[&out]);
+}
+
+/// Runs a script that imports h5py, and fails when it does.
+fn python(script: &str, files: &[&Path]) {
     let python = std::env::var("PYTHON").unwrap_or("python3".to_owned());
     let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/python");
     let mut command = Command::new(python);
-    let command =
-        command.env("PYTHONPATH", fetched).args(["-c", script]).arg(&out).arg(root.join("dogs/a.png"));
+    let command = command.env("PYTHONPATH", fetched).args(["-c", script]).args(files);
     assert!(command.status().unwrap().success());
 }
 

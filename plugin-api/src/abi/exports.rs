@@ -73,7 +73,11 @@ impl MethodEntry {
     pub fn of<M: Method>() -> Self {
         MethodEntry {
             encoder: M::ENCODER,
-            offer: MethodOffer { name: M::NAME.to_owned(), options: schema_for!(M::Options) },
+            offer: MethodOffer {
+                name: M::NAME.to_owned(),
+                needs_labels: M::NEEDS_LABELS,
+                options: schema_for!(M::Options),
+            },
             build: |options, host| Ok(Box::new(M::new(serde_json::from_value(options)?, host)?)),
         }
     }
@@ -364,7 +368,8 @@ impl AbiProbe for GuardedProbe {
                 seed: context.seed,
             };
             let metric = |(name, value): (String, f64)| AbiProbeMetric { name: name.into(), value };
-            let metrics: RVec<AbiProbeMetric> = self.probe.evaluate(&features)?.into_iter().map(metric).collect();
+            let metrics: RVec<AbiProbeMetric> =
+                self.probe.evaluate(&features)?.into_iter().map(metric).collect();
             Ok(metrics)
         })
     }

@@ -39,6 +39,9 @@ pub struct Offer {
 pub struct MethodOffer {
     /// Its name in `method.name`.
     pub name: String,
+    /// Whether it learns from labels. Since 1.1.
+    #[serde(default)]
+    pub needs_labels: bool,
     /// JSON Schema of its options.
     pub options: Schema,
 }

@@ -56,7 +56,11 @@ fn matmul_f32(a: &Tensor, b: &Tensor) -> Tensor {
     if a.device().is_cuda() {
         return tch::autocast(false, || a.matmul(b));
     }
-    // tch reaches CUDA's switch alone. On the CPU, autocast leaves f64 as it is.
+    // tch reaches CUDA's switch alone: on the CPU a small product tells whether autocast is on. It leaves f64 as it is.
+    let one = Tensor::ones([1, 1], (Kind::Float, a.device()));
+    if one.matmul(&one).kind() == Kind::Float {
+        return a.matmul(b);
+    }
     a.to_kind(Kind::Double).matmul(&b.to_kind(Kind::Double)).to_kind(Kind::Float)
 }
 

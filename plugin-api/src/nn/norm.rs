@@ -6,7 +6,9 @@ use crate::{NormKind, Params};
 
 /// Batch norm of maps `(B, C, H, W)` or of vectors `(B, C)`, with PyTorch's ε = 10⁻⁵ and momentum 0.1.
 ///
-/// The biased variance of the batch normalises it, the unbiased one goes into the running variance.
+/// The biased variance of the batch normalises it, the unbiased one goes into the running variance. Every batch norm
+/// of the host's own plugins, dense or sparse, takes its statistics in [`forward`](Self::forward) and nowhere else: of
+/// the batch on this device, which is all of it while a run has one.
 ///
 /// ```
 /// use jepa_plugin_api::nn::BatchNorm;
@@ -15,6 +17,13 @@ use crate::{NormKind, Params};
 /// let x = tch::Tensor::randn([4, 8, 6, 6], (tch::Kind::Float, tch::Device::Cpu)) + 3.0;
 /// let mean = norm.forward(&x, true).mean(tch::Kind::Float);
 /// assert!(f64::try_from(mean).unwrap().abs() < 1e-5);
+/// ```
+///
+/// ```should_panic
+/// # use jepa_plugin_api::nn::BatchNorm;
+/// # use jepa_plugin_api::{Params, tch};
+/// # let norm = BatchNorm::new(&Params::new(tch::Device::Cpu), 8);
+/// norm.forward(&tch::Tensor::zeros([1, 8], (tch::Kind::Float, tch::Device::Cpu)), true);
 /// ```
 #[derive(Debug)]
 pub struct BatchNorm {
@@ -55,8 +64,16 @@ impl BatchNorm {
     }
 
     /// Same shape as `x`. With `train`, takes the batch's statistics and updates the running ones.
+    ///
+    /// # Panics
+    /// When it is to train on a single value for each channel, which has no variance, as PyTorch's does not.
     pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
         if train {
+            assert!(
+                x.numel() as i64 > x.size()[1],
+                "batch norm cannot train on a single value per channel, {:?}: raise optimizer.batch_size",
+                x.size()
+            );
             self.count_batch();
         }
         x.batch_norm(

@@ -59,6 +59,8 @@ impl Method for Byol {
     type Options = ByolOptions;
 
     fn new(options: ByolOptions, host: &mut Host) -> Result<Self> {
+        options.augment_1.check("method.augment_1")?;
+        options.augment_2.check("method.augment_2")?;
         let batch_size = host.facts().batch_size;
         ensure!(
             batch_size > 1,
@@ -99,7 +101,7 @@ impl Method for Byol {
         let ((features, p1), (_, p2)) = (online(first)?, online(second)?);
         let (z1, z2) = tch::no_grad(|| -> Result<_> { Ok((target(first)?, target(second)?)) })?;
         let loss = (negative_cosine(&p1, &z2) + negative_cosine(&p2, &z1)) * 0.5;
-        Ok(Step::new(loss).metric("feature_spread", &spread(&features)).metric("target_spread", &spread(&z1)))
+        Ok(Step::new(loss).metric("feature_spread", &spread(&features)).metric("spread", &spread(&z1)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {

@@ -9,10 +9,10 @@ mod masks;
 mod predictor;
 mod projection;
 
-use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1, truncated_normal};
+use jepa_plugin_api::nn::{l2_normalize, masked_mean, smooth_l1, spread, truncated_normal};
 use jepa_plugin_api::{
-    BackboneHandle, Batch, Context, EmaSchedule, Host, Interpolation, Method, Result, Step, ViewSpec, bail,
-    ensure,
+    Augmentation, BackboneHandle, Batch, Context, EmaSchedule, Host, Interpolation, Method, Result, Step,
+    ViewSpec, bail, ensure,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,7 @@ pub struct CnnJepaOptions {
     /// Least and greatest share of the image's area that the random crop takes, in (0, 1].
     pub crop_scale: (f64, f64),
     /// Probability of a horizontal flip.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub flip: f64,
     /// Which cells are context and which are targets.
     pub mask: MaskOptions,
@@ -85,7 +86,7 @@ impl Method for CnnJepa {
     type Options = CnnJepaOptions;
 
     fn new(options: CnnJepaOptions, host: &mut Host) -> Result<Self> {
-        options.check()?;
+        Augmentation { crop_scale: options.crop_scale, ..Augmentation::CROP_AND_FLIP }.check("method")?;
         let context = host.backbone("context")?;
         let target = host.backbone("target")?;
         host.ema("context", "target", options.ema);
@@ -176,26 +177,12 @@ impl CnnJepa {
         Ok(Step::new(loss)
             .metric("context_share", &share(&masks.context))
             .metric("target_share", &share(&masks.target))
-            .metric("prediction_spread", &spread(&prediction))
-            .metric("target_spread", &spread(&target)))
+            .metric("prediction_spread", &spread(&cells(&prediction)))
+            .metric("spread", &spread(&cells(&target))))
     }
 }
 
-impl CnnJepaOptions {
-    fn check(&self) -> Result<()> {
-        let (low, high) = self.crop_scale;
-        ensure!(
-            0.0 < low && low <= high && high <= 1.0,
-            "method.crop_scale is [{low}, {high}], but must be two rising shares in (0, 1]"
-        );
-        ensure!((0.0..=1.0).contains(&self.flip), "method.flip is {}, but must lie in [0, 1]", self.flip);
-        Ok(())
-    }
-}
-
-/// How far the unit vectors `(B, C, f, f)` differ from cell to cell: the standard deviation of each channel over all
-/// cells, averaged, times √C. Near 0 where features have collapsed to one, near 1 where they point everywhere.
-fn spread(unit: &Tensor) -> Tensor {
-    let channels = unit.size()[1] as f64;
-    tch::no_grad(|| unit.std_dim([0, 2, 3].as_slice(), false, false).mean(Kind::Float) * channels.sqrt())
+/// The features `(B, C, f, f)` of each cell as rows `(B f², C)`.
+fn cells(map: &Tensor) -> Tensor {
+    map.permute([0, 2, 3, 1]).flatten(0, 2)
 }

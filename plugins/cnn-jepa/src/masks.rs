@@ -266,7 +266,13 @@ impl MaskSampler {
                     "method.mask.{key} is [{low}, {high}], but must be two rising positive numbers"
                 );
             }
-            let (largest, total) = (self.largest_target(), f * f);
+            let context = self.largest_block(context_scale, context_aspect);
+            ensure!(
+                context > min_keep,
+                "a context block of at most {context} cells (method.mask.context_scale) can never keep more than \
+                 {min_keep} (method.mask.min_keep): raise the one, lower the other, or raise data.size for more cells"
+            );
+            let (largest, total) = (self.largest_block(target_scale, target_aspect), f * f);
             ensure!(
                 total - largest > min_keep,
                 "a target block of up to {largest} cells (method.mask.target_scale) leaves {} of {f} × {f} cells, but \
@@ -278,11 +284,10 @@ impl MaskSampler {
         Ok(())
     }
 
-    /// Cells of the largest target block that may be drawn. Sizes change by steps as u grows, so look closely.
-    fn largest_target(&self) -> i64 {
-        let MaskOptions { target_scale, target_aspect, .. } = self.options;
+    /// Cells of the largest block that may be drawn. Sizes change by steps as u grows, so look closely.
+    fn largest_block(&self, scale: (f64, f64), aspect: (f64, f64)) -> i64 {
         let area = |i: i32| {
-            let (height, width) = self.block_size(f64::from(i) / 4096.0, target_scale, target_aspect);
+            let (height, width) = self.block_size(f64::from(i) / 4096.0, scale, aspect);
             height * width
         };
         (0..=4096).map(area).max().unwrap_or(0)

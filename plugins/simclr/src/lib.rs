@@ -1,6 +1,6 @@
 //! SimCLR (Chen et al., arXiv 2002.05709): two views of an image attract, views of different images repel.
 
-use jepa_plugin_api::nn::{Mlp, nt_xent};
+use jepa_plugin_api::nn::{Mlp, nt_xent, spread};
 use jepa_plugin_api::{
     Augmentation, BackboneHandle, Batch, Host, Method, Result, Step, ViewSpec, bail, ensure,
 };
@@ -47,6 +47,7 @@ impl Method for SimClr {
     type Options = SimClrOptions;
 
     fn new(options: SimClrOptions, host: &mut Host) -> Result<Self> {
+        options.augment.check("method.augment")?;
         let batch_size = host.facts().batch_size;
         ensure!(
             batch_size > 1,
@@ -70,8 +71,9 @@ impl Method for SimClr {
             let features = self.backbone.pooled(images, batch.train)?;
             Ok(self.projector.forward(&features, batch.train).to_kind(Kind::Float))
         };
-        let (loss, accuracy) = nt_xent(&project(first)?, &project(second)?, self.options.temperature);
-        Ok(Step::new(loss).metric("contrastive_accuracy", &accuracy))
+        let (a, b) = (project(first)?, project(second)?);
+        let (loss, accuracy) = nt_xent(&a, &b, self.options.temperature);
+        Ok(Step::new(loss).metric("contrastive_accuracy", &accuracy).metric("spread", &spread(&a)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {

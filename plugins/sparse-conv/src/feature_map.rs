@@ -42,21 +42,21 @@ impl FeatureMap {
     }
 
     /// The pixels of `images` `(B, 3, S, S)` at the entrance of a network with downsample ratio r; the mask, if any, is
-    /// bool `(B, 1, S / r, S / r)`.
+    /// bool `(B, 1, S / r, S / r)`. Without one, S is any number of pixels that the network takes.
     ///
     /// # Errors
-    /// When the images do not divide into cells of r pixels, and those of [`new`](Self::new).
+    /// When masked images do not divide into cells of r pixels, and those of [`new`](Self::new).
     pub fn images(images: &Tensor, mask: Option<&Tensor>, downsample: i64) -> Result<Self> {
         let (shape, r) = (images.size(), downsample);
         let &[batch, 3, height, width] = shape.as_slice() else {
             bail!("a backbone takes images (B, 3, S, S), not {shape:?}");
         };
-        ensure!(
-            height > 0 && width > 0 && height % r == 0 && width % r == 0,
-            "images of {height} × {width} px do not divide into this backbone's cells of {r} px: set data.size to a \
-             multiple of {r}, or change backbone.stem or backbone.depths"
-        );
         if let Some(mask) = mask {
+            ensure!(
+                height > 0 && width > 0 && height % r == 0 && width % r == 0,
+                "images of {height} × {width} px do not divide into this backbone's cells of {r} px: set data.size to \
+                 a multiple of {r}, or change backbone.stem or backbone.depths"
+            );
             let (wanted, given) = ([batch, 1, height / r, width / r], mask.size());
             ensure!(
                 given == wanted,
@@ -132,12 +132,17 @@ impl FeatureMap {
     /// When there is a single position to take the variance of.
     pub fn batch_norm(&self, norm: &BatchNorm, train: bool) -> Result<Self> {
         let Some(visible) = &self.visible else {
-            return Ok(self.with(Values::Map(norm.forward(&self.map(), train))));
+            let map = self.map();
+            ensure!(
+                !train || map.numel() as i64 > map.size()[1],
+                "batch norm cannot train on a single position: raise optimizer.batch_size or data.size"
+            );
+            return Ok(self.with(Values::Map(norm.forward(&map, train))));
         };
         let (rows, size) = self.rows(visible);
         ensure!(
             !train || rows.size()[0] > 1,
-            "batch norm cannot train on a single visible position: use a larger batch or show more cells"
+            "batch norm cannot train on a single visible position: raise optimizer.batch_size or show more cells"
         );
         Ok(self.with(Values::Rows(norm.forward(&rows, train), size)))
     }

@@ -237,7 +237,12 @@ impl Backbone for ConvNeXt {
     }
 
     fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
-        let images = FeatureMap::images(images, mask, self.info.downsample)?;
+        let (shape, r) = (images.size(), self.info.downsample);
+        ensure!(
+            shape.iter().skip(2).all(|side| *side >= r),
+            "images {shape:?} have no room for a cell of {r} px: raise data.size, or set backbone.stem = \"small\""
+        );
+        let images = FeatureMap::images(images, mask, r)?;
         let x = images.conv(&self.stem.0).layer_norm(&self.stem.1);
         Ok(self.stages.iter().fold(x, |x, stage| stage.forward(x, train)).into_map())
     }

@@ -35,16 +35,13 @@ pub struct Supervised {
 impl Method for Supervised {
     const NAME: &'static str = "supervised";
     const ENCODER: &'static str = "backbone";
+    const NEEDS_LABELS: bool = true;
 
     type Options = SupervisedOptions;
 
     fn new(options: SupervisedOptions, host: &mut Host) -> Result<Self> {
-        let (classes, unlabelled) = (host.facts().classes, host.facts().unlabelled);
-        ensure!(
-            classes > 0 && unlabelled == 0,
-            "supervised learning needs a label for every image of data.train, and {} have none",
-            if classes == 0 { "they".to_owned() } else { format!("{unlabelled} of them") }
-        );
+        options.augment.check("method.augment")?;
+        let classes = host.facts().classes;
         ensure!(classes > 1, "all images of data.train have the same label: there is nothing to tell apart");
         let backbone = host.backbone("backbone")?;
         let channels = backbone.info().channels;
@@ -60,13 +57,6 @@ impl Method for Supervised {
         let [images] = batch.views.as_slice() else {
             bail!("supervised learning declares one view, but the batch has {}", batch.views.len());
         };
-        let (low, high) = (i64::try_from(batch.labels.min())?, i64::try_from(batch.labels.max())?);
-        ensure!(
-            0 <= low && high < self.classes,
-            "labels from {low} to {high} in data.{} do not fit the {} classes of data.train (-1 stands for none)",
-            if batch.train { "train" } else { "val" },
-            self.classes
-        );
         let features = self.backbone.pooled(images, batch.train)?;
         let logits = self.classifier.forward(&features).to_kind(Kind::Float);
         let loss = logits.cross_entropy_for_logits(&batch.labels);

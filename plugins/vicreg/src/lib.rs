@@ -61,6 +61,7 @@ impl Method for VicReg {
     type Options = VicRegOptions;
 
     fn new(options: VicRegOptions, host: &mut Host) -> Result<Self> {
+        options.augment.check("method.augment")?;
         let batch_size = host.facts().batch_size;
         ensure!(batch_size > 1, "one image has no variance: raise optimizer.batch_size above {batch_size}");
         let backbone = host.backbone("backbone")?;
@@ -91,7 +92,8 @@ impl Method for VicReg {
         Ok(Step::new(loss)
             .metric("invariance", &invariance)
             .metric("variance", &variance)
-            .metric("covariance", &covariance))
+            .metric("covariance", &covariance)
+            .metric("spread", &a.detach().std_dim([0i64].as_slice(), false, false).mean(Kind::Float)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {

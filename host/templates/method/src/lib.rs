@@ -44,6 +44,7 @@ impl Method for {{Type}} {
     /// Backbones come from the host, so that users choose them; register tensors under `host.params()`, and ask for an
     /// average that follows with `host.ema(…)`.
     fn new(options: {{Type}}Options, host: &mut Host) -> Result<Self> {
+        options.augment.check("method.augment")?;
         let backbone = host.backbone("backbone")?;
         let sizes = [backbone.info().channels, options.hidden, options.output];
         let head = Mlp::new(&host.params().sub("head"), &sizes, false);

@@ -49,6 +49,8 @@ pub struct FaultyOptions {
     pub keep_threads: bool,
     /// End the process when a batch has no view.
     pub abort_on_misfit: bool,
+    /// Add to the loss a number of torch's own generator.
+    pub torch_noise: bool,
     /// Return so many metrics.
     pub metrics: u32,
     /// Return an error that panics when it is told, in this step.
@@ -70,9 +72,9 @@ pub enum Features {
     /// The pixels: features that a probe can learn from.
     #[default]
     Good,
-    /// A panic.
+    /// A panic, once training has begun.
     Panic,
-    /// A map that is not pooled.
+    /// A map that is not pooled, once training has begun.
     Map,
     /// Numbers that are none.
     Nan,
@@ -177,6 +179,9 @@ impl Method for Faulty {
         if self.options.hidden_state {
             loss *= f64::from(self.steps);
         }
+        if self.options.torch_noise {
+            loss += Tensor::rand([], (Kind::Float, loss.device()));
+        }
         let fragile = self.options.fragile_in_bf16;
         if fragile && mean.f_matmul(&mean.tr())?.kind() == Kind::BFloat16 {
             loss *= f64::NAN;
@@ -205,7 +210,9 @@ impl Method for Faulty {
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
+        let begun = f64::try_from(&self.begun)? > 0.0;
         Ok(match self.options.features {
+            Features::Panic | Features::Map if !begun => images.flatten(1, 3),
             Features::Good => images.flatten(1, 3),
             Features::Panic => panic!("the method cannot look at it"),
             Features::Map => images.shallow_clone(),

@@ -1,12 +1,12 @@
-//! Evaluation during training: features of both data sets from the frozen encoder, then every probe that is enabled.
+//! The evaluation of an encoder, in training and later: features of both data sets, then every probe that is enabled.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use jepa_plugin_api::nn::nt_xent;
-use jepa_plugin_api::tch::{Device, Kind, Tensor};
-use jepa_plugin_api::{Augmentation, Transform, ViewSpec};
+use jepa_plugin_api::tch::{Device, Tensor};
+use jepa_plugin_api::{Interpolation, Transform, ViewSpec};
 
+use super::contrastive::Contrastive;
 use super::{EvalError, Features, GoOn, PluginProbe, descriptors, extract, knn, linear};
 use crate::config::{self, Config};
 use crate::data::{DataError, Dataset, Loader, LoaderOptions};
@@ -34,12 +34,22 @@ pub struct Evaluation {
     bank: Loader,
     bank_limit: Option<usize>,
     queries: Loader,
-    /// Two SimCLR views of the held-out images.
-    pairs: Option<Loader>,
+    contrastive: Option<Contrastive>,
     classes: i64,
     seed: u64,
     settings: config::Eval,
     plugin_probes: Vec<PluginProbe>,
+}
+
+/// What the probes see: a centre crop, normalised as the method's own views are.
+pub fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
+    let crop =
+        ViewSpec::new("evaluation").resize_center_crop(config.eval.crop_ratio, Interpolation::Bilinear);
+    let transforms = views.iter().flat_map(|view| &view.transforms);
+    match transforms.into_iter().find(|transform| matches!(transform, Transform::Normalize { .. })) {
+        Some(normalize) => crop.then(normalize.clone()),
+        None => crop,
+    }
 }
 
 /// Batches of `eval.batch_size` images of `set`, all of them, as `view` shows them; in the file's order, or in one
@@ -57,7 +67,7 @@ pub fn feature_loader(
     Loader::new(Arc::clone(set), options)
 }
 
-fn loader_options(config: &Config, views: Vec<ViewSpec>) -> LoaderOptions {
+pub(super) fn loader_options(config: &Config, views: Vec<ViewSpec>) -> LoaderOptions {
     LoaderOptions {
         batch_size: config.eval.batch_size,
         seed: config.seed,
@@ -67,21 +77,6 @@ fn loader_options(config: &Config, views: Vec<ViewSpec>) -> LoaderOptions {
         drop_last: false,
         ..LoaderOptions::new(views, config.data.size as u32)
     }
-}
-
-/// Two SimCLR views of each image of `set`, normalised as `view` is, in batches of `eval.contrastive.images`; a last
-/// batch of fewer would be an easier one, and is left out.
-fn pair_loader(config: &Config, view: &ViewSpec, set: &Arc<Dataset>) -> Result<Loader, DataError> {
-    let normalizes = |transform: &Transform| matches!(transform, Transform::Normalize { .. });
-    let pair = ["contrastive_1", "contrastive_2"].map(|name| {
-        let mut augmented = Augmentation::SIMCLR.view(name);
-        augmented.transforms.retain(|transform| !normalizes(transform));
-        augmented.transforms.extend(view.transforms.iter().filter(|t| normalizes(t)).cloned());
-        augmented
-    });
-    let batch_size = config.eval.contrastive.images.min(set.len());
-    let options = LoaderOptions { batch_size, drop_last: true, ..loader_options(config, pair.to_vec()) };
-    Loader::new(Arc::clone(set), options)
 }
 
 impl Evaluation {
@@ -97,17 +92,18 @@ impl Evaluation {
         val_set: &Arc<Dataset>,
         plugin_probes: Vec<PluginProbe>,
     ) -> Result<Self, DataError> {
-        train_set.require_labels("evaluation")?;
-        val_set.require_labels("evaluation")?;
-        let contrastive = config.eval.contrastive.enabled;
-        let pairs = contrastive.then(|| pair_loader(config, &view, val_set)).transpose()?;
+        let needed_by = "evaluation (which eval.every_epochs=0 turns off)";
+        train_set.require_labels(needed_by)?;
+        val_set.require_labels(needed_by)?;
+        let enabled = config.eval.contrastive.enabled;
+        let contrastive = enabled.then(|| Contrastive::new(config, &view, val_set)).transpose()?;
         let loader = |set, shuffle| feature_loader(config, view.clone(), set, shuffle);
         Ok(Evaluation {
             // A part of the training set is a random part: files are often sorted by class.
             bank: loader(train_set, config.eval.train_limit.is_some())?,
             bank_limit: config.eval.train_limit,
             queries: loader(val_set, false)?,
-            pairs,
+            contrastive,
             classes: train_set.classes().max(val_set.classes()) as i64,
             seed: config.seed,
             settings: config.eval.clone(),
@@ -128,12 +124,12 @@ impl Evaluation {
     ) -> anyhow::Result<BTreeMap<String, f64>> {
         let mut features = |loader, limit| {
             let mut encode = |images: &Tensor| go_on().and_then(|()| encode(images));
-            self.features(loader, limit, &mut encode).map(|features| features.near(device))
+            self.features(loader, limit, &mut encode)
         };
         let bank = features(&self.bank, self.bank_limit)?;
-        let queries = features(&self.queries, None)?;
+        let (bank, queries) = bank.near(features(&self.queries, None)?, device)?;
         let contrastive_accuracy =
-            self.pairs.as_ref().map(|pairs| contrastive_accuracy(pairs, encode, go_on)).transpose()?;
+            self.contrastive.as_ref().map(|probe| probe.accuracy(encode, go_on)).transpose()?;
         let mut figures = BTreeMap::new();
         let mut note = |name: &str, value: f64| figures.insert(format!("eval/{name}"), value);
 
@@ -201,24 +197,4 @@ impl Evaluation {
             None => features,
         })
     }
-}
-
-/// For how many of the views the other one of their image is the nearest, in [0, 1]; the mean over batches of equal
-/// size.
-fn contrastive_accuracy(
-    pairs: &Loader,
-    encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
-    go_on: GoOn<'_>,
-) -> anyhow::Result<f64> {
-    let mut accuracies = Vec::new();
-    for batch in pairs.batches(0, 0) {
-        go_on()?;
-        let mut features = Vec::new();
-        for view in batch?.views {
-            features.push(encode(&view)?.f_to_kind(Kind::Float)?);
-        }
-        let (_, accuracy) = nt_xent(&features[0], &features[1], 1.0);
-        accuracies.push(f64::try_from(accuracy)?);
-    }
-    Ok(accuracies.iter().sum::<f64>() / accuracies.len() as f64)
 }
