@@ -7,7 +7,7 @@ use jepa_plugin_api::tch::Device;
 use serde_json::json;
 
 use super::exit::Usage;
-use super::output::{Format, print};
+use super::output::{Format, check_out, print};
 use super::session::SavedArgs;
 use crate::data::FeatureFile;
 use crate::eval::{Features, evaluation_view, feature_loader};
@@ -34,6 +34,7 @@ pub(super) struct EmbedArgs {
 
 impl EmbedArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
+        check_out(&self.out, self.force)?;
         let mut saved = self.saved.open(sources)?;
         let config = saved.session.config();
         let (key, data) = match (&self.data, &config.data.val) {

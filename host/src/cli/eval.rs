@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::exit::Usage;
 use super::output::{Format, print};
-use super::session::SavedArgs;
+use super::session::{SavedArgs, where_it_is};
 use super::train::TrainArgs;
 use crate::checkpoint::{find_checkpoint, load_state};
 use crate::config::Base;
@@ -89,7 +89,11 @@ enum Probe {
 impl EvalArgs {
     fn run(&self, probe: Probe, sources: &PluginSources) -> anyhow::Result<()> {
         let signals = Signals::install("ending; a second signal ends at once")?;
-        let mut saved = self.saved.open(sources)?;
+        let mut saved = match &probe {
+            // Named in the settings, it is looked for, and refused when it is nowhere.
+            Probe::OfPlugin(name) => self.saved.with(format!("eval.probes.{name}.enabled=true")).open(sources)?,
+            Probe::Linear | Probe::Knn => self.saved.open(sources)?,
+        };
         let config = &mut saved.session.settings.config;
         config.eval.linear.enabled = probe == Probe::Linear;
         config.eval.knn.enabled = probe == Probe::Knn;
@@ -155,9 +159,9 @@ impl FinetuneArgs {
         let layer = format!("eval finetune of {}", checkpoint.display());
         let mut plugins = self.plugin;
         if plugins.is_empty() {
-            let of_run = state.plugins.iter().map(|plugin| plugin.name.as_str());
+            let of_run = state.plugins.iter().filter(|plugin| plugin.name != self.method);
             plugins.push(self.method.clone().into());
-            plugins.extend(of_run.filter(|name| *name != self.method).map(PathBuf::from));
+            plugins.extend(of_run.map(|plugin| where_it_is(plugin, sources)));
         }
         TrainArgs::on(Base { layer, settings }, plugins, self.overrides, self.print_config).run(sources)
     }

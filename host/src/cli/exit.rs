@@ -45,7 +45,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if cause.is::<ConfigError>() || cause.is::<Usage>() || cause.is::<LockError>() {
         return Some(2);
     }
-    if let Some(DataError::Exists { .. } | DataError::View { .. }) = cause.downcast_ref() {
+    if let Some(DataError::Exists { .. } | DataError::View { .. } | DataError::Options(_)) = cause.downcast_ref() {
         return Some(2);
     }
     if let Some(error) = cause.downcast_ref() {
@@ -60,8 +60,10 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if cause.is::<DataError>() {
         return Some(4);
     }
-    if cause.is::<CheckpointError>() {
-        return Some(1);
+    match cause.downcast_ref() {
+        Some(CheckpointError::NotACheckpoint { .. } | CheckpointError::NotARun { .. }) => return Some(2),
+        Some(_) => return Some(1),
+        None => {}
     }
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(match failure.kind {

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::exit::Usage;
-use super::output::{Format, print};
+use super::output::{Format, check_out, print};
 use crate::checkpoint::{encoder_of, find_checkpoint, load_model, write_tensors};
 use crate::files::{put_in_place, temporary_beside};
 
@@ -29,9 +29,7 @@ pub(super) struct ExportArgs {
 
 impl ExportArgs {
     pub fn run(self) -> anyhow::Result<()> {
-        if self.out.exists() && !self.force {
-            return Err(Usage(format!("{} exists: add --force to replace it", self.out.display())).into());
-        }
+        check_out(&self.out, self.force)?;
         let checkpoint = find_checkpoint(&self.run)?;
         let (state, model) = load_model(&checkpoint)?;
         let tensors = encoder_of(model, &state.encoder);

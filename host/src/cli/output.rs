@@ -1,9 +1,12 @@
 //! The standard output: for people or for programs, read to its end or not.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use clap::ValueEnum;
 use serde::Serialize;
+
+use super::exit::Usage;
 
 /// How a result is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -13,6 +16,22 @@ pub(super) enum Format {
     Text,
     /// For programs
     Json,
+}
+
+/// Whether `out` may be written: not over a file that is there, unless by `force`, and in a folder that is there.
+///
+/// # Errors
+/// What to do.
+pub(super) fn check_out(out: &Path, force: bool) -> Result<(), Usage> {
+    if out.exists() && !force {
+        return Err(Usage(format!("{} exists: add --force to replace it", out.display())));
+    }
+    match out.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+            Err(Usage(format!("{}: there is no folder {}; make it first", out.display(), folder.display())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Prints `result` as JSON, or as `text` writes it.

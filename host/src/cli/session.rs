@@ -16,7 +16,7 @@ use crate::config::{self, Base, Config, Layers, ResolvedConfig};
 use crate::data::Dataset;
 use crate::device::{self, check_native, device_text};
 use crate::eval::PluginProbe;
-use crate::plugin::{Kind, PluginSources, Registry};
+use crate::plugin::{Kind, PluginRecord, PluginSources, Registry};
 use crate::train::Model;
 
 /// Key of the number that libtorch's generator starts from when weights are drawn.
@@ -41,6 +41,8 @@ impl Session {
         for name in plugins {
             registry.load(sources.find(name)?)?;
         }
+        let named: BTreeSet<String> = registry.plugins().iter().map(|plugin| plugin.name().to_owned()).collect();
+        let named_methods = registry.names(Kind::Method).len();
         let mut settings = layers.with_process_environment().load()?;
 
         let method = choose_method(&settings.config, &registry)?;
@@ -54,6 +56,9 @@ impl Session {
         for (section, kind, name) in chosen {
             registry.require(kind, name, sources)?;
             let (owner, options) = registry.find(kind, name)?;
+            if kind == Kind::Method && named_methods > 0 && !named.contains(owner.name()) {
+                tracing::warn!("method.name is {name}, of the plugin {}: none of those that --plugin names", owner.name());
+            }
             settings.adopt_plugin_options(section, owner.name(), options.as_value())?;
         }
         for probe in probes {
@@ -171,7 +176,7 @@ fn chosen_probes(config: &Config, registry: &Registry) -> BTreeSet<String> {
 }
 
 /// A trained model to work with, on the command line.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(super) struct SavedArgs {
     /// A run directory (the newest checkpoint is taken), or a checkpoint
     #[arg(value_name = "RUN|CHECKPOINT")]
@@ -182,6 +187,15 @@ pub(super) struct SavedArgs {
     /// Settings that differ from the run's, such as data.val=other.h5
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
+}
+
+/// How to name a plugin that a run was trained with: where it was, unless the folders that are searched have it.
+pub(super) fn where_it_is(plugin: &PluginRecord, sources: &PluginSources) -> PathBuf {
+    let name = PathBuf::from(&plugin.name);
+    match &plugin.file {
+        Some(file) if sources.find(&name).is_err() && file.is_file() => file.clone(),
+        _ => name,
+    }
 }
 
 /// A trained model, with what it was trained by.
@@ -195,12 +209,21 @@ pub(super) struct Saved {
 }
 
 impl SavedArgs {
+    /// The same, with one more setting.
+    pub fn with(&self, setting: String) -> Self {
+        let mut more = self.clone();
+        more.overrides.push(setting);
+        more
+    }
+
     /// Builds the method as the run did, and gives it the weights of the checkpoint.
     pub fn open(&self, sources: &PluginSources) -> anyhow::Result<Saved> {
         let checkpoint = find_checkpoint(&self.run)?;
         let (state, weights) = load_model(&checkpoint)?;
-        let names = || state.plugins.iter().map(|plugin| plugin.name.clone().into());
-        let plugins = if self.plugin.is_empty() { names().collect() } else { self.plugin.clone() };
+        let plugins = match self.plugin.as_slice() {
+            [] => state.plugins.iter().map(|plugin| where_it_is(plugin, sources)).collect(),
+            named => named.to_vec(),
+        };
         // Those of the checkpoint, and not of the run, which may have gone on with others.
         let settings = state.config.as_object().cloned().unwrap_or_default();
         let base = Base { layer: checkpoint.display().to_string(), settings };

@@ -190,10 +190,11 @@ fn class_names(source: &Source, options: &PackOptions) -> Result<Option<Vec<Stri
     let Some(names) = &options.class_names else { return Ok(source.class_names.clone()) };
     let largest = source.labels.as_ref().and_then(|labels| labels.iter().max()).copied().unwrap_or(-1);
     if (names.len() as i64) <= largest {
-        return Err(DataError::Source {
-            path: source.path.clone(),
-            reason: format!("its labels go up to {largest}, and {} class names are given", names.len()),
-        });
+        return Err(DataError::Options(format!(
+            "the labels of {} go up to {largest}, and --class-names gives {}: give one for each class",
+            source.path.display(),
+            names.len()
+        )));
     }
     Ok(Some(names.clone()))
 }

@@ -38,14 +38,18 @@ impl Source {
         if metadata.is_dir() {
             return match idx::find_images(path, split)? {
                 Some(images) => Source::idx(&images),
-                None if split.is_some() => {
-                    Err(refuse("--split chooses between IDX files, and it holds none"))
-                }
+                None if split.is_some() => Err(DataError::Options(format!(
+                    "--split chooses between IDX files, and {} holds none",
+                    path.display()
+                ))),
                 None => Source::folder(path),
             };
         }
         if split.is_some() {
-            return Err(refuse("--split chooses between the IDX files of a directory, and this is a file"));
+            return Err(DataError::Options(format!(
+                "--split chooses between the IDX files of a directory, and {} is a file",
+                path.display()
+            )));
         }
         if idx::is_idx(path) {
             return Source::idx(path);

@@ -8,6 +8,12 @@ use thiserror::Error;
 /// A plugin, or something on offer, that cannot be used. Exit code 3.
 #[derive(Debug, Error)]
 pub enum PluginError {
+    /// No file at a path.
+    #[error("no plugin {}: there is no such file; a name without a slash is looked for in the plugin folders", path.display())]
+    NoFile {
+        /// The path.
+        path: PathBuf,
+    },
     /// No file of that name in any place.
     #[error(
         "no plugin `{name}`{nearest}: looked for {tried}; give its path, or name its folder with --plugin-dir{refused}"

@@ -24,6 +24,9 @@ pub struct PluginRecord {
     pub version: String,
     /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
+    /// Where the file was. Known of plugins in use only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
     /// Whether it offers probes and nothing else, so that no weights depend on it. Known of plugins in use only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub only_probes: bool,
@@ -99,7 +102,7 @@ impl PluginFile {
     /// What tells it from others.
     pub fn record(&self) -> PluginRecord {
         let ManifestFields { name, version, .. } = self.manifest.clone();
-        PluginRecord { name, version, sha256: self.sha256.clone(), only_probes: false }
+        PluginRecord { name, version, sha256: self.sha256.clone(), file: None, only_probes: false }
     }
 }
 

@@ -72,7 +72,11 @@ impl PluginSources {
         let bare = |path: &PathBuf| Some(path.file_stem()?.to_str()?.strip_prefix("lib")?.to_owned());
         let there: Vec<String> = there.iter().filter_map(bare).collect();
         let name = name.display().to_string();
-        let nearest = nearest(&name.replace('-', "_"), there.iter().map(String::as_str));
+        if name.contains('/') {
+            return Err(PluginError::NoFile { path: name.into() });
+        }
+        let wanted = name.strip_suffix(".so").map_or(&*name, |file| file.strip_prefix("lib").unwrap_or(file));
+        let nearest = nearest(&wanted.replace('-', "_"), there.iter().map(String::as_str));
         let nearest = nearest.map(|nearest| format!(" (did you mean `{nearest}`?)")).unwrap_or_default();
         Err(PluginError::NotFound { name, nearest, tried, refused: String::new() })
     }

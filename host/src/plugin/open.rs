@@ -29,7 +29,7 @@ impl LoadedPlugin {
     pub fn record(&self) -> PluginRecord {
         let offer = self.plugin.offer();
         let only_probes = offer.methods.is_empty() && offer.backbones.is_empty();
-        PluginRecord { only_probes, ..self.file.record() }
+        PluginRecord { file: Some(self.file.path.clone()), only_probes, ..self.file.record() }
     }
 }
 
