@@ -45,8 +45,8 @@ fn a_new_plugin_needs_neither_libtorch_nor_a_c_plus_plus_compiler() {
     let programs = room.file("programs");
     fs::create_dir(&programs).unwrap();
     let file = build_with_a_c_linker_only(&room.file("plugin"), &programs).join("libplugin.so");
-    let check = ["plugin", "check", "--only", "gradients", "trainer.threads=1", file.to_str().unwrap()];
-    room.run(check).expect(0);
+    room.run(["plugin", "check", file.to_str().unwrap(), "--only", "gradients", "trainer.threads=1"])
+        .expect(0);
 }
 
 #[test]
@@ -148,7 +148,11 @@ fn a_new_crate_replaces_nothing_and_has_a_name_that_cargo_takes() {
         ("option", "probe", "Option"),
     ] {
         let ended = room.run(["plugin", "new", name, "--kind", kind]).expect(2);
-        ended.error_says(&[&format!("`{name}` cannot name this plugin"), &format!("`{clash}`"), &format!("my-{name}")]);
+        ended.error_says(&[
+            &format!("`{name}` cannot name this plugin"),
+            &format!("`{clash}`"),
+            &format!("my-{name}"),
+        ]);
         assert!(!room.file(name).exists(), "{name}");
     }
     // A word of another kind's source, or of a comment, names nothing here.

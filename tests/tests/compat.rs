@@ -79,7 +79,10 @@ fn every_earlier_version_is_kept() {
             format!("plugin-{version}/src/lib.rs"),
             format!("host-{version}/src/main.rs"),
         ] {
-            assert!(folder.join(&file).is_file(), "tests/compat/{file} is missing: its README says what to keep");
+            assert!(
+                folder.join(&file).is_file(),
+                "tests/compat/{file} is missing: its README says what to keep"
+            );
         }
     }
 }
@@ -139,7 +142,8 @@ fn an_old_source_compiles_against_this_api() {
             let manifest = place.join(&name).join("Cargo.toml");
             let text = fs::read_to_string(&manifest).unwrap();
             let then = format!("jepa-plugin-api = \"={version}.0\"");
-            let today = format!("jepa-plugin-api = {{ path = '{}' }}", workspace().join("plugin-api").display());
+            let today =
+                format!("jepa-plugin-api = {{ path = '{}' }}", workspace().join("plugin-api").display());
             assert!(text.contains(&then), "{text}");
             fs::write(&manifest, text.replace(&then, &today)).unwrap();
             (place.join(&name), vec![], "authors".to_owned())
@@ -148,7 +152,9 @@ fn an_old_source_compiles_against_this_api() {
         let file = file.to_str().unwrap();
         let info = Room::new().run(["plugin", "info", file]).expect(0).stdout;
         assert!(info.contains(&format!("API      {API_MAJOR}.{API_MINOR}\n")), "{info}");
-        Room::new().run(["plugin", "check", file, "--only", "gradients", "backbone.name=elder_net"]).expect(0);
+        Room::new()
+            .run(["plugin", "check", file, "--only", "gradients", "backbone.name=elder_net"])
+            .expect(0);
     }
 }
 

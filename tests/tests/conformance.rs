@@ -75,7 +75,8 @@ fn what_is_checked_and_what_is_not_is_told() {
         let arguments = ["plugin", "check", "--format", "json", "--only", "options"].iter().chain(arguments);
         let report: Value = serde_json::from_str(&Room::new().run(arguments).stdout).expect("a report");
         let texts = |list: &Value, key: Option<&str>| -> Vec<String> {
-            let text = |value: &Value| key.map_or(value, |key| &value[key]).as_str().expect("text").to_owned();
+            let text =
+                |value: &Value| key.map_or(value, |key| &value[key]).as_str().expect("text").to_owned();
             list.as_array().expect("a list").iter().map(text).collect()
         };
         (texts(&report["checks"], Some("subject")), texts(&report["unchecked"], None))

@@ -127,7 +127,8 @@ fn a_panic_in_tch_is_told_in_libtorch_s_first_line() {
 fn an_error_that_panics_when_it_is_told_is_a_panic() {
     let room = Room::new();
     let ended = train(&room, &["method.unspeakable_error_at_step=7"]).expect(PLUGIN_FAILED);
-    ended.error_says(&["plugin `faulty-plugin` panicked: words fail it (at tests/plugins/faulty/src/lib.rs:"]);
+    ended
+        .error_says(&["plugin `faulty-plugin` panicked: words fail it (at tests/plugins/faulty/src/lib.rs:"]);
     assert_eq!(names(&checkpoints(&folder(&room))), ["step_00000005", "step_00000007"]);
 }
 

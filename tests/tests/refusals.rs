@@ -181,7 +181,8 @@ fn a_plugin_that_links_libtorch_has_to_say_which() {
     let uses = "int answer(void);\nint ask(void) { return answer(); }\n";
     let link = ["-Wl,--no-as-needed", "-L.", "-ltorch_cpu"];
     let library = room.compile_with("libown.so", &(manifest("") + uses), &link);
-    refused(&room, &library).error_says(&["links libtorch_cpu.so, and its manifest names no version", "libtorch: "]);
+    refused(&room, &library)
+        .error_says(&["links libtorch_cpu.so, and its manifest names no version", "libtorch: "]);
     let library = room.compile_with("libown.so", &(manifest("1.2.3") + uses), &link);
     refused(&room, &library).error_says(&["brings C++ for libtorch 1.2.3", "build it for "]);
 }
@@ -202,7 +203,9 @@ fn a_refused_file_may_be_the_one_that_is_missed() {
 
 #[test]
 fn what_a_newer_plugin_declares_and_this_host_cannot_read_is_refused() {
-    let words = |plugin: &str| format!("plugin `{plugin}` does not fit: it was built with plugin API 1.9 and declares what");
+    let words = |plugin: &str| {
+        format!("plugin `{plugin}` does not fit: it was built with plugin API 1.9 and declares what")
+    };
     let images = setting("data.train", &demo_images());
     let train = |room: &Room, plugins: &[&str]| {
         let plugins = plugins.iter().flat_map(|plugin| ["--plugin", plugin]).chain([images.as_str()]);

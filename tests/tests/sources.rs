@@ -42,19 +42,27 @@ fn unsafe_code_stays_in_its_rooms() {
         let text = fs::read_to_string(&file).unwrap();
         let uses = |line: &str| {
             let code = line.split("//").next().unwrap_or_default();
-            [" {", " fn ", " impl ", " extern ", "(no_mangle)"].iter().any(|after| code.contains(&format!("{keyword}{after}")))
+            [" {", " fn ", " impl ", " extern ", "(no_mangle)"]
+                .iter()
+                .any(|after| code.contains(&format!("{keyword}{after}")))
         };
         if !text.lines().any(uses) {
             continue;
         }
         let name = file.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
-        let room = UNSAFE.iter().find(|(room, _)| name == *room || room.ends_with('/') && name.starts_with(room));
+        let room =
+            UNSAFE.iter().find(|(room, _)| name == *room || room.ends_with('/') && name.starts_with(room));
         let Some((room, _)) = room else {
-            panic!("{name} has {keyword} code: move that to where it belongs, or give the file a place and a reason here")
+            panic!(
+                "{name} has {keyword} code: move that to where it belongs, or give the file a place and a reason here"
+            )
         };
         seen.push(*room);
     }
     for (room, why) in UNSAFE {
-        assert!(seen.contains(&room), "{room} needs no {keyword} code any more ({why}): take it out of this list");
+        assert!(
+            seen.contains(&room),
+            "{room} needs no {keyword} code any more ({why}): take it out of this list"
+        );
     }
 }

@@ -71,7 +71,9 @@ fn a_file_that_is_replaced_after_it_was_checked_is_refused() {
     let library = copy(&room, "libcopy.so");
     let read = |path: &Path| PluginFile::read(path, &Admission::default()).unwrap();
     let refused = |file: PluginFile| match file.open() {
-        Err(error @ PluginError::Changed { .. }) => assert!(error.to_string().contains("libcopy.so"), "{error}"),
+        Err(error @ PluginError::Changed { .. }) => {
+            assert!(error.to_string().contains("libcopy.so"), "{error}")
+        }
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("it was opened"),
     };
@@ -131,7 +133,11 @@ fn a_lock_leaves_nothing_out_in_silence() {
     fs::set_permissions(&library, Permissions::from_mode(0o666)).unwrap();
     let ended = room.run(["plugin", "lock", "--plugin-dir", "."]).expect(0);
     let words = "libcopy.so: can be written by every user";
-    assert!(ended.stdout.contains("refused, and not listed: ") && ended.stdout.contains(words), "{}", ended.stdout);
+    assert!(
+        ended.stdout.contains("refused, and not listed: ") && ended.stdout.contains(words),
+        "{}",
+        ended.stdout
+    );
 
     // A lock that was put together from two lists takes both files.
     fs::set_permissions(&library, Permissions::from_mode(0o644)).unwrap();
@@ -177,7 +183,8 @@ fn a_run_goes_on_with_the_same_files_only() {
     assert!(ended.stderr.contains("going on although plugin cnn-jepa was"), "{}", ended.stderr);
 
     // Another plugin may have brought the method; one with probes alone changes no weights.
-    let ended = train(&["trainer.max_steps=4", "--resume", "auto", "--plugin", "simclr", "method.name=cnn_jepa"]);
+    let ended =
+        train(&["trainer.max_steps=4", "--resume", "auto", "--plugin", "simclr", "method.name=cnn_jepa"]);
     let ended = ended.expect(USAGE);
     ended.error_says(&["plugin simclr was not loaded when", "is 0.1.0 (", "--allow-changes"]);
     train(&["trainer.max_steps=4", "--resume", "auto", "--plugin", "faulty_probe"]).expect(0);

@@ -105,7 +105,8 @@ fn lacking(bridge: &Path) -> Option<Vec<String>> {
 }
 
 fn told_lacking(names: &Value) -> String {
-    let names: Option<Vec<&str>> = names.as_array().map(|names| names.iter().filter_map(Value::as_str).collect());
+    let names: Option<Vec<&str>> =
+        names.as_array().map(|names| names.iter().filter_map(Value::as_str).collect());
     match names.as_deref() {
         None => "unknown".to_owned(),
         Some([]) => "nothing".to_owned(),

@@ -41,7 +41,9 @@ pub fn metrics(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
     }
     let pristine = self::features(0);
     if !features.train.x.equal(&pristine.train.x) || !features.held_out.x.equal(&pristine.held_out.x) {
-        return failed("`evaluate` changes the features, which other probes get too: work on a copy".to_owned());
+        return failed(
+            "`evaluate` changes the features, which other probes get too: work on a copy".to_owned(),
+        );
     }
     passed(first.iter().map(|(name, value)| format!("{name} {value:.3}")).collect::<Vec<_>>().join(", "))
 }

@@ -154,7 +154,8 @@ fn needed(library: &object::File<'_>, bytes: &[u8]) -> Vec<String> {
     let Ok(Some((entries, strings))) = sections.dynamic(endian, bytes) else { return Vec::new() };
     let Ok(strings) = sections.strings(endian, bytes, strings) else { return Vec::new() };
     let entries = entries.iter().filter(|entry| entry.tag(endian) == DT_NEEDED);
-    let name = |entry: &Dyn64<Endianness>| Some(String::from_utf8_lossy(entry.string(endian, strings).ok()?).into());
+    let name =
+        |entry: &Dyn64<Endianness>| Some(String::from_utf8_lossy(entry.string(endian, strings).ok()?).into());
     entries.filter_map(name).collect()
 }
 

@@ -7,8 +7,8 @@ use std::path::Path;
 use jepa_plugin_api::abi::{Plugin, ROOT_SYMBOL};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-use super::{Admission, PluginError, PluginFile, PluginRecord};
 use super::registry::check_offer;
+use super::{Admission, PluginError, PluginFile, PluginRecord};
 use crate::linker;
 
 /// A plugin in use.

@@ -55,7 +55,9 @@ pub(super) fn check_offer(offer: &Offer) -> Result<(), String> {
         for (i, (name, _)) in offered.iter().enumerate() {
             let word = kind.word();
             if name.is_empty() || kind.names_are_in_keys() && !name.chars().all(in_keys) {
-                return Err(format!("offers the {word} `{name}`: such a name has letters, digits, _ and - only"));
+                return Err(format!(
+                    "offers the {word} `{name}`: such a name has letters, digits, _ and - only"
+                ));
             }
             if offered[..i].iter().any(|(earlier, _)| earlier == name) {
                 return Err(format!("offers two {word}s named `{name}`"));

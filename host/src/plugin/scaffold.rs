@@ -36,11 +36,66 @@ const BACKBONE: &Template = &[
 
 /// Words of Rust that name nothing else, and crates that are part of every one or that a new one uses.
 const TAKEN: &[&str] = &[
-    "abstract", "alloc", "as", "async", "await", "become", "box", "break", "const", "continue", "core", "crate", "do",
-    "dyn", "else", "enum", "extern", "false", "final", "fn", "for", "gen", "if", "impl", "in", "jepa_plugin_api", "let",
-    "loop", "macro", "match", "mod", "move", "mut", "override", "priv", "proc_macro", "pub", "ref", "return",
-    "schemars", "self", "serde", "serde_json", "static", "std", "struct", "super", "test", "trait", "true", "try",
-    "type", "typeof", "unsafe", "unsized", "use", "virtual", "where", "while", "yield",
+    "abstract",
+    "alloc",
+    "as",
+    "async",
+    "await",
+    "become",
+    "box",
+    "break",
+    "const",
+    "continue",
+    "core",
+    "crate",
+    "do",
+    "dyn",
+    "else",
+    "enum",
+    "extern",
+    "false",
+    "final",
+    "fn",
+    "for",
+    "gen",
+    "if",
+    "impl",
+    "in",
+    "jepa_plugin_api",
+    "let",
+    "loop",
+    "macro",
+    "match",
+    "mod",
+    "move",
+    "mut",
+    "override",
+    "priv",
+    "proc_macro",
+    "pub",
+    "ref",
+    "return",
+    "schemars",
+    "self",
+    "serde",
+    "serde_json",
+    "static",
+    "std",
+    "struct",
+    "super",
+    "test",
+    "trait",
+    "true",
+    "try",
+    "type",
+    "typeof",
+    "unsafe",
+    "unsized",
+    "use",
+    "virtual",
+    "where",
+    "while",
+    "yield",
 ];
 
 /// Types that every file knows, or that macros write without saying where they are from.
@@ -56,7 +111,9 @@ pub enum ScaffoldError {
         name: String,
     },
     /// A name that means something else in the new crate.
-    #[error("`{name}` cannot name this plugin: `{clash}` is something else in its source; choose another, such as my-{name}")]
+    #[error(
+        "`{name}` cannot name this plugin: `{clash}` is something else in its source; choose another, such as my-{name}"
+    )]
     Clash {
         /// As it was given.
         name: String,
@@ -153,9 +210,13 @@ fn clash<'a>(library: &str, type_name: &str, texts: impl Iterator<Item = &'a str
         return Some(library.to_owned());
     }
     let code = texts.flat_map(str::lines).filter(|line| !line.trim_start().starts_with(['/', '#']));
-    let words: BTreeSet<&str> =
-        code.flat_map(|line| line.split(|c: char| !c.is_alphanumeric() && c != '_')).chain(PRELUDE.iter().copied()).collect();
-    [type_name.to_owned(), format!("{type_name}Options")].into_iter().find(|name| words.contains(name.as_str()))
+    let words: BTreeSet<&str> = code
+        .flat_map(|line| line.split(|c: char| !c.is_alphanumeric() && c != '_'))
+        .chain(PRELUDE.iter().copied())
+        .collect();
+    [type_name.to_owned(), format!("{type_name}Options")]
+        .into_iter()
+        .find(|name| words.contains(name.as_str()))
 }
 
 fn capitalised(word: &str) -> String {

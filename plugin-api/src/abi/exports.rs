@@ -364,7 +364,8 @@ impl AbiProbe for GuardedProbe {
                 seed: context.seed,
             };
             let metric = |(name, value): (String, f64)| AbiProbeMetric { name: name.into(), value };
-            let metrics: RVec<AbiProbeMetric> = self.probe.evaluate(&features)?.into_iter().map(metric).collect();
+            let metrics: RVec<AbiProbeMetric> =
+                self.probe.evaluate(&features)?.into_iter().map(metric).collect();
             Ok(metrics)
         })
     }

@@ -49,8 +49,9 @@ impl Plugin {
         // SAFETY: AbiHeaderRef is a transparent wrapper of a non-null pointer to the header's first field, which the
         // caller vouches for.
         let header = unsafe { std::mem::transmute::<*const c_void, AbiHeaderRef>(root) };
-        let header =
-            header.upgrade().map_err(|error| anyhow::anyhow!("its abi_stable does not fit: {error}; {REMEDY}"))?;
+        let header = header
+            .upgrade()
+            .map_err(|error| anyhow::anyhow!("its abi_stable does not fit: {error}; {REMEDY}"))?;
         let IsLayoutChecked::Yes(theirs) = header.root_mod_consts().layout() else {
             anyhow::bail!("it carries no description of its types; {REMEDY}");
         };
@@ -422,7 +423,10 @@ impl ProbeHandle {
         }))?;
         let metric = |AbiProbeMetric { name, value }| -> Result<(String, f64), Failure> {
             if name.is_empty() || !value.is_finite() {
-                return Err(wrong(&self.plugin, format!("`evaluate` returned {value} as the metric `{name}`")));
+                return Err(wrong(
+                    &self.plugin,
+                    format!("`evaluate` returned {value} as the metric `{name}`"),
+                ));
             }
             Ok((name.into(), value))
         };

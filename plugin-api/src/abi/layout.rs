@@ -83,9 +83,8 @@ fn contains(picture: &str, promised: &str) -> Result<(), String> {
     };
     let there = blocks(picture);
     for (head, body) in blocks(promised) {
-        let grown = |(h, b): &&(String, String)| {
-            *h == head && (b.starts_with(&body) || json_contains(b, &body))
-        };
+        let grown =
+            |(h, b): &&(String, String)| *h == head && (b.starts_with(&body) || json_contains(b, &body));
         if !there.iter().any(|block| grown(&block)) {
             return Err(format!("{head}\n{body}"));
         }

@@ -83,9 +83,8 @@ impl CheckArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let of_probes =
             PROBE_CHECKS.iter().filter(|check| CHECKS.iter().all(|other| other.name != check.name));
-        let names = || {
-            [LOADS.0].into_iter().chain(CHECKS.iter().chain(of_probes.clone()).map(|check| check.name))
-        };
+        let names =
+            || [LOADS.0].into_iter().chain(CHECKS.iter().chain(of_probes.clone()).map(|check| check.name));
         if let Some(unknown) = self.only.as_ref().filter(|only| !names().any(|name| name == only.as_str())) {
             let all: Vec<_> = names().collect();
             return Err(Usage(format!("there is no check `{unknown}`; there are {}", all.join(", "))).into());

@@ -93,7 +93,8 @@ impl What {
 /// the backbones that take the same options.
 pub(super) fn choose(plugin: &LoadedPlugin, overrides: &[String]) -> (Vec<What>, Vec<What>) {
     let offer = plugin.plugin.offer();
-    let all = |kind: Kind| kind.of(offer).into_iter().map(move |(name, _)| What { kind, name: name.to_owned() });
+    let all =
+        |kind: Kind| kind.of(offer).into_iter().map(move |(name, _)| What { kind, name: name.to_owned() });
     // As in a run, the last of several values counts.
     let value_of = |key: &str| {
         let values = overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
