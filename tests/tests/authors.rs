@@ -45,8 +45,8 @@ fn a_new_plugin_needs_neither_libtorch_nor_a_c_plus_plus_compiler() {
     let programs = room.file("programs");
     fs::create_dir(&programs).unwrap();
     let file = build_with_a_c_linker_only(&room.file("plugin"), &programs).join("libplugin.so");
-    let check = ["plugin", "check", "--only", "gradients", "trainer.threads=1", file.to_str().unwrap()];
-    room.run(check).expect(0);
+    room.run(["plugin", "check", file.to_str().unwrap(), "--only", "gradients", "trainer.threads=1"])
+        .expect(0);
 }
 
 #[test]

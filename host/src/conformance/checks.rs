@@ -21,9 +21,9 @@ const GRADIENT_STEPS: u64 = 3;
 /// Steps in bf16.
 const BF16_STEPS: u64 = 20;
 /// Memory is measured in windows of so many steps, after one of them as a warm-up: the most where a window then takes no
-/// more than so many seconds, the least in any case where all of them take no more than a minute.
+/// more than so many seconds, the least in any case where all of them take no more than half a minute.
 const LEAK_WINDOW: std::ops::RangeInclusive<u64> = 25..=60;
-const LEAK_WINDOW_SECONDS: std::ops::RangeInclusive<f64> = 3.0..=15.0;
+const LEAK_WINDOW_SECONDS: std::ops::RangeInclusive<f64> = 3.0..=8.0;
 /// Memory that a step or an evaluation may keep on average: less than any image of a batch, more than caches that still
 /// grow.
 const LEAK_PER_TURN: u64 = 8 << 10;
