@@ -98,6 +98,14 @@ pub trait Method: Send + Sized + 'static {
     /// `images` is f32 `(B, 3, S, S)` on the run's device; the result is `(B, D)` of any floating-point type on the
     /// same device, pooled over space. Before a run begins, the host tries it with one blank image.
     fn encode(&mut self, images: &Tensor) -> Result<Tensor>;
+
+    /// What a person should see of `batch`, by name: tensors `(B, 3, S, S)` with pixels as the views have them. The host
+    /// asks now and then, and hands the first of them to trackers and reports. The default, nothing, stands for the
+    /// views by their names. Since 1.1.
+    fn examples(&mut self, batch: &Batch) -> Result<Vec<(String, Tensor)>> {
+        let _ = batch;
+        Ok(Vec::new())
+    }
 }
 
 /// One batch of views, and where in the run it stands.

@@ -91,7 +91,9 @@ impl EvalArgs {
         let signals = Signals::install("ending; a second signal ends at once")?;
         let mut saved = match &probe {
             // Named in the settings, it is looked for, and refused when it is nowhere.
-            Probe::OfPlugin(name) => self.saved.with(format!("eval.probes.{name}.enabled=true")).open(sources)?,
+            Probe::OfPlugin(name) => {
+                self.saved.with(format!("eval.probes.{name}.enabled=true")).open(sources)?
+            }
             Probe::Linear | Probe::Knn => self.saved.open(sources)?,
         };
         let config = &mut saved.session.settings.config;

@@ -45,7 +45,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if cause.is::<ConfigError>() || cause.is::<Usage>() || cause.is::<LockError>() {
         return Some(2);
     }
-    if let Some(DataError::Exists { .. } | DataError::View { .. } | DataError::Options(_)) = cause.downcast_ref() {
+    if let Some(DataError::Exists { .. } | DataError::View { .. } | DataError::Options(_)) =
+        cause.downcast_ref()
+    {
         return Some(2);
     }
     if let Some(error) = cause.downcast_ref() {

@@ -41,7 +41,8 @@ impl Session {
         for name in plugins {
             registry.load(sources.find(name)?)?;
         }
-        let named: BTreeSet<String> = registry.plugins().iter().map(|plugin| plugin.name().to_owned()).collect();
+        let named: BTreeSet<String> =
+            registry.plugins().iter().map(|plugin| plugin.name().to_owned()).collect();
         let named_methods = registry.names(Kind::Method).len();
         let mut settings = layers.with_process_environment().load()?;
 
@@ -57,7 +58,10 @@ impl Session {
             registry.require(kind, name, sources)?;
             let (owner, options) = registry.find(kind, name)?;
             if kind == Kind::Method && named_methods > 0 && !named.contains(owner.name()) {
-                tracing::warn!("method.name is {name}, of the plugin {}: none of those that --plugin names", owner.name());
+                tracing::warn!(
+                    "method.name is {name}, of the plugin {}: none of those that --plugin names",
+                    owner.name()
+                );
             }
             settings.adopt_plugin_options(section, owner.name(), options.as_value())?;
         }

@@ -216,7 +216,7 @@ impl<'t> Run<'t> {
             figures.push(("train/replaced".to_owned(), batch.replaced as f64));
             let batch = self.to_device(batch, true);
             if i == 0 {
-                self.show_examples(&batch);
+                self.show_examples(&batch)?;
             }
             seed_torch(self.state.seed, step, i);
             let bf16 = self.config.trainer.precision == Precision::Bf16;
@@ -265,17 +265,17 @@ impl<'t> Run<'t> {
     }
 
     /// Records what the method sees, with the first batch of the run and of every epoch that is evaluated.
-    fn show_examples(&mut self, batch: &Batch) {
+    fn show_examples(&mut self, batch: &Batch) -> anyhow::Result<()> {
         let every = self.config.eval.every_epochs;
         let evaluated = every > 0 && (self.state.epoch + 1).is_multiple_of(every);
         let due = self.state.epoch == 0 || evaluated;
         if !self.config.track.examples || !due || self.state.batch_in_epoch > 0 {
-            return;
+            return Ok(());
         }
+        let columns = no_grad(|| self.model.method.examples(batch))?;
         let views = self.model.method.views();
-        let names = views.iter().map(|view| view.name.clone());
-        let columns: Vec<_> = names.zip(batch.views.iter().map(tch::Tensor::shallow_clone)).collect();
         self.trackers.log_examples(self.state.step, self.epochs(), views, &columns);
+        Ok(())
     }
 
     /// Puts back what a step that failed half-way has changed, but for the EMA update, which the state tells of.

@@ -124,6 +124,7 @@ trait ErasedMethod: Send {
     fn views(&self) -> Vec<ViewSpec>;
     fn step(&mut self, batch: &Batch) -> Result<Step>;
     fn encode(&mut self, images: &Tensor) -> Result<Tensor>;
+    fn examples(&mut self, batch: &Batch) -> Result<Vec<(String, Tensor)>>;
 }
 
 impl<M: Method> ErasedMethod for M {
@@ -135,6 +136,9 @@ impl<M: Method> ErasedMethod for M {
     }
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
         Method::encode(self, images)
+    }
+    fn examples(&mut self, batch: &Batch) -> Result<Vec<(String, Tensor)>> {
+        Method::examples(self, batch)
     }
 }
 
@@ -296,16 +300,7 @@ impl AbiMethod for GuardedMethod {
 
     fn step(&mut self, batch: AbiBatch) -> RResult<AbiStep, AbiFailure> {
         guard(self.plugin, &self.poisoned, || {
-            let context: BatchContext = serde_json::from_str(batch.context_json.as_str())?;
-            let batch = Batch {
-                views: batch.views.into_iter().map(Tensor::from).collect(),
-                labels: batch.labels.into(),
-                samples: batch.samples.into(),
-                seed: context.seed,
-                epoch: context.epoch,
-                step: context.step,
-                train: context.train,
-            };
+            let batch = received(batch)?;
             let Step { loss, metrics } = self.method.step(&batch)?;
             let metric =
                 |(name, value): (String, Tensor)| AbiMetric { name: name.into(), value: value.into() };
@@ -316,6 +311,29 @@ impl AbiMethod for GuardedMethod {
     fn encode(&mut self, images: TensorOwned) -> RResult<TensorOwned, AbiFailure> {
         guard(self.plugin, &self.poisoned, || self.method.encode(&images.into()))
     }
+
+    fn examples(&mut self, batch: AbiBatch) -> RResult<RVec<AbiImages>, AbiFailure> {
+        guard(self.plugin, &self.poisoned, || {
+            let examples = self.method.examples(&received(batch)?)?;
+            let images =
+                |(name, images): (String, Tensor)| AbiImages { name: name.into(), images: images.into() };
+            Ok(examples.into_iter().map(images).collect::<RVec<_>>())
+        })
+    }
+}
+
+/// A batch on this side of the boundary.
+fn received(batch: AbiBatch) -> Result<Batch> {
+    let context: BatchContext = serde_json::from_str(batch.context_json.as_str())?;
+    Ok(Batch {
+        views: batch.views.into_iter().map(Tensor::from).collect(),
+        labels: batch.labels.into(),
+        samples: batch.samples.into(),
+        seed: context.seed,
+        epoch: context.epoch,
+        step: context.step,
+        train: context.train,
+    })
 }
 
 /// A backbone behind its guard against panics.

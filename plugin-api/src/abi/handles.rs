@@ -239,14 +239,7 @@ impl MethodHandle {
     /// The plugin's [`Failure`], also when it returns something else than that.
     pub fn step(&mut self, batch: Batch) -> Result<Step, Failure> {
         let train = batch.train;
-        let context =
-            BatchContext { seed: batch.seed, epoch: batch.epoch, step: batch.step, train: batch.train };
-        let batch = AbiBatch {
-            views: batch.views.into_iter().map(Into::into).collect(),
-            labels: batch.labels.into(),
-            samples: batch.samples.into(),
-            context_json: serde_json::to_string(&context).expect("numbers become JSON").into(),
-        };
+        let batch = sent(batch);
         let AbiStep { loss, metrics } = unwrap(self.object.step(batch))?;
         let metric = |m: AbiMetric| (m.name.into(), m.value.into());
         let step = Step { loss: loss.into(), metrics: metrics.into_iter().map(metric).collect() };
@@ -270,6 +263,37 @@ impl MethodHandle {
                 described(&features)
             ))),
         }
+    }
+
+    /// What a person should see of `batch`: named images `(B, 3, S, S)`, see
+    /// [`Method::examples`](crate::Method::examples), or the views by their names.
+    ///
+    /// # Errors
+    /// The plugin's [`Failure`], also when it returns something else than images.
+    pub fn examples(&mut self, batch: &Batch) -> Result<Vec<(String, Tensor)>, Failure> {
+        let views = || batch.views.iter().map(Tensor::shallow_clone);
+        let copy = Batch {
+            views: views().collect(),
+            labels: batch.labels.shallow_clone(),
+            samples: batch.samples.clone(),
+            ..*batch
+        };
+        let examples = unwrap(self.object.examples(sent(copy)))?;
+        if examples.is_empty() {
+            return Ok(self.views().iter().map(|view| view.name.clone()).zip(views()).collect());
+        }
+        let mut named = Vec::new();
+        for AbiImages { name, images } in examples {
+            let images = Tensor::from(images);
+            if !matches!(images.size()[..], [_, 3, _, _]) || !images.is_floating_point() {
+                return Err(self.wrong(format!(
+                    "`examples` must return images (B, 3, H, W), and returned `{name}` as {}",
+                    described(&images)
+                )));
+            }
+            named.push((name.into(), images));
+        }
+        Ok(named)
     }
 
     fn check_step(&self, step: &Step, train: bool) -> Result<(), Failure> {
@@ -431,5 +455,16 @@ impl ProbeHandle {
             Ok((name.into(), value))
         };
         metrics.into_iter().map(metric).collect()
+    }
+}
+
+/// A batch on its way across.
+fn sent(batch: Batch) -> AbiBatch {
+    let context = BatchContext { seed: batch.seed, epoch: batch.epoch, step: batch.step, train: batch.train };
+    AbiBatch {
+        views: batch.views.into_iter().map(Into::into).collect(),
+        labels: batch.labels.into(),
+        samples: batch.samples.into(),
+        context_json: serde_json::to_string(&context).expect("numbers become JSON").into(),
     }
 }

@@ -31,7 +31,7 @@ pub use module::{BackboneOffer, MethodOffer, Offer, ProbeOffer};
 ///
 /// History
 /// - 1.0: methods and backbones.
-/// - 1.1: probes; methods say whether they need labels; failures of the kind `Unfit`; bits of features that a host must
+/// - 1.1: probes; example images; methods say whether they need labels; failures of the kind `Unfit`; bits of features that a host must
 ///   know.
 pub const API_MAJOR: u16 = number(env!("CARGO_PKG_VERSION_MAJOR"));
 

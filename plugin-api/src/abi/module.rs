@@ -132,6 +132,16 @@ pub struct AbiMetric {
     pub value: TensorOwned,
 }
 
+/// Named images `(B, 3, S, S)`. Since 1.1.
+///
+/// OWNERSHIP: the tensor is the caller's.
+#[repr(C)]
+#[derive(StableAbi)]
+pub struct AbiImages {
+    pub name: RString,
+    pub images: TensorOwned,
+}
+
 /// [`crate::FrozenFeatures`] in a layout that crosses.
 ///
 /// OWNERSHIP: the tensors are the callee's.
@@ -181,6 +191,11 @@ pub trait AbiMethod: Send {
     fn step(&mut self, batch: AbiBatch) -> RResult<AbiStep, AbiFailure>;
     #[sabi(last_prefix_field)]
     fn encode(&mut self, images: TensorOwned) -> RResult<TensorOwned, AbiFailure>;
+    /// Since 1.1.
+    fn examples(&mut self, batch: AbiBatch) -> RResult<RVec<AbiImages>, AbiFailure> {
+        drop(batch);
+        RResult::ROk(RVec::new())
+    }
 }
 pub type MethodObject = AbiMethod_TO<'static, RBox<()>>;
 

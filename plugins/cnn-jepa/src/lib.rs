@@ -131,6 +131,19 @@ impl Method for CnnJepa {
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
         tch::no_grad(|| self.target.pooled(images, false))
     }
+
+    fn examples(&mut self, batch: &Batch) -> Result<Vec<(String, Tensor)>> {
+        let [image] = batch.views.as_slice() else { return Ok(Vec::new()) };
+        let masks = self.masks.draw(batch).to_device(image.device());
+        let size = [image.size()[2], image.size()[3]];
+        // Hidden cells are zero, the mean of normalised pixels: grey.
+        let shown = |mask: &Tensor| image * mask.to_kind(Kind::Float).upsample_nearest2d(size, None, None);
+        Ok(vec![
+            ("image".to_owned(), image.shallow_clone()),
+            ("context".to_owned(), shown(&masks.context)),
+            ("target".to_owned(), shown(&masks.target)),
+        ])
+    }
 }
 
 impl CnnJepa {
