@@ -121,14 +121,20 @@ impl Room {
         self.launch(Command::new(binary()), arguments)
     }
 
-    /// Starts `jepa-host` with these arguments and environment variables.
+    /// Starts `jepa-host` with these arguments and environment variables; one without a value is not set.
     pub fn start_in<S: AsRef<OsStr>>(
         &self,
         environment: &[(&str, &str)],
         arguments: impl IntoIterator<Item = S>,
     ) -> Running {
         let mut command = Command::new("env");
-        command.args(environment.iter().map(|(name, value)| format!("{name}={value}"))).arg(binary());
+        for (name, value) in environment {
+            match value.is_empty() {
+                true => command.args(["-u", name]),
+                false => command.arg(format!("{name}={value}")),
+            };
+        }
+        command.arg(binary());
         self.launch(command, arguments)
     }
 
@@ -147,6 +153,8 @@ impl Room {
                 command.env_remove(name);
             }
         }
+        // The program sets it and begins anew where it is not set, which takes a moment.
+        command.env("GOMP_SPINCOUNT", "1000");
         let create = |path| File::create(path).expect("the room can be written to");
         let child = command.stdout(create(&out)).stderr(create(&err)).spawn().expect("jepa-host starts");
         Running { child, out, err }

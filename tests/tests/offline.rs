@@ -77,7 +77,7 @@ fn offline_figures_are_the_online_ones_to_the_last_digit() {
     let text = room.run(["eval", "knn", RUN, "eval.knn.k=5"]).expect(0).stdout;
     assert!(text.contains("step_00000005 of step 5") && text.contains("eval/knn_top1 "), "{text}");
 
-    room.run(["eval", "knn", "runs/nothing"]).expect(1).error_says(&["runs/nothing is no checkpoint"]);
+    room.run(["eval", "knn", "runs/nothing"]).expect(2).error_says(&["runs/nothing is no checkpoint"]);
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn a_checkpoint_is_judged_by_its_own_settings_wherever_it_is_copied_to() {
     room.run(["export", earlier.to_str().unwrap(), "earlier.safetensors"]).expect(0);
     assert!(tensors(&room.file("copied.safetensors")) == tensors(&room.file("earlier.safetensors")));
     room.run(arguments(&["init.from=copied", "run.name=from_copy", "trainer.max_steps=1"])).expect(0);
-    let ended = room.run(arguments(&["--resume", "copied"])).expect(1);
+    let ended = room.run(arguments(&["--resume", "copied"])).expect(2);
     ended.error_says(&["copied is no checkpoint", "outside a run"]);
 }
 
@@ -174,7 +174,7 @@ fn fine_tuning_trains_the_run_s_backbone_with_labels() {
 
     let ended = room.run(["eval", "finetune", RUN, "data.val=nowhere.h5"]).expect(4);
     ended.error_says(&["data.val: cannot open nowhere.h5"]);
-    room.run(["eval", "finetune", "runs/nothing"]).expect(1).error_says(&["runs/nothing is no checkpoint"]);
+    room.run(["eval", "finetune", "runs/nothing"]).expect(2).error_says(&["runs/nothing is no checkpoint"]);
 }
 
 #[test]

@@ -23,6 +23,7 @@ use serde_json::json;
 
 use self::exit::Usage;
 use crate::config::Config;
+use crate::device::begin_with_calm_threads;
 use crate::plugin::{Admission, Lock, PluginSources};
 use crate::track::console::{Verbosity, init_logging};
 
@@ -141,7 +142,17 @@ fn explain(mut error: clap::Error) -> clap::Error {
     error
 }
 
+/// Whether a command computes for so long that its threads should give way to other processes.
+fn computes(command: Option<&Command>) -> bool {
+    matches!(command, None | Some(Command::Train(_) | Command::Eval(_) | Command::Embed(_)))
+}
+
 fn run(cli: Cli) -> anyhow::Result<()> {
+    if computes(cli.command.as_ref())
+        && let Err(error) = begin_with_calm_threads()
+    {
+        tracing::warn!("compute threads will spin: this program cannot begin anew: {error}");
+    }
     let Common { plugin_dir, plugin_lock, allow_untrusted_plugins: allow_untrusted, .. } = cli.common;
     let lock = plugin_lock.as_deref().map(Lock::read).transpose()?;
     let sources = PluginSources::new(&plugin_dir, Admission { allow_untrusted, lock });
