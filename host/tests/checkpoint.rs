@@ -34,6 +34,7 @@ fn state(step: u64) -> State {
             name: "cnn-jepa".to_owned(),
             version: "0.1.0".to_owned(),
             sha256: "0123456789abcdef".to_owned(),
+            only_probes: false,
         }],
         host: "0.1.0".to_owned(),
         libtorch: "2.11.0".to_owned(),
