@@ -62,6 +62,7 @@ pub struct NoOptions {}
 /// let step = built.method.step(&testing::batch(vec![view(), view()]))?;
 /// step.loss.backward();
 /// assert!(built.tensor("encoder.conv.weight")?.grad().defined());
+/// assert!(built.method.examples(&testing::batch(vec![view(), view()]))?.is_empty(), "the views are shown");
 /// # Ok::<(), jepa_plugin_api::Error>(())
 /// ```
 pub trait Method: Send + Sized + 'static {

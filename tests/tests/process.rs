@@ -8,7 +8,9 @@ use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, setting};
 fn spins(id: u32) -> Vec<String> {
     let bytes = fs::read(format!("/proc/{id}/environ")).unwrap();
     let entries = bytes.split(|byte| *byte == 0).map(|entry| String::from_utf8_lossy(entry).into_owned());
-    entries.filter(|entry| entry.starts_with("GOMP_SPINCOUNT=") || entry.starts_with("OMP_WAIT_POLICY=")).collect()
+    entries
+        .filter(|entry| entry.starts_with("GOMP_SPINCOUNT=") || entry.starts_with("OMP_WAIT_POLICY="))
+        .collect()
 }
 
 #[test]

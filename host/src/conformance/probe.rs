@@ -68,7 +68,10 @@ pub fn panics(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
 }
 
 pub fn leaks(subject: &dyn Subject, _: &Path) -> anyhow::Result<Verdict> {
-    kept("evaluation", |turn| Ok(drop(probe(subject)?.evaluate(features(turn))?)))
+    kept("evaluation", |turn| {
+        probe(subject)?.evaluate(features(turn))?;
+        Ok(())
+    })
 }
 
 fn probe(subject: &dyn Subject) -> anyhow::Result<ProbeHandle> {

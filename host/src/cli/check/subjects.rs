@@ -97,8 +97,8 @@ pub(super) fn choose(plugin: &LoadedPlugin, overrides: &[String]) -> (Vec<What>,
         |kind: Kind| kind.of(offer).into_iter().map(move |(name, _)| What { kind, name: name.to_owned() });
     // As in a run, the last of several values counts.
     let value_of = |key: &str| {
-        let values = overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
-        values.last().map(|value| value.trim_matches('"').to_owned())
+        let mut values = overrides.iter().filter_map(|setting| setting.strip_prefix(key)?.strip_prefix('='));
+        values.next_back().map(|value| value.trim_matches('"').to_owned())
     };
     let (method, backbone) = (value_of("method.name"), value_of("backbone.name"));
     let enabled = |what: &What| value_of(&format!("{}.enabled", what.section())).as_deref() == Some("true");
