@@ -13,5 +13,6 @@ pub mod eval;
 mod linker;
 pub mod plugin;
 pub mod provenance;
+pub mod report;
 pub mod track;
 pub mod train;

@@ -17,6 +17,7 @@ pub use encoder::{encoder_of, read_encoder};
 pub use error::CheckpointError;
 pub use resume::{Resume, resolve_resume};
 pub use run_dir::RunDir;
+pub(crate) use run_dir::versions;
 pub use state::{Best, FORMAT, State};
 pub use store::{Checkpoint, latest, list, load, load_model, load_state, replace_file};
 pub use tensors::{NamedTensors, read_tensors, restore, write_tensors};

@@ -60,6 +60,13 @@ impl RunDir {
         Ok(RunDir { path: path.to_owned(), _lock: lock })
     }
 
+    /// Whether a process writes to the run in `path`. Where there are no locks, nobody knows, and it says no.
+    pub fn is_held(path: &Path) -> bool {
+        // A shared lock for this moment only: it would have to meet the very moment in which a run takes its own.
+        let lock = File::open(path.join(LOCK));
+        lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -125,7 +132,7 @@ impl RunDir {
 }
 
 /// The versions of a run by number. A directory that is not there holds none.
-pub(super) fn versions(run: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
+pub(crate) fn versions(run: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
     let entries = match fs::read_dir(run) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -7,8 +7,10 @@ mod embed;
 mod eval;
 mod exit;
 mod export;
+mod ls;
 mod output;
 mod plugin;
+mod report;
 mod session;
 mod trackers;
 mod train;
@@ -30,6 +32,8 @@ Examples:
   jepa-host --plugin cnn_jepa --config configs/demo.toml optimizer.lr=0.02 trainer.epochs=20
   jepa-host --plugin cnn_jepa --config configs/demo.toml --resume auto
   jepa-host plugin info cnn_jepa
+  jepa-host ls
+  jepa-host report runs/demo
   jepa-host data pack photos/ photos.h5
 
 Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.
@@ -87,6 +91,8 @@ enum Command {
     Eval(eval::EvalCommand),
     Embed(embed::EmbedArgs),
     Export(export::ExportArgs),
+    Ls(ls::LsArgs),
+    Report(report::ReportArgs),
     /// Show what is installed and what is missing
     Doctor(doctor::DoctorArgs),
     /// Print a completion script for a shell
@@ -130,6 +136,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Eval(command)) => command.run(&sources),
         Some(Command::Embed(args)) => args.run(&sources),
         Some(Command::Export(args)) => args.run(),
+        Some(Command::Ls(args)) => args.run(),
+        Some(Command::Report(args)) => args.run(&sources),
         Some(Command::Doctor(args)) => args.run(&sources),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -188,6 +188,11 @@ pub(super) struct Saved {
 }
 
 impl SavedArgs {
+    /// The model of `run` as it was trained.
+    pub fn of(run: PathBuf) -> Self {
+        SavedArgs { run, plugin: Vec::new(), overrides: Vec::new() }
+    }
+
     /// Builds the method as the run did, and gives it the weights of the checkpoint.
     pub fn open(&self, sources: &PluginSources) -> anyhow::Result<Saved> {
         let (run, checkpoint) = find_checkpoint(&self.run)?;
