@@ -62,7 +62,11 @@ struct Part {
 impl Charts {
     /// The charts of `runs`.
     pub fn of(runs: &[SavedRun]) -> Self {
-        let metrics: BTreeSet<&str> = runs.iter().flat_map(SavedRun::metrics).collect();
+        let mut metrics: BTreeSet<&str> = runs.iter().flat_map(SavedRun::metrics).collect();
+        // Nearly always there were none, and a line at zero says nothing.
+        if runs.iter().all(|run| run.series("train/replaced").all(|(_, images)| images == 0.0)) {
+            metrics.remove("train/replaced");
+        }
         let runs = runs.iter().enumerate().map(|(place, run)| Run::of(place, run)).collect();
         Charts { runs, groups: groups(metrics) }
     }
@@ -184,9 +188,11 @@ fn groups(metrics: BTreeSet<&str>) -> Vec<Group> {
         match parts.as_slice() {
             ["train", method, name] => {
                 let held_out = format!("val/{method}/{name}");
-                let title = format!("{method} {name}");
                 let both = [*metric, held_out.as_str()];
-                of_methods.entry(method).or_default().push(Chart { name: title, ..chart(&both, &left) });
+                of_methods
+                    .entry(method)
+                    .or_default()
+                    .push(Chart { name: (*name).to_owned(), ..chart(&both, &left) });
             }
             ["val", method, name] if left.contains(format!("train/{method}/{name}").as_str()) => {}
             _ => other.charts.push(chart(&[metric], &left)),

@@ -272,7 +272,7 @@
       else if (log) [low, high] = [low / (high / low) ** 0.04, high * (high / low) ** 0.04];
       else [low, high] = [low >= 0 && low < 0.15 * high ? 0 : low - 0.05 * (high - low), high + 0.05 * (high - low)];
 
-      const linear = ticks(low, high, large ? 7 : 4);
+      const linear = ticks(low, high, large ? 7 : 5);
       const yTicks = log ? logTicks(low, high) : linear.found;
       const yText = yTicks.map((value) => tickText(spec.kind, value, log ? value * 0.1 : linear.step));
       const margin = { left: 9 + 6.3 * Math.max(...yText.map((text) => text.length)), right: data.charts.runs.length > 1 ? 18 : 8 };
@@ -287,7 +287,7 @@
         svg.append(draw("text", { x: margin.left - 6, y: y + 3.5, "text-anchor": "end" }, yText[i]));
       });
       const wide = width - margin.left - margin.right;
-      const xTicks = ticks(left, right, Math.max(2, Math.floor(wide / 75)));
+      const xTicks = ticks(left, right, Math.max(2, Math.floor(wide / 62)));
       for (const value of xTicks.found) {
         const x = this.x.place(value);
         const edge = x > width - margin.right - 14 ? "end" : "middle";
@@ -500,12 +500,20 @@
       const l = map.labels[i];
       svg.append(draw("circle", { class: color(l) + faded(l), cx: x.place(p[0]).toFixed(1), cy: y.place(p[1]).toFixed(1), r: 2.6 }));
     });
-    if (classes.length <= 20)
-      for (const l of classes) {
+    if (classes.length <= 20) {
+      // A class's name stands at its median, or below the names that are there already.
+      const names = classes.map((l) => {
         const own = map.points.filter((_, i) => map.labels[i] === l);
         const middle = (axis) => own.map((p) => p[axis]).sort((a, b) => a - b)[own.length >> 1];
-        svg.append(draw("text", { class: `class${faded(l)}`, x: x.place(middle(0)), y: y.place(middle(1)) }, className(map, l)));
-      }
+        return { l, text: className(map, l), x: x.place(middle(0)), y: y.place(middle(1)) };
+      });
+      names.sort((a, b) => a.y - b.y);
+      names.forEach((name, i) => {
+        const meets = (other) => Math.abs(other.x - name.x) < 3.4 * (other.text.length + name.text.length) && Math.abs(other.y - name.y) < 13;
+        for (let other; (other = names.slice(0, i).find(meets)); ) name.y = other.y + 13.01;
+        svg.append(draw("text", { class: `class${faded(name.l)}`, x: name.x, y: name.y }, name.text));
+      });
+    }
     const tip = make("div", { class: "tip", hidden: "" });
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
@@ -554,8 +562,9 @@
     if (!present.length) return;
     const { map } = present[0];
     const classes = [...new Set(present.flatMap((one) => one.map.labels))].sort((a, b) => a - b);
-    const box = make("div", { class: "drawn" });
-    box.append(make("p", { class: "note" }, `${commas(String(map.points.length))} held-out images by the two principal components of their features, each of length 1. What lies apart here lies apart; what lies together may still differ in other components.`));
+    const box = make("div", { class: present.length > 1 ? "drawn" : "drawn single" });
+    const [where, who] = [make("div"), make("div")];
+    where.append(make("p", { class: "note" }, `${commas(String(map.points.length))} held-out images by the two principal components of their features, each of length 1. What lies apart here lies apart; what lies together may still differ in other components.`));
     if (classes.length > 1 && classes.length <= 100) {
       const pick = (l) => {
         const button = make("button", { type: "button", "aria-pressed": view.picked === l }, make("i", { class: color(l) }), className(map, l));
@@ -566,14 +575,15 @@
         });
         return button;
       };
-      box.append(make("div", { class: "classes", role: "group", "aria-label": "Show one class alone" }, ...classes.map(pick)));
+      where.append(make("div", { class: "classes", role: "group", "aria-label": "Show one class alone" }, ...classes.map(pick)));
     }
-    box.append(make("div", { class: "maps" }, ...present.map((one) => mapFigure(one.map, one.run, one.place))));
-    box.append(
+    where.append(make("div", { class: "maps" }, ...present.map((one) => mapFigure(one.map, one.run, one.place))));
+    who.append(
       make("h3", {}, "Nearest neighbours"),
       make("p", { class: "note" }, "An image of each class, and by it those nearest to it by cosine among all of the map: a line under those of its class, dots under others."),
       make("div", { class: "neighbours" }, ...present.map((one) => neighbourRows(one.map, one.run, one.place))),
     );
+    box.append(where, who);
     section.append(box);
   }
 

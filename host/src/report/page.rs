@@ -472,7 +472,7 @@ fn facts(run: &SavedRun) -> Vec<(&'static str, String)> {
     }
     facts.extend(run.last("train/loss").map(|loss| ("loss", number(loss))));
     facts.extend(wall_time(run).map(|time| ("time", span(time))));
-    facts.extend(run.updated.map(|time| ("last sign", date(time))));
+    facts.extend(run.updated.map(|time| ("last record", date(time))));
     facts
 }
 

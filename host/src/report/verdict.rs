@@ -143,7 +143,11 @@ fn probes(run: &SavedRun, all: &mut Vec<Finding>) {
         say(all, Tone::Watch, "Nothing judges the features", "Set data.val, and eval.every_epochs above 0.");
         return;
     };
-    let name = name_of(probe);
+    let name = name_of(probe.trim_end_matches("_final"));
+    let mut capital = name.clone();
+    if name.starts_with("linear") {
+        capital.replace_range(..1, "L");
+    }
     let values: Vec<f64> = run.series(probe).map(|(_, value)| value).collect();
     let (first, last) = (values[0], values[values.len() - 1]);
     if values.len() < 2 {
@@ -152,15 +156,15 @@ fn probes(run: &SavedRun, all: &mut Vec<Finding>) {
     let points = |gain: f64| format!("{:.1} points", 100.0 * gain);
     let (from, to) = (value_of(probe, first), value_of(probe, last));
     let from_random = run.series(probe).next().is_some_and(|(record, _)| record.step == 0);
-    let start = if from_random { "random weights have" } else { "it began with" };
+    let start = if from_random { "Random weights have" } else { "It began with" };
     if last < first - GAIN {
         let why = format!("{start} {from}, and now it is {to}: training takes information away.");
-        say(all, Tone::Wrong, format!("{name} has fallen"), why);
+        say(all, Tone::Wrong, format!("{capital} has fallen"), why);
     } else if last < first + GAIN {
         let falls = fall(run).is_some_and(|fall| fall > 0.1);
         let (tone, what) = match falls {
             true => (Tone::Wrong, format!("The loss falls, but {name} stays flat")),
-            false => (Tone::Watch, format!("{name} stays flat")),
+            false => (Tone::Watch, format!("{capital} stays flat")),
         };
         let why = format!(
             "{start} {from}, and now it is {to}: the task is solved without features that tell classes."
@@ -170,7 +174,7 @@ fn probes(run: &SavedRun, all: &mut Vec<Finding>) {
         say(
             all,
             Tone::Well,
-            format!("{name} rises"),
+            format!("{capital} rises"),
             format!("{start} {from}, and now it is {to} (+{}).", points(last - first)),
         );
     }
@@ -180,13 +184,13 @@ fn probes(run: &SavedRun, all: &mut Vec<Finding>) {
             "The last evaluation is the best so far by {}: more epochs may well give more.",
             points(last - before)
         );
-        say(all, Tone::Watch, format!("{name} still rises at the end"), why);
+        say(all, Tone::Watch, format!("{capital} still rises at the end"), why);
     } else if last < before - 2.0 * GAIN && last > first + GAIN {
         let why = format!(
             "{} at best, {to} now: the best checkpoint is kept, and is the better one.",
             value_of(probe, before)
         );
-        say(all, Tone::Watch, format!("{name} was better before"), why);
+        say(all, Tone::Watch, format!("{capital} was better before"), why);
     }
     if let (Some(best), Some(end)) = (run.last("eval/linear_top1"), run.last("eval/linear_top1_final"))
         && best > end + GAIN
@@ -210,9 +214,9 @@ fn collapse(run: &SavedRun, all: &mut Vec<Finding>) {
     let rankme = run.last("eval/rankme");
     let figures = match (rankme, dimensions) {
         (Some(rankme), Some(d)) => {
-            format!("spread {}, RankMe {} of {d} dimensions", number(spread), number(rankme))
+            format!("Spread {}, RankMe {} of {d} dimensions", number(spread), number(rankme))
         }
-        _ => format!("spread {}", number(spread)),
+        _ => format!("Spread {}", number(spread)),
     };
     if spread < limit {
         let why = format!(
