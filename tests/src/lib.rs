@@ -1,6 +1,7 @@
 //! Helpers shared by the integration tests.
 
 pub mod author;
+pub mod browser;
 pub mod fixture;
 pub mod real;
 

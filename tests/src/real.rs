@@ -160,6 +160,11 @@ impl Running {
         }
     }
 
+    /// What it has written to the standard output so far.
+    pub fn stdout(&self) -> String {
+        read(&self.out)
+    }
+
     /// What it has written to the standard error so far.
     pub fn stderr(&self) -> String {
         read(&self.err)
