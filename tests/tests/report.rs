@@ -83,7 +83,10 @@ fn a_page_tells_of_a_run_and_stands_alone() {
 
     let provenance: Value = serde_json::from_str(&read(room.file(RUN).join("provenance.json"))).unwrap();
     let hash = provenance[0]["plugins"][0]["sha256"].as_str().unwrap();
-    says(&page, &["kNN top-1", "RankMe", "<caption>", "scope=\"col\"", "optimizer.batch_size", hash, "Verdict"]);
+    says(
+        &page,
+        &["kNN top-1", "RankMe", "<caption>", "scope=\"col\"", "optimizer.batch_size", hash, "Verdict"],
+    );
     for outside in [" src=\"http", " href=\"http", "url(http", "@import"] {
         assert!(!page.contains(outside), "{outside}");
     }
@@ -122,11 +125,14 @@ fn several_runs_are_compared_by_what_differs() {
     let told: Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!(told["runs"], json!(["cnn_jepa/version_0", "cnn_jepa/version_1"]));
     let page = read(room.file("report.html"));
-    says(&page, &[
-        "<caption>Settings that differ between the runs</caption>",
-        "<th scope=\"row\">seed</th><td><code>42</code></td><td><code>43</code></td>",
-        "--features 0",
-    ]);
+    says(
+        &page,
+        &[
+            "<caption>Settings that differ between the runs</caption>",
+            "<th scope=\"row\">seed</th><td><code>42</code></td><td><code>43</code></td>",
+            "--features 0",
+        ],
+    );
     assert_eq!(data(&page)["charts"]["runs"].as_array().unwrap().len(), 2);
 }
 
@@ -173,7 +179,10 @@ fn damage_is_named_and_the_rest_is_shown() {
 
     fs::write(&metrics, "").unwrap();
     room.run(["report", RUN, "--features", "0"]).expect(0);
-    says(&read(room.file(RUN).join("report.html")), &["There are no records to draw", "metrics.jsonl has no records"]);
+    says(
+        &read(room.file(RUN).join("report.html")),
+        &["There are no records to draw", "metrics.jsonl has no records"],
+    );
 
     room.run(["report", "runs/nothing"]).expect(1).error_says(&["runs/nothing is no run", "does not exist"]);
     room.run(["report", "runs/cnn_jepa", "runs"]).expect(1).error_says(&["runs is no run", "version_"]);
@@ -199,7 +208,10 @@ fn a_listing_has_a_line_for_every_run() {
     assert!(line("cnn_jepa/version_1").contains("interrupted, resumable"));
     assert!(line("wild/version_0").contains("diverged"));
     assert!(line("broken/version_0").contains("damaged"));
-    assert!(text.contains("metrics.jsonl, line 1, is no record") && text.contains("diverged at step"), "{text}");
+    assert!(
+        text.contains("metrics.jsonl, line 1, is no record") && text.contains("diverged at step"),
+        "{text}"
+    );
 
     let listed = room.run(["ls", "--format", "json", "--sort", "knn"]).expect(0).stdout;
     let listed: Vec<Value> = serde_json::from_str(&listed).unwrap();

@@ -133,6 +133,14 @@
     return low > 0 && x - points[low - 1].x <= points[low].x - x ? points[low - 1] : points[low];
   }
 
+  function offset(inner, outer) {
+    return inner.getBoundingClientRect().top - outer.getBoundingClientRect().top;
+  }
+
+  function xText(x) {
+    return view.x === "step" ? commas(String(x)) : number(x, 3);
+  }
+
   const UNIT = { step: "step", epoch: "epoch", hours: "h" };
 
   // ---- One chart.
@@ -337,7 +345,7 @@
         const first = line.points[0];
         const last = line.points[line.points.length - 1];
         const range = `least ${written(kind, Math.min(...ys))}, greatest ${written(kind, Math.max(...ys))}`;
-        const at = (point) => `${written(kind, point.y)} at ${UNIT[view.x]} ${number(point.x)}`;
+        const at = (point) => `${written(kind, point.y)} at ${UNIT[view.x]} ${xText(point.x)}`;
         return `${line.run.name}${line.part.label ? `, ${line.part.label}` : ""}: from ${at(first)} to ${at(last)}, ${range}.`;
       };
       return `${this.spec.name} by ${view.x}. ${lines.map(one).join(" ")} Arrow keys go from value to value.`;
@@ -364,10 +372,10 @@
       const { at: record } = closest.point;
       const hours = run.hours[record];
       const epoch = number(run.epoch[record], 3);
-      const place = `step ${commas(String(run.step[record]))} · epoch ${epoch}${hours === null ? "" : ` · ${number(hours, 3)} h`}`;
+      const place = `step ${commas(String(run.step[record]))} · epoch ${epoch}${hours === null ? "" : hours < 1 ? ` · ${(60 * hours).toFixed(1)} min` : ` · ${number(hours, 3)} h`}`;
       const several = data.charts.runs.length > 1;
       const rows = found.map(({ line, point }) => {
-        const label = [line.part.label, point.x === snapped ? "" : `${UNIT[view.x]} ${number(point.x)}`].filter(Boolean).join(", ");
+        const label = [line.part.label, point.x === snapped ? "" : `${UNIT[view.x]} ${xText(point.x)}`].filter(Boolean).join(", ");
         const smooth = line.shown === line.points ? "" : ` (≈\u00a0${written(this.spec.kind, nearest(line.shown, point.x).y)})`;
         return make(
           "tr",
@@ -382,7 +390,9 @@
       const room = this.figure.clientWidth - this.tip.offsetWidth;
       const beside = at + 14 > room ? at - 14 - this.tip.offsetWidth : at + 14;
       this.tip.style.left = `${Math.max(0, Math.min(room, beside))}px`;
-      this.tip.style.top = `${this.svg.offsetTop + this.top + 4}px`;
+      // Where it would hide the chart, it stands below.
+      const below = this.tip.offsetWidth > 0.55 * this.figure.clientWidth;
+      this.tip.style.top = `${offset(this.svg, this.figure) + (below ? this.bottom + 24 : this.top + 4)}px`;
     }
   }
 
@@ -530,7 +540,7 @@
       tip.replaceChildren(tile(map, best, { "aria-label": name }), make("div", {}, name));
       const [left, top] = [x.place(map.points[best][0]) / zoom, y.place(map.points[best][1]) / zoom];
       tip.style.left = `${left + 12 + tip.offsetWidth > box.width ? left - 12 - tip.offsetWidth : left + 12}px`;
-      tip.style.top = `${svg.offsetTop + top - 10}px`;
+      tip.style.top = `${offset(svg, svg.parentElement) + top - 10}px`;
     });
     svg.addEventListener("pointerleave", () => (tip.hidden = true));
     const title = data.charts.runs.length > 1 ? [make("span", { class: `key r${place % 8}` }, run.letter), ` ${run.name}, `] : [];
