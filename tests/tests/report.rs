@@ -146,10 +146,12 @@ fn text_in_files_is_never_markup() {
     change(file("metrics.jsonl"), "train/grad_norm", &format!("train/{evil}"));
     let mut lines = read(file("metrics.jsonl"));
     lines.push_str("<b onclick=alert(3)>\n");
-    let images = json!({ "step": 6, "epoch": 0.1, "images": { evil: "../../../secret.png", "no": evil } });
+    let images = json!({ "step": 6, "epoch": 0.1, "images": { evil: "../../../secret.png", "no": evil, "view": "media/view.png" } });
     lines.push_str(&format!("{images}\n"));
     fs::write(file("metrics.jsonl"), lines).unwrap();
     fs::write(room.file("secret.png"), b"\x89PNG\r\n\x1a\nsecret").unwrap();
+    fs::create_dir(file("media")).unwrap();
+    fs::write(file("media/view.png"), b"\x89PNG\r\n\x1a\n").unwrap();
 
     room.run(["report", RUN]).expect(0);
     let page = read(file("report.html"));
@@ -157,6 +159,7 @@ fn text_in_files_is_never_markup() {
         assert!(!page.contains(markup), "{markup}");
     }
     says(&page, &["&lt;img src=x onerror=alert(2)&gt;", "lies outside the run"]);
+    says(&page, &["<img src=\"data:image/png;base64,iVBORw0KGgo=\" alt=\"view, step 6\">"]);
     assert_eq!(page.matches("</script>").count(), 2, "the data and the script, and no more");
     assert!(data(&page)["charts"]["runs"][0]["lines"].get(format!("train/{evil}")).is_some());
 }
@@ -289,7 +292,7 @@ fn a_browser_draws_curves_that_tell_their_values() {
         assert_eq!(count(&mut browser, ".chart path.line.r0"), lines);
 
         browser.evaluate("document.querySelector('.chart svg').focus()");
-        browser.press("ArrowRight");
+        browser.press("Home");
         let tip = browser.evaluate("document.querySelector('.chart .tip').textContent");
         assert!(tip.as_str().is_some_and(|tip| tip.contains("step 1 ")), "the first value: {tip}");
 

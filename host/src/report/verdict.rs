@@ -302,3 +302,81 @@ fn records(run: &SavedRun, all: &mut Vec<Finding>) {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::track::Record;
+
+    /// A run that is done, with ten records of these metrics, each on a straight way from one value to another.
+    fn run(metrics: &[(&str, f64, f64)]) -> SavedRun {
+        let record = |at: u64| Record {
+            step: at * 10,
+            epoch: at as f64,
+            time: None,
+            images: BTreeMap::new(),
+            figures: metrics
+                .iter()
+                .map(|(name, from, to)| ((*name).to_owned(), from + (to - from) * at as f64 / 9.0))
+                .collect(),
+        };
+        SavedRun {
+            path: PathBuf::from("runs/demo/version_0"),
+            name: "demo/version_0".to_owned(),
+            status: Status::Done,
+            error: None,
+            checkpoint: None,
+            records: (0..10).map(record).collect(),
+            damage: Vec::new(),
+            settings: Vec::new(),
+            sessions: Vec::new(),
+            total_steps: Some(90),
+            updated: None,
+        }
+    }
+
+    fn said(run: &SavedRun, tone: Tone) -> Vec<String> {
+        findings(run).into_iter().filter(|finding| finding.tone == tone).map(|finding| finding.what).collect()
+    }
+
+    const SOUND: [(&str, f64, f64); 5] = [
+        ("train/loss", 4.0, 1.0),
+        ("eval/linear_top1_final", 0.3, 0.35),
+        ("eval/spread", 0.2, 0.4),
+        ("eval/std", 0.02, 0.04),
+        ("train/data_wait", 0.01, 0.01),
+    ];
+
+    fn sound_but(metric: &str, from: f64, to: f64) -> SavedRun {
+        let mut metrics = SOUND.to_vec();
+        metrics.retain(|(name, _, _)| *name != metric);
+        metrics.push((metric, from, to));
+        run(&metrics)
+    }
+
+    #[test]
+    fn a_sound_run_gets_no_warning() {
+        let run = run(&SOUND);
+        assert_eq!(said(&run, Tone::Wrong), [] as [&str; 0]);
+        assert_eq!(said(&run, Tone::Watch), [] as [&str; 0]);
+        assert_eq!(said(&run, Tone::Well).len(), 4);
+    }
+
+    #[test]
+    fn what_users_complain_of_is_said() {
+        let flat = sound_but("eval/linear_top1_final", 0.3, 0.301);
+        assert_eq!(said(&flat, Tone::Wrong), ["The loss falls, but linear top-1 stays flat"]);
+        let fallen = sound_but("eval/linear_top1_final", 0.3, 0.2);
+        assert_eq!(said(&fallen, Tone::Wrong), ["Linear top-1 has fallen"]);
+        let rising = sound_but("eval/linear_top1_final", 0.3, 0.6);
+        assert_eq!(said(&rising, Tone::Watch), ["Linear top-1 still rises at the end"]);
+        assert_eq!(said(&sound_but("train/data_wait", 0.3, 0.3), Tone::Watch), ["Training waits for data"]);
+        assert_eq!(said(&sound_but("train/loss", 4.0, 4.1), Tone::Watch), ["The loss does not fall"]);
+        assert_eq!(said(&sound_but("eval/spread", 0.2, 0.001), Tone::Wrong), ["Features have collapsed"]);
+        let killed = SavedRun { status: Status::Interrupted, total_steps: Some(200), ..run(&SOUND) };
+        assert_eq!(said(&killed, Tone::Wrong), ["The run is unfinished"]);
+    }
+}
