@@ -272,7 +272,8 @@ fn a_browser_draws_curves_that_tell_their_values() {
         let count = |browser: &mut Browser, what: &str| {
             browser.evaluate(&format!("document.querySelectorAll({what:?}).length")).as_u64().unwrap()
         };
-        assert_eq!(browser.evaluate("document.documentElement.scrollWidth"), json!(width), "it fits");
+        let wide = browser.evaluate("document.documentElement.scrollWidth").as_u64().unwrap();
+        assert!(wide <= u64::from(width), "{wide} pixels do not fit");
         assert!(count(&mut browser, ".chart svg[role=img][aria-label]") > 10);
         // Two runs, each with a training loss and a held-out loss.
         assert_eq!(count(&mut browser, ".chart:first-child path.line") % 2, 0);
