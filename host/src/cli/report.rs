@@ -78,7 +78,7 @@ impl ReportArgs {
             return Err("There is no map of features: the run has no checkpoint.".to_owned());
         }
         map_features(&run.path, self.features, sources).map_err(|error| {
-            let why = format!("There is no map of features: {error:#}.");
+            let why = format!("There is no map of features: {}.", format!("{error:#}").trim_end_matches('.'));
             tracing::info!("{}: {why}", run.name);
             why
         })

@@ -315,7 +315,7 @@
         if (line.points.length <= 24)
           for (const p of line.shown) svg.append(draw("circle", { class: `dot ${style}`, cx: this.x.place(p.x), cy: this.y.place(p.y), r: 2.6 }));
       }
-      if (data.charts.runs.length > 1) this.letters(lines, width - margin.right + 4);
+      if (data.charts.runs.length > 1) this.letters(lines);
       this.lines = lines;
       this.marks = draw("g", {});
       svg.append(this.marks);
@@ -323,18 +323,20 @@
     }
 
     // Each run's letter at the end of its line, one beside the other where they would overlap.
-    letters(lines, x) {
+    letters(lines) {
       const ends = lines
         .filter((line) => !line.second || !lines.some((other) => other.place === line.place && !other.second))
-        .map((line) => ({ line, y: this.y.place(line.shown[line.shown.length - 1].y) }))
+        .map((line) => ({ line, last: line.shown[line.shown.length - 1] }))
+        .map(({ line, last }) => ({ line, x: this.x.place(last.x) + 5, y: this.y.place(last.y) }))
         .sort((a, b) => a.y - b.y);
       ends.forEach((end, i) => {
-        if (i) end.y = Math.max(end.y, ends[i - 1].y + 11);
+        const above = ends.slice(0, i).filter((other) => Math.abs(other.x - end.x) < 14);
+        if (above.length) end.y = Math.max(end.y, above[above.length - 1].y + 11);
       });
       const over = ends.length ? ends[ends.length - 1].y - this.bottom : 0;
       for (const end of ends) {
         const y = end.y - Math.max(0, over) + 4;
-        this.svg.append(draw("text", { class: `end r${end.line.place % 8}`, x, y }, end.line.run.letter));
+        this.svg.append(draw("text", { class: `end r${end.line.place % 8}`, x: end.x, y }, end.line.run.letter));
       }
     }
 
