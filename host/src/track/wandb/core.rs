@@ -185,9 +185,7 @@ impl Core {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         self.socket.set_read_timeout(Some(left))?;
         self.socket.read_exact(bytes).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                anyhow::anyhow!("wandb-core does not answer")
-            }
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => anyhow::anyhow!("wandb-core does not answer"),
             io::ErrorKind::UnexpectedEof => anyhow::anyhow!("wandb-core has ended"),
             _ => anyhow::Error::new(error).context("cannot read from wandb-core"),
         })

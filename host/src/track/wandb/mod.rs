@@ -24,11 +24,11 @@ use time::OffsetDateTime;
 
 use self::core::Core;
 use self::proto::{
-    ArtifactRecord, BoolValue, ConfigRecord, Control, DoubleValue, Empty, FileType, FilesItem, FilesRecord,
-    HistoryAction, HistoryStep, Info, Inform, InformInit, Int32Value, Item, ListString, LogArtifactRequest,
-    MetricOptions, MetricRecord, Outcome, OutcomeKind, OutputRawRecord, OutputType, PartialHistoryRequest,
-    RecordKind, Request, RequestKind, RequestType, Response, ResponseKind, ResponseType, RunExitRecord,
-    RunRecord, RunStartRequest, RunUpdateResult, Settings, StringValue, SummaryRecord, Teardown,
+    ArtifactRecord, ConfigRecord, Control, DoubleValue, Empty, FileType, FilesItem, FilesRecord, HistoryAction,
+    HistoryStep, Info, Inform, InformInit, Int32Value, Item, ListString, LogArtifactRequest, MetricOptions,
+    MetricRecord, Outcome, OutcomeKind, OutputRawRecord, OutputType, PartialHistoryRequest, RecordKind, Request,
+    RequestKind, RequestType, Response, ResponseKind, ResponseType, RunExitRecord, RunRecord, RunStartRequest,
+    RunUpdateResult, Settings, StringValue, SummaryRecord, Teardown, BoolValue,
 };
 use self::settings::now;
 pub use self::settings::{WandbRun, mode};
@@ -81,8 +81,7 @@ impl Wandb {
             fs::create_dir_all(made).with_context(|| format!("cannot make {}", made.display()))?;
         }
         let mut core = Core::start(&run.program, &logs)?;
-        let init =
-            InformInit { settings: Some(self.settings(&folder, &timespec, has)), info: Some(self.info()) };
+        let init = InformInit { settings: Some(self.settings(&folder, &timespec, has)), info: Some(self.info()) };
         let id = core.next_id();
         core.communicate(&id, RequestKind::InformInit(init), LOCAL)?;
         self.session = Some(Session { core, folder, known: RunRecord::default() });
@@ -264,13 +263,10 @@ impl Wandb {
                 self.publish(RecordKind::Artifact(record))?;
                 continue;
             }
-            let ask =
-                LogArtifactRequest { artifact: Some(record), history_step: 0, staging_dir: String::new() };
+            let ask = LogArtifactRequest { artifact: Some(record), history_step: 0, staging_dir: String::new() };
             match self.request(RequestType::LogArtifact(ask), UPLOAD)? {
                 Some(ResponseType::LogArtifact(done)) if done.error_message.is_empty() => {}
-                Some(ResponseType::LogArtifact(done)) => {
-                    bail!("{}: {}", folder.display(), done.error_message)
-                }
+                Some(ResponseType::LogArtifact(done)) => bail!("{}: {}", folder.display(), done.error_message),
                 _ => bail!("wandb-core does not say whether it has {}", folder.display()),
             }
         }
@@ -353,11 +349,7 @@ fn item(key: &str, value: &Value) -> Item {
 /// The step is the horizontal axis of everything; the epoch can be chosen.
 fn axes() -> [MetricRecord; 3] {
     let options = |step_sync: bool, hidden: bool| Some(MetricOptions { step_sync, hidden, defined: true });
-    let axis = |name: &str| MetricRecord {
-        name: name.to_owned(),
-        options: options(false, false),
-        ..Default::default()
-    };
+    let axis = |name: &str| MetricRecord { name: name.to_owned(), options: options(false, false), ..Default::default() };
     let all = MetricRecord {
         glob_name: "*".to_owned(),
         step_metric: "step".to_owned(),
@@ -418,8 +410,7 @@ fn steps_in_files(run: &WandbRun) -> anyhow::Result<u64> {
         }
         let mut command = Command::new(&run.program.file);
         command.args(["leet", "inspect", "-no-observability", "-json", "-summary", "-run-file"]).arg(&file);
-        let output =
-            command.output().with_context(|| format!("cannot run {}", run.program.file.display()))?;
+        let output = command.output().with_context(|| format!("cannot run {}", run.program.file.display()))?;
         let summary: Value = serde_json::from_slice(&output.stdout).with_context(|| {
             let words = String::from_utf8_lossy(&output.stderr);
             format!("wandb-core does not read {}: {}", file.display(), words.trim())

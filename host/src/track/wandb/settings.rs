@@ -97,15 +97,11 @@ impl WandbRun {
             "there is no API key for {base_url}: set WANDB_API_KEY, or run `wandb login`, or use \
              track.wandb.mode=offline"
         );
-        let text = |option: &Option<String>, variable: &str| {
-            option.clone().or_else(|| env(variable)).unwrap_or_default()
-        };
+        let text = |option: &Option<String>, variable: &str| option.clone().or_else(|| env(variable)).unwrap_or_default();
         let project = text(&options.project, "WANDB_PROJECT");
         let display_name = text(&options.name, "WANDB_NAME");
         let tags = match env("WANDB_TAGS") {
-            Some(tags) if options.tags.is_empty() => {
-                tags.split(',').map(|tag| tag.trim().to_owned()).collect()
-            }
+            Some(tags) if options.tags.is_empty() => tags.split(',').map(|tag| tag.trim().to_owned()).collect(),
             _ => options.tags.clone(),
         };
         let resume = match (options.resume, env("WANDB_RESUME").as_deref()) {
