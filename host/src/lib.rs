@@ -14,5 +14,6 @@ mod files;
 mod linker;
 pub mod plugin;
 pub mod provenance;
+pub mod report;
 pub mod track;
 pub mod train;

@@ -29,6 +29,27 @@ pub fn write(directory: &Path, settings: &ResolvedConfig, state: &State) -> anyh
     write("config.toml", settings.print())
 }
 
+/// Notes in the last session of `provenance.json` how it ended. A run that was killed has no such note.
+///
+/// # Errors
+/// When the file cannot be read or written.
+pub fn note_end(directory: &Path, exit_code: u8, error: Option<&anyhow::Error>) -> anyhow::Result<()> {
+    let path = directory.join("provenance.json");
+    let mut sessions = earlier_sessions(&path)?;
+    let Some(last) = sessions.last_mut().and_then(Value::as_object_mut) else { return Ok(()) };
+    let error = error.map(|error| format!("{error:#}"));
+    last.insert(
+        "end".to_owned(),
+        json!({ "unix_s": unix_seconds(), "exit_code": exit_code, "error": error }),
+    );
+    let text = format!("{:#}\n", Value::Array(sessions));
+    replace_file(&path, text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 /// A damaged file is put aside: it is no reason to refuse a good checkpoint.
 fn earlier_sessions(path: &Path) -> anyhow::Result<Vec<Value>> {
     let bytes = match fs::read(path) {
@@ -46,14 +67,13 @@ fn earlier_sessions(path: &Path) -> anyhow::Result<Vec<Value>> {
 
 fn session(state: &State) -> Value {
     let torch = libtorch();
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let plugins: Vec<Value> = state
         .plugins
         .iter()
         .map(|plugin| json!({ "name": plugin.name, "version": plugin.version, "sha256": plugin.sha256 }))
         .collect();
     json!({
-        "started_unix_s": since_epoch.as_secs(),
+        "started_unix_s": unix_seconds(),
         "from_step": state.step,
         "command": std::env::args().collect::<Vec<_>>(),
         "host": { "name": output("uname", &["-n"]), "system": output("uname", &["-srm"]) },

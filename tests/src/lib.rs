@@ -2,6 +2,7 @@
 
 pub mod author;
 pub mod boundary;
+pub mod browser;
 pub mod fixture;
 pub mod real;
 pub mod training;

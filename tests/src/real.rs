@@ -205,6 +205,11 @@ impl Running {
         self.child.id()
     }
 
+    /// What it has written to the standard output so far.
+    pub fn stdout(&self) -> String {
+        read(&self.out)
+    }
+
     /// What it has written to the standard error so far.
     pub fn stderr(&self) -> String {
         read(&self.err)

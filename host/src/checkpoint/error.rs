@@ -52,10 +52,12 @@ pub enum CheckpointError {
         why: String,
     },
     /// A path where a run was asked for and there is none.
-    #[error("{} is no run: give a run directory, such as runs/demo, or one of its versions", path.display())]
+    #[error("{} is no run: {why}. Give runs/<name> or one of its versions; `jepa-host ls` lists what there is", path.display())]
     NotARun {
         /// The path.
         path: PathBuf,
+        /// What is missing.
+        why: &'static str,
     },
     /// A file of a checkpoint that is missing or unreadable.
     #[error("{} cannot be used: {why}. {}", file.display(), instead(others))]

@@ -16,6 +16,7 @@ mod tensors;
 pub use encoder::{adapt, encoder_of, read_encoder};
 pub use error::CheckpointError;
 pub use resume::{Resume, find_checkpoint, resolve_resume};
+pub(crate) use run_dir::is_run;
 pub use run_dir::{RunDir, find_run};
 pub use state::{Best, FORMAT, State};
 pub use store::{Checkpoint, latest, list, load, load_model, load_state, replace_file};

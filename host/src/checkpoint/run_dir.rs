@@ -60,6 +60,13 @@ impl RunDir {
         Ok(RunDir { path: path.to_owned(), _lock: lock })
     }
 
+    /// Whether a process writes to the run in `path`. Where there are no locks, nobody knows, and it says no.
+    pub fn is_held(path: &Path) -> bool {
+        // A shared lock for this moment only: it would have to meet the very moment in which a run takes its own.
+        let lock = File::open(path.join(LOCK));
+        lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -129,15 +136,26 @@ impl RunDir {
 /// # Errors
 /// [`CheckpointError::NotARun`] when it is neither.
 pub fn find_run(path: &Path) -> Result<PathBuf, CheckpointError> {
-    if path.join("config.toml").is_file() {
+    let no_run = |why| CheckpointError::NotARun { path: path.to_owned(), why };
+    if !path.is_dir() {
+        return Err(no_run(if path.exists() { "it is no directory" } else { "it does not exist" }));
+    }
+    if is_run(path) {
         return Ok(path.to_owned());
     }
     let newest = versions(path)?.pop();
-    newest.map(|(_, version)| version).ok_or_else(|| CheckpointError::NotARun { path: path.to_owned() })
+    newest
+        .map(|(_, version)| version)
+        .ok_or_else(|| no_run("it has neither metrics.jsonl nor a folder version_…"))
+}
+
+/// Whether `path` is a version's directory.
+pub(crate) fn is_run(path: &Path) -> bool {
+    ["metrics.jsonl", "config.toml", LOCK, "checkpoints"].iter().any(|name| path.join(name).exists())
 }
 
 /// The versions of a run by number. A directory that is not there holds none.
-pub(super) fn versions(run: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
+pub(crate) fn versions(run: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
     let entries = match fs::read_dir(run) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

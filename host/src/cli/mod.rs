@@ -7,8 +7,10 @@ mod embed;
 mod eval;
 mod exit;
 mod export;
+mod ls;
 mod output;
 mod plugin;
+mod report;
 mod session;
 mod track;
 mod trackers;
@@ -35,6 +37,8 @@ Examples:
   jepa-host --plugin cnn_jepa --config configs/demo.toml optimizer.lr=0.02 trainer.epochs=20
   jepa-host --plugin cnn_jepa --config configs/demo.toml --resume auto
   jepa-host plugin info cnn_jepa
+  jepa-host ls
+  jepa-host report runs/demo
   jepa-host data pack photos/ photos.h5
 
 Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.
@@ -92,6 +96,8 @@ enum Command {
     Eval(eval::EvalCommand),
     Embed(embed::EmbedArgs),
     Export(export::ExportArgs),
+    Ls(ls::LsArgs),
+    Report(report::ReportArgs),
     /// Send a run's records to W&B or TensorBoard, or print them as CSV
     #[command(subcommand)]
     Track(track::TrackCommand),
@@ -169,6 +175,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Eval(command)) => command.run(&sources),
         Some(Command::Embed(args)) => args.run(&sources),
         Some(Command::Export(args)) => args.run(),
+        Some(Command::Ls(args)) => args.run(),
+        Some(Command::Report(args)) => args.run(&sources),
         Some(Command::Track(command)) => command.run(),
         Some(Command::Doctor(args)) => args.run(&sources),
         Some(Command::Completions { shell }) => {

@@ -213,6 +213,11 @@ pub(super) struct Saved {
 }
 
 impl SavedArgs {
+    /// The model of `run` as it was trained.
+    pub fn of(run: PathBuf) -> Self {
+        SavedArgs { run, plugin: Vec::new(), overrides: Vec::new() }
+    }
+
     /// The same, with one more setting.
     pub fn with(&self, setting: String) -> Self {
         let mut more = self.clone();

@@ -177,6 +177,7 @@ impl TrainArgs {
         keep_log(directory.path())?;
         let mut trackers = open_trackers(&session, &directory)?;
         let (config, started) = (session.settings.config, Instant::now());
+        let run_path = directory.path().to_owned();
         let resources = Resources {
             config,
             device,
@@ -192,6 +193,9 @@ impl TrainArgs {
         };
         let ended = run(resources, &mut trackers);
         let exit_code = ended.as_ref().err().map_or(0, exit::code);
+        if let Err(error) = provenance::note_end(&run_path, exit_code, ended.as_ref().err()) {
+            tracing::warn!("{error:#}");
+        }
         trackers.close(exit_code.into(), patience_at_end(exit_code));
         let outcome = ended?;
         print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))

@@ -21,7 +21,7 @@ use jepa_plugin_api::ViewSpec;
 use jepa_plugin_api::tch::Tensor;
 use jsonl::Jsonl;
 pub use jsonl::METRICS_FILE;
-pub use record::Record;
+pub use record::{Record, lower_is_better};
 
 /// All trackers of a run.
 pub struct Trackers {

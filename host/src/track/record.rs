@@ -5,6 +5,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+/// Whether less of `metric` is better.
+pub fn lower_is_better(metric: &str) -> bool {
+    metric.ends_with("loss")
+}
+
 /// One line of `metrics.jsonl`. A file may have lines without a time, which older versions have written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {

@@ -33,7 +33,7 @@ use self::proto::{
 use self::settings::now;
 pub use self::settings::{WandbRun, mode};
 use super::console::CONSOLE_FILE;
-use super::{Record, Tracker};
+use super::{Record, Tracker, lower_is_better};
 use crate::config::WandbResume;
 
 /// How long the engine may take for what needs no server.
@@ -240,10 +240,9 @@ impl Wandb {
     /// Notes the best values, and says in the summary which are new.
     fn note_best(&mut self, record: &Record) -> Vec<Item> {
         let mut news = Vec::new();
-        for (name, &value) in &record.figures {
-            let Some(lower) = lower_is_better(name) else { continue };
+        for (name, &value) in record.figures.iter().filter(|(name, _)| has_a_best(name)) {
             let best = self.best.get(name).copied();
-            if best.is_none_or(|best| if lower { value < best } else { value > best }) {
+            if best.is_none_or(|best| if lower_is_better(name) { value < best } else { value > best }) {
                 self.best.insert(name.clone(), value);
                 news.push(item(&format!("best/{name}"), &json!(value)));
             }
@@ -367,13 +366,10 @@ fn axes() -> [MetricRecord; 3] {
     [axis("step"), axis("epoch"), all]
 }
 
-/// Whether less is better; nothing for what has no best.
-fn lower_is_better(metric: &str) -> Option<bool> {
-    if metric.ends_with("loss") {
-        return Some(true);
-    }
+/// Whether there is a best value of `metric`.
+fn has_a_best(metric: &str) -> bool {
     let score = metric.starts_with("eval/") && (metric.contains("top1") || metric.contains("top5"));
-    (score || metric == "eval/rankme").then_some(false)
+    score || lower_is_better(metric) || metric == "eval/rankme"
 }
 
 /// A folder as W&B names them: `offline-run-20261125_084923-abc123`.
