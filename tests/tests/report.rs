@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use jepa_tests::browser::Browser;
-use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, held_out_images, setting};
+use jepa_tests::real::{Room, TINY_BACKBONE, checkpoints, demo_images, held_out_images, setting};
 use serde_json::{Value, json};
 
 const RUN: &str = "runs/cnn_jepa/version_0";
@@ -108,7 +108,8 @@ fn a_page_tells_of_a_run_and_stands_alone() {
 fn without_its_data_a_run_has_a_page_that_says_so() {
     let room = trained();
     let held_out = held_out_images();
-    change(room.file(RUN).join("config.toml"), held_out.to_str().unwrap(), "moved.h5");
+    let checkpoint = checkpoints(&room.file(RUN).join("checkpoints")).pop().unwrap();
+    change(checkpoint.join("state.json"), held_out.to_str().unwrap(), "moved.h5");
     room.run(["report", RUN]).expect(0);
     let page = read(room.file(RUN).join("report.html"));
     says(&page, &["There is no map of features: data.val", "moved.h5"]);
@@ -150,7 +151,6 @@ fn text_in_files_is_never_markup() {
     lines.push_str(&format!("{images}\n"));
     fs::write(file("metrics.jsonl"), lines).unwrap();
     fs::write(room.file("secret.png"), b"\x89PNG\r\n\x1a\nsecret").unwrap();
-    fs::create_dir(file("media")).unwrap();
     fs::write(file("media/view.png"), b"\x89PNG\r\n\x1a\n").unwrap();
 
     room.run(["report", RUN]).expect(0);
@@ -169,11 +169,11 @@ fn damage_is_named_and_the_rest_is_shown() {
     let room = trained();
     let metrics = room.file(RUN).join("metrics.jsonl");
     let mut lines: Vec<String> = read(metrics.clone()).lines().map(str::to_owned).collect();
-    lines[1] = "{\"step\":1,\"epoch\":0.1,\"train/loss\":NaN}".to_owned();
+    lines[2] = "{\"step\":1,\"epoch\":0.1,\"train/loss\":NaN}".to_owned();
     fs::write(&metrics, format!("{}\n{{\"step\":", lines.join("\n"))).unwrap();
     let ended = room.run(["report", RUN, "--features", "0"]).expect(0);
     let cut = format!("metrics.jsonl, line {}, is cut off", lines.len() + 1);
-    for sentence in ["metrics.jsonl, line 2, is no record and left out", &cut] {
+    for sentence in ["metrics.jsonl, line 3, is no record and left out", &cut] {
         assert!(ended.stderr.contains(sentence), "{sentence} in {}", ended.stderr);
         says(&read(room.file(RUN).join("report.html")), &[sentence]);
     }

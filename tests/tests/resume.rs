@@ -153,7 +153,7 @@ fn killed_runs_end_with_the_same_bytes() {
     // Each logged step is there once, with the same figures.
     assert_eq!(metrics(&killed), metrics(&expected));
     let steps: Vec<u64> = metrics(&killed).iter().map(|record| record["step"].as_u64().unwrap()).collect();
-    assert_eq!(steps, (1..=30).map(|n| 3 * n).collect::<Vec<_>>());
+    assert_eq!(steps, (0..=30).map(|n| 3 * n).collect::<Vec<_>>());
 }
 
 #[test]
@@ -320,7 +320,7 @@ fn a_damaged_checkpoint_is_an_error_and_no_fresh_start() {
 #[test]
 fn auto_begins_a_run_where_there_is_none_and_a_path_does_not() {
     let room = Room::new();
-    let ended = room.run(with(arguments(), &["--resume", "runs/cnn_jepa", "trainer.max_steps=6"])).expect(1);
+    let ended = room.run(with(arguments(), &["--resume", "runs/cnn_jepa", "trainer.max_steps=6"])).expect(2);
     ended.error_says(&["runs/cnn_jepa is no checkpoint", "does not exist"]);
     assert!(!room.file("runs").exists());
 
