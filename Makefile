@@ -40,7 +40,7 @@ memcheck: setup  ## load, train and drop every plugin under valgrind
 lint: setup  ## check formatting, lints and documentation
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p jepa-plugin-api
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps -p jepa-plugin-api
 
 data: build  ## build the full Fashion-MNIST files
 	scripts/data.sh

@@ -1,6 +1,8 @@
 //! The messages of wandb-core's protocol that this host sends and reads, with their field numbers. What a message has
 //! beyond the fields here is passed over.
 
+#![expect(clippy::large_enum_variant, reason = "a message lives for a moment, and the wire knows no boxes")]
+
 use prost::{Enumeration, Message, Oneof};
 
 /// A request on the socket.
