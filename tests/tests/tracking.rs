@@ -172,6 +172,39 @@ fn a_run_reaches_the_server_through_errors_and_a_resume() {
     assert_eq!(String::from_utf8_lossy(&search.stdout), "");
 }
 
+/// What `wandb agent` does: its variables, the parameters as Python prints them, and SIGTERM to end a run early.
+#[test]
+fn a_run_under_an_agent_is_online_and_leaves_a_checkpoint_when_it_is_ended() {
+    let (room, server) = (Room::new(), Server::new());
+    let core = wandb_core();
+    let environment = [
+        ("JEPA_WANDB_CORE", core.as_str()),
+        ("WANDB_BASE_URL", &server.url),
+        ("WANDB_API_KEY", KEY),
+        ("WANDB_SWEEP_ID", "sweep1"),
+        ("WANDB_RUN_ID", "run1"),
+        ("WANDB_PROJECT", "cells"),
+    ];
+    let parameters = ["optimizer.lr=0.0031622776601683794", "trainer.clip=None", "optimizer.nesterov=False"];
+    let mut run = room.start_in(&environment, arguments(100_000, &parameters));
+    run.until("30 records", || {
+        fs::read_to_string(room.file(RUN).join("metrics.jsonl")).is_ok_and(|text| text.lines().count() > 30)
+    });
+    run.signal(libc::SIGTERM);
+    run.wait().expect(143);
+    assert_eq!(server.told().exit_code, Some(143));
+    assert_history(&server.told().history, &records(&room));
+    assert_eq!(server.told().config["optimizer"]["value"]["lr"].as_f64(), Some(0.0031622776601683794));
+    assert_eq!(fs::read_to_string(room.file(RUN).join("wandb/id")).unwrap().trim(), "run1");
+
+    let steps = records(&room).last().unwrap()["step"].as_u64().unwrap() + 5;
+    room.start_in(&environment, arguments(steps, &[&parameters[..], &["--resume", "auto"]].concat()))
+        .wait()
+        .expect(0);
+    assert_eq!(server.told().exit_code, Some(0));
+    assert_history(&server.told().history, &records(&room));
+}
+
 #[test]
 fn a_tracker_that_fails_costs_the_run_nothing() {
     let room = Room::new();

@@ -3,6 +3,8 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
 
 use tch::Tensor;
 
@@ -49,7 +51,7 @@ impl RunDir {
             .write(true)
             .open(&lock_path)
             .map_err(CheckpointError::io("cannot be opened", &lock_path))?;
-        match lock.try_lock() {
+        match try_lock(&lock) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(CheckpointError::Busy { path: path.to_owned() }),
             // Some network file systems have no locks: go on without.
@@ -129,6 +131,17 @@ impl RunDir {
         }
         store::supersede_after(&self.path.join(store::FOLDER), state.step)
     }
+}
+
+/// Takes a lock that a writer would keep: who only asks whether a run is held, has it for an instant.
+fn try_lock(file: &File) -> Result<(), TryLockError> {
+    for _ in 0..10 {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(20)),
+            done => return done,
+        }
+    }
+    file.try_lock()
 }
 
 /// The directory of the run that `path` means: that of a version, or the newest version of a run.

@@ -8,9 +8,16 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{ConfigError, Problem};
 
-/// `JEPA_*` variables that are no settings: folders of plugins, wandb-core, and what our own builds and scripts use.
-pub const RESERVED_VARIABLES: &[&str] =
-    &["JEPA_PLUGIN_PATH", "JEPA_WANDB_CORE", "JEPA_DEPS_LIB", "JEPA_HOST"];
+/// `JEPA_*` variables that are no settings: folders of plugins, wandb-core, and what our own builds, scripts and tests
+/// use.
+pub const RESERVED_VARIABLES: &[&str] = &[
+    "JEPA_PLUGIN_PATH",
+    "JEPA_WANDB_CORE",
+    "JEPA_DEPS_LIB",
+    "JEPA_HOST",
+    "JEPA_TEST_EVERYTHING",
+    "JEPA_OTHER_RUSTC",
+];
 
 const ENVIRONMENT_PREFIX: &str = "JEPA_";
 
