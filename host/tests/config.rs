@@ -441,3 +441,17 @@ fn what_a_command_needs_is_asked_for() {
     let error = Config::default().train_file().unwrap_err().to_string();
     assert!(error.starts_with("data.train is not set"), "{error}");
 }
+
+#[test]
+fn settings_of_another_version_are_told_apart() {
+    let mut saved = serde_json::json!(Config::default()).as_object().unwrap().clone();
+    let whole = saved.clone();
+    assert_eq!(Config::drop_unknown(&mut saved), [] as [String; 0]);
+    saved["trainer"]["sync_batch_norm"] = true.into();
+    saved["method"]["hidden"] = 5.into();
+    saved.insert("gone".to_owned(), 1.into());
+    assert_eq!(Config::drop_unknown(&mut saved), ["trainer.sync_batch_norm", "gone"]);
+    assert_eq!(saved["method"]["hidden"], 5);
+    saved["method"] = whole["method"].clone();
+    assert_eq!(saved, whole);
+}

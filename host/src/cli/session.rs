@@ -234,7 +234,15 @@ impl SavedArgs {
             named => named.to_vec(),
         };
         // Those of the checkpoint, and not of the run, which may have gone on with others.
-        let settings = state.config.as_object().cloned().unwrap_or_default();
+        let mut settings = state.config.as_object().cloned().unwrap_or_default();
+        let unknown = Config::drop_unknown(&mut settings);
+        if !unknown.is_empty() {
+            let version = &state.host;
+            tracing::warn!(
+                "settings that jepa-host {version} had and this one has not: {}",
+                unknown.join(", ")
+            );
+        }
         let base = Base { layer: checkpoint.display().to_string(), settings };
         let layers = Layers { base: Some(base), overrides: self.overrides.clone(), ..Layers::default() };
         let session = Session::open(&plugins, layers, sources)?;

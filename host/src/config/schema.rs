@@ -456,6 +456,9 @@ pub enum WandbResume {
     Never,
 }
 
+/// Sections with keys of plugins.
+const FREE_SECTIONS: [&str; 3] = ["method", "backbone", "eval.probes"];
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -573,6 +576,29 @@ impl Config {
     /// The JSON Schema of the host's own settings.
     pub fn schema() -> Value {
         schemars::schema_for!(Config).to_value()
+    }
+
+    /// Takes out of `settings`, which another version of this program has saved, what this one does not know. Returns
+    /// those keys. Options of plugins are not looked at.
+    pub fn drop_unknown(settings: &mut Map<String, Value>) -> Vec<String> {
+        fn drop(settings: &mut Map<String, Value>, known: &Value, prefix: &str, unknown: &mut Vec<String>) {
+            settings.retain(|name, value| {
+                let key = format!("{prefix}{name}");
+                let Some(known) = known.get(name) else {
+                    unknown.push(key);
+                    return false;
+                };
+                if let (Value::Object(inner), true) = (value, !FREE_SECTIONS.contains(&&*key)) {
+                    drop(inner, known, &format!("{key}."), unknown);
+                }
+                true
+            });
+        }
+        let mut unknown = Vec::new();
+        if let Ok(known) = serde_json::to_value(Config::default()) {
+            drop(settings, &known, "", &mut unknown);
+        }
+        unknown
     }
 
     /// The training file, or the error that says how to name one.
