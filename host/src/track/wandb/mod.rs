@@ -47,6 +47,8 @@ const UPLOAD: Duration = Duration::from_secs(24 * 3600);
 pub struct Wandb {
     run: WandbRun,
     session: Option<Session>,
+    /// Whether this process has been let into the run before.
+    begun: bool,
     /// How much of the console's log has been sent.
     console: u64,
     /// The best values so far.
@@ -67,7 +69,7 @@ impl Wandb {
     pub fn new(run: WandbRun) -> Self {
         let log = run.directory.join(CONSOLE_FILE);
         let console = if run.live { fs::metadata(log).map_or(0, |file| file.len()) } else { 0 };
-        Wandb { run, session: None, console, best: BTreeMap::new() }
+        Wandb { run, session: None, begun: false, console, best: BTreeMap::new() }
     }
 
     fn begin(&mut self) -> anyhow::Result<u64> {
@@ -100,6 +102,7 @@ impl Wandb {
         let first = if self.run.online { known.starting_step.max(0) as u64 } else { has };
         let start = RunStartRequest { run: Some(known.clone()), info: Some(self.info()) };
         self.session()?.known = known;
+        self.begun = true;
         self.request(RequestType::RunStart(start), LOCAL)?;
         self.publish(request(RequestType::ProbeSystemInfo(Empty {})))?;
         for metric in axes() {
@@ -114,8 +117,8 @@ impl Wandb {
         let path = |path: &Path| Some(StringValue { value: path.display().to_string() });
         let program = std::env::current_exe().unwrap_or_default();
         let resume = match run.resume {
-            // What this very session, or an earlier one, has begun is gone on with.
-            _ if has > 0 || self.session.is_some() => "allow",
+            // What this process, or an earlier one, has begun is gone on with.
+            _ if has > 0 || self.begun => "allow",
             WandbResume::Allow => "allow",
             WandbResume::Must => "must",
             WandbResume::Never => "never",

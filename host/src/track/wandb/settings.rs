@@ -56,7 +56,7 @@ pub struct WandbRun {
     pub directory: PathBuf,
     /// The resolved configuration.
     pub config: Value,
-    /// The process that trains.
+    /// Whether the run trains now, in this process.
     pub live: bool,
 }
 
