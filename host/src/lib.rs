@@ -15,5 +15,6 @@ mod linker;
 pub mod plugin;
 pub mod provenance;
 pub mod report;
+pub mod sweep;
 pub mod track;
 pub mod train;

@@ -10,6 +10,7 @@ use crate::data::DataError;
 use crate::device::DeviceError;
 use crate::plugin::scaffold::ScaffoldError;
 use crate::plugin::{LockError, PluginError};
+use crate::sweep::SweepError;
 use crate::train::{TrainError, has_diverged};
 
 /// A command line that makes no sense, beyond what the parser sees.
@@ -66,6 +67,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         Some(CheckpointError::NotACheckpoint { .. } | CheckpointError::NotARun { .. }) => return Some(2),
         Some(_) => return Some(1),
         None => {}
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return Some(if matches!(error, SweepError::Io { .. } | SweepError::Failing { .. }) { 1 } else { 2 });
     }
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(match failure.kind {

@@ -10,7 +10,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::exit::Usage;
-use super::output::{Format, print};
+use super::output::{Format, NOTHING, print, print_columns};
 use crate::config::nearest;
 use crate::report::format::{ago, count, value_of};
 use crate::report::{SavedRun, Status, find_runs};
@@ -19,7 +19,6 @@ use crate::track::lower_is_better;
 /// The figures that are shown, with their columns' names.
 const COLUMNS: [(&str, &str); 3] =
     [("linear", "eval/linear_top1_final"), ("kNN", "eval/knn_top1"), ("loss", "train/loss")];
-const NOTHING: &str = "–";
 
 /// List the runs in a directory: how each stands, how far it is, and how good
 #[derive(Debug, Args)]
@@ -180,23 +179,7 @@ fn metric_named(wanted: &str, lines: &[Line]) -> Result<String, Usage> {
 fn print_table(lines: &[Line], out: &mut dyn Write) -> io::Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     let head = ["run", "status", "step", "epoch", "updated"].into_iter().chain(COLUMNS.map(|(name, _)| name));
-    let mut table: Vec<Vec<String>> = vec![head.map(str::to_owned).collect()];
-    table.extend(lines.iter().map(|line| line.cells(now)));
-    let width = |column: usize| table.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..table[0].len()).map(width).collect();
-    for (number, row) in table.iter().enumerate() {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        writeln!(out, "{}", cells.join("  ").trim_end())?;
-        let Some(line) = number.checked_sub(1).map(|number| &lines[number]) else { continue };
-        for trouble in line.error.iter().chain(&line.damage) {
-            writeln!(out, "  {}", one_line(trouble))?;
-        }
-    }
-    Ok(())
-}
-
-/// What files say may hold anything; a terminal gets one line of letters.
-fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    let rows =
+        lines.iter().map(|line| (line.cells(now), line.error.iter().chain(&line.damage).cloned().collect()));
+    print_columns(head.map(str::to_owned).collect(), &rows.collect::<Vec<_>>(), out)
 }

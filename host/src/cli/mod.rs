@@ -12,6 +12,7 @@ mod output;
 mod plugin;
 mod report;
 mod session;
+mod sweep;
 mod track;
 mod trackers;
 mod train;
@@ -39,6 +40,7 @@ Examples:
   jepa-host plugin info cnn_jepa
   jepa-host ls
   jepa-host report runs/demo
+  jepa-host sweep examples/sweep.yaml --count 8 --parallel 2
   jepa-host data pack photos/ photos.h5
 
 Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.
@@ -98,6 +100,7 @@ enum Command {
     Export(export::ExportArgs),
     Ls(ls::LsArgs),
     Report(report::ReportArgs),
+    Sweep(sweep::SweepArgs),
     /// Send a run's records to W&B or TensorBoard, or print them as CSV
     #[command(subcommand)]
     Track(track::TrackCommand),
@@ -177,6 +180,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Export(args)) => args.run(),
         Some(Command::Ls(args)) => args.run(),
         Some(Command::Report(args)) => args.run(&sources),
+        Some(Command::Sweep(args)) => args.run(),
         Some(Command::Track(command)) => command.run(),
         Some(Command::Doctor(args)) => args.run(&sources),
         Some(Command::Completions { shell }) => {

@@ -64,3 +64,35 @@ pub(super) fn print_text(text: impl FnOnce(&mut dyn Write) -> io::Result<()>) ->
         printed => Ok(printed?),
     }
 }
+
+/// Stands in a table where there is nothing.
+pub(super) const NOTHING: &str = "–";
+
+/// Prints a table with aligned columns. Behind each row may come lines that belong to it.
+pub(super) fn print_columns(
+    head: Vec<String>,
+    rows: &[(Vec<String>, Vec<String>)],
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let cells = || std::iter::once(&head).chain(rows.iter().map(|(cells, _)| cells));
+    let width = |column: usize| cells().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let mut line = |cells: &[String]| {
+        let padded: Vec<String> =
+            cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        writeln!(out, "{}", padded.join("  ").trim_end())
+    };
+    line(&head)?;
+    for (cells, lines) in rows {
+        line(cells)?;
+        for text in lines {
+            line(&[format!("  {}", one_line(text))])?;
+        }
+    }
+    Ok(())
+}
+
+/// What files say may hold anything; a terminal gets one line of letters.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

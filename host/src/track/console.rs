@@ -36,6 +36,18 @@ fn bars() -> &'static MultiProgress {
     BARS.get_or_init(MultiProgress::new)
 }
 
+/// A bar that counts up to `total` or without an end, around which log lines go; hidden without a terminal.
+pub fn counter(total: Option<u64>) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let (bar, template) = match total {
+        Some(total) => (ProgressBar::new(total), "{bar:24} {pos}/{len} {msg}"),
+        None => (ProgressBar::no_length(), "{pos} {msg}"),
+    };
+    bars().add(bar.with_style(ProgressStyle::with_template(template).expect("a valid template")))
+}
+
 /// How much is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verbosity {

@@ -1,0 +1,66 @@
+//! What can go wrong with a sweep itself. Every message names the file and says what to do.
+
+use std::io;
+use std::path::PathBuf;
+
+/// A sweep that cannot be begun or gone on with.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    /// A definition that cannot be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A definition that makes no sense here.
+    #[error("{}: {why}", path.display())]
+    Definition {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        why: String,
+    },
+    /// A directory that holds another sweep.
+    #[error(
+        "{} holds the trials of another definition ({differences}): name another directory with --dir, or undo that",
+        path.display()
+    )]
+    Another {
+        /// The directory.
+        path: PathBuf,
+        /// The keys that differ.
+        differences: String,
+    },
+    /// A directory in which another process runs this sweep.
+    #[error("another process runs the sweep in {}", path.display())]
+    Busy {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file of the sweep that cannot be read or written.
+    #[error("{}: {action}: {why}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// Why it failed.
+        why: String,
+    },
+    /// Trials fail one after the other.
+    #[error(
+        "{count} trials in a row have failed, and no further one begins. The last said: {last}. Its words are in {}; \
+         mend what is wrong, then run this again with --retry",
+        log.display()
+    )]
+    Failing {
+        /// How many.
+        count: usize,
+        /// The last one's last error.
+        last: String,
+        /// What it has printed.
+        log: PathBuf,
+    },
+}

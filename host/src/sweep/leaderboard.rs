@@ -1,0 +1,162 @@
+//! The trials of a sweep, best first.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::definition::{Definition, Goal};
+use super::directory::{End, Trial, read_trials};
+use super::error::SweepError;
+use super::search::Parameters;
+use crate::checkpoint::{RunDir, find_run};
+use crate::track::{METRICS_FILE, Record};
+
+/// The trials of a sweep, best first, as their files have them.
+#[derive(Clone, Debug, Serialize)]
+pub struct Leaderboard {
+    /// What the sweep is called.
+    pub sweep: String,
+    /// What they are compared by.
+    pub metric: Option<String>,
+    /// The trials. Those without a value come last.
+    pub trials: Vec<Row>,
+}
+
+/// A trial in a [`Leaderboard`].
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// What it is called.
+    pub trial: String,
+    /// How it stands.
+    pub standing: Standing,
+    /// The best value of the metric, and the step that it belongs to.
+    pub best: Option<Value>,
+    /// The last value of the metric, and the step that it belongs to.
+    pub last: Option<Value>,
+    /// What it tries.
+    pub parameters: Parameters,
+    /// Its folder.
+    pub path: PathBuf,
+    /// Why it ended early.
+    pub why: Option<String>,
+}
+
+/// A value of the metric.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Value {
+    /// The value.
+    pub value: f64,
+    /// Optimizer steps that were done.
+    pub step: u64,
+}
+
+/// How a trial stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// A process trains it.
+    Running,
+    /// It came to its last step.
+    Done,
+    /// Others were better when they had come as far.
+    Stopped,
+    /// NaN, or features that have become the same.
+    Diverged,
+    /// An error ended it.
+    Failed,
+    /// It is gone on with when the sweep is run again.
+    Interrupted,
+}
+
+impl Standing {
+    /// In a word.
+    pub fn text(self) -> &'static str {
+        match self {
+            Standing::Running => "running",
+            Standing::Done => "done",
+            Standing::Stopped => "stopped early",
+            Standing::Diverged => "diverged",
+            Standing::Failed => "failed",
+            Standing::Interrupted => "interrupted",
+        }
+    }
+}
+
+impl Leaderboard {
+    /// The trials in `directory`.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn read(directory: &Path, definition: &Definition) -> Result<Self, SweepError> {
+        let metric = definition.metric.as_ref();
+        let goal = metric.map_or(Goal::Minimize, |metric| metric.goal);
+        let row = |trial: &Trial| {
+            let path = directory.join(trial.name());
+            let values = metric.map_or_else(Vec::new, |metric| values(&path, &metric.name));
+            Row {
+                trial: trial.name(),
+                standing: standing(trial, &path),
+                best: best(&values, goal),
+                last: values.last().copied(),
+                parameters: trial.parameters.clone(),
+                path,
+                why: trial.end.as_ref().and_then(reason),
+            }
+        };
+        let mut trials: Vec<Row> = read_trials(directory)?.iter().map(row).collect();
+        let cost = |row: &Row| row.best.map_or(f64::INFINITY, |best| goal.cost(best.value));
+        trials.sort_by(|a, b| cost(a).total_cmp(&cost(b)));
+        Ok(Leaderboard {
+            sweep: definition.name.clone(),
+            metric: metric.map(|metric| metric.name.clone()),
+            trials,
+        })
+    }
+}
+
+/// The best of `values`; the earliest of equal ones.
+pub(super) fn best(values: &[Value], goal: Goal) -> Option<Value> {
+    values
+        .iter()
+        .copied()
+        .reduce(|best, next| if goal.cost(next.value) < goal.cost(best.value) { next } else { best })
+}
+
+/// All values of `metric` that the newest version of the run in `folder` has recorded. A run that is not there yet has
+/// none, and neither does a line that is being written.
+pub(super) fn values(folder: &Path, metric: &str) -> Vec<Value> {
+    let Ok(run) = find_run(folder) else { return Vec::new() };
+    let text = fs::read_to_string(run.join(METRICS_FILE)).unwrap_or_default();
+    let value = |line: &str| {
+        let record: Record = serde_json::from_str(line).ok()?;
+        Some(Value { value: *record.figures.get(metric)?, step: record.step })
+    };
+    text.lines().filter_map(value).collect()
+}
+
+/// Whether a process trains the run in `folder`.
+pub(super) fn is_held(folder: &Path) -> bool {
+    find_run(folder).is_ok_and(|run| RunDir::is_held(&run))
+}
+
+fn standing(trial: &Trial, folder: &Path) -> Standing {
+    match &trial.end {
+        Some(End::Done) => Standing::Done,
+        Some(End::Stopped { .. }) => Standing::Stopped,
+        Some(End::Diverged { .. }) => Standing::Diverged,
+        Some(End::Failed { .. }) => Standing::Failed,
+        None if is_held(folder) => Standing::Running,
+        None => Standing::Interrupted,
+    }
+}
+
+fn reason(end: &End) -> Option<String> {
+    match end {
+        End::Done => None,
+        End::Diverged { error } | End::Failed { error } => Some(error.clone()),
+        End::Stopped { iteration, value, threshold } => Some(format!(
+            "{value:.4} after {iteration} values of the metric, where {threshold:.4} was needed"
+        )),
+    }
+}
