@@ -83,7 +83,7 @@ fn every_combination_is_tried_and_the_best_one_comes_first() {
         assert_eq!(trial["standing"], "done");
         let run = room.path().join(trial["path"].as_str().unwrap());
         let config = fs::read_to_string(run.join("version_0/config.toml")).unwrap();
-        assert!(config.contains(&format!("lr = {}\n", trial["parameters"]["optimizer.lr"])), "{config}");
+        assert!(config.contains(&format!("lr = {} ", trial["parameters"]["optimizer.lr"])), "{config}");
         let losses = records(&run).into_iter().filter_map(|record| record["train/loss"].as_f64());
         let least = losses.reduce(f64::min).unwrap();
         assert_eq!(trial["best"]["value"].as_f64(), Some(least));
