@@ -9,6 +9,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long a process may take before a test gives up on it.
@@ -64,6 +65,21 @@ pub fn held_out_images() -> PathBuf {
 fn bundled(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/demo-data").join(name);
     path.canonicalize().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The Python that `tests/setup.sh` fetches packages for, and the folder that it fetches them into.
+pub fn python() -> (PathBuf, PathBuf) {
+    let python = env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
+    (python.into(), Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/python"))
+}
+
+/// The lines of the `metrics.jsonl` of a run.
+///
+/// # Panics
+/// When it is not there, or a line is no record.
+pub fn records(run: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).expect("a run has records");
+    text.lines().map(|line| serde_json::from_str(line).expect("a record")).collect()
 }
 
 /// Says why this test tries nothing here, past the harness, which shows no words of tests that end well.
@@ -127,6 +143,16 @@ impl Room {
         environment: &[(&str, &str)],
         arguments: impl IntoIterator<Item = S>,
     ) -> Running {
+        self.start_other_in(environment, &binary(), arguments)
+    }
+
+    /// Starts another `program` in the same way.
+    pub fn start_other_in<S: AsRef<OsStr>>(
+        &self,
+        environment: &[(&str, &str)],
+        program: &Path,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Running {
         let mut command = Command::new("env");
         for (name, value) in environment {
             match value.is_empty() {
@@ -134,7 +160,7 @@ impl Room {
                 false => command.arg(format!("{name}={value}")),
             };
         }
-        command.arg(binary());
+        command.arg(program);
         self.launch(command, arguments)
     }
 

@@ -1,7 +1,8 @@
-//! W&B's side: its own reader of the files that wandb-core writes, and a stand-in for its server.
+//! W&B's side: its own reader of the files that wandb-core writes, its command line, and a stand-in for its server.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::mem;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +11,11 @@ use std::thread;
 
 use flate2::read::GzDecoder;
 use serde_json::{Value, json};
+
+use crate::real::{Room, Running, python, records};
+
+/// A key that the stand-in takes, as it does all others.
+pub const KEY: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// wandb-core as `tests/setup.sh` fetches it.
 ///
@@ -49,15 +55,67 @@ pub fn of_kind<'r>(records: &'r [Value], kind: &str) -> Vec<&'r Value> {
     records.iter().filter(|record| record["type"] == kind).map(|record| &record[kind]).collect()
 }
 
+/// Makes sure that W&B's history holds every record of a run once, in order, with every value and every image.
+///
+/// # Panics
+/// When it does not.
+#[track_caller]
+pub fn assert_history(history: &[Value], run: &Path) {
+    let records = records(run);
+    let steps = |rows: &[Value]| rows.iter().map(|row| row["step"].clone()).collect::<Vec<_>>();
+    assert_eq!(steps(history), steps(&records));
+    for (index, (row, record)) in history.iter().zip(&records).enumerate() {
+        assert_eq!(row["_step"], index);
+        for (name, value) in record.as_object().unwrap().iter().filter(|(name, _)| *name != "time") {
+            let Some(value) = value.as_f64() else { continue };
+            let row = row[name].as_f64().unwrap();
+            assert!((row - value).abs() <= 1e-12 * value.abs(), "{name}: {row} and {value}");
+        }
+        for name in record["images"].as_object().into_iter().flat_map(|images| images.keys()) {
+            // W&B's reader of files writes the parts of a value under names of their own.
+            let kind = row[name].get("_type").or_else(|| row.get(format!("{name}._type")));
+            assert_eq!(kind.unwrap_or(&Value::Null), "image-file", "{row:#}");
+        }
+    }
+}
+
+/// Whether W&B's command line is there.
+pub fn has_cli() -> bool {
+    let (python, packages) = python();
+    let mut command = Command::new(python);
+    let output = command.args(["-m", "wandb", "--version"]).env("PYTHONPATH", packages).output();
+    output.is_ok_and(|output| output.status.success())
+}
+
+/// Starts `wandb` in `room` with these arguments, logged in to `server`.
+pub fn start_cli(room: &Room, server: &Server, arguments: &[&str]) -> Running {
+    let (python, packages) = python();
+    let (core, packages) = (core().display().to_string(), packages.display().to_string());
+    let home = room.path().display().to_string();
+    let environment = [
+        ("JEPA_WANDB_CORE", core.as_str()),
+        ("PYTHONPATH", &packages),
+        ("HOME", &home),
+        ("WANDB_BASE_URL", &server.url),
+        ("WANDB_API_KEY", KEY),
+        ("WANDB_ERROR_REPORTING", "false"),
+    ];
+    room.start_other_in(&environment, &python, ["-m", "wandb"].iter().chain(arguments))
+}
+
 /// What the stand-in has been told.
 #[derive(Debug, Default)]
 pub struct Told {
+    /// The run's id.
+    pub run: Value,
     /// The history, line by line.
     pub history: Vec<Value>,
     /// The newest summary.
     pub summary: Value,
     /// The newest configuration.
     pub config: Value,
+    /// The sweep that the run belongs to.
+    pub sweep: Value,
     /// The run's exit code, when it has ended.
     pub exit_code: Option<i64>,
     /// Names of the GraphQL operations.
@@ -68,9 +126,24 @@ pub struct Told {
     pub refused: usize,
     /// Answers to the next uploads: HTTP status codes.
     pub refuse_with: Vec<u16>,
+    /// The configuration of the sweep: YAML.
+    pub sweep_config: String,
+    /// Commands that an agent is given at its next heartbeat.
+    pub commands: Vec<Value>,
 }
 
-/// A stand-in for W&B's server: it keeps one run.
+impl Told {
+    /// Has an agent start the run `id` of the sweep with these parameters, at its next heartbeat.
+    pub fn start_run(&mut self, id: &str, parameters: &[(&str, Value)]) {
+        let program = self.sweep_config.lines().find_map(|line| line.strip_prefix("program: "));
+        let arguments = parameters.iter().map(|(name, value)| (*name, json!({ "value": value })));
+        let arguments: BTreeMap<_, _> = arguments.collect();
+        let command = json!({ "type": "run", "run_id": id, "program": program, "args": arguments });
+        self.commands.push(command);
+    }
+}
+
+/// A stand-in for W&B's server: it keeps one run and one sweep.
 pub struct Server {
     /// Its URL.
     pub url: String,
@@ -179,7 +252,7 @@ fn graphql(body: &Value, told: &mut Told) -> Value {
         "Viewer" => json!({ "data": { "viewer": {
             "id": "u", "entity": "somebody", "username": "somebody", "flags": "{}", "teams": { "edges": [] },
         } } }),
-        "RunResumeStatus" if told.config.is_null() => json!({ "data": { "model": null } }),
+        "RunResumeStatus" if told.run != run["name"] => json!({ "data": { "model": null } }),
         "RunResumeStatus" => json!({ "data": { "model": {
             "id": "p", "name": run["project"], "entity": { "id": "e", "name": "somebody" },
             "bucket": {
@@ -191,14 +264,35 @@ fn graphql(body: &Value, told: &mut Told) -> Value {
             },
         } } }),
         "UpsertBucket" => {
+            told.run = run["name"].clone();
             if let Some(config) = run["config"].as_str() {
                 told.config = serde_json::from_str(config).unwrap_or_default();
+            }
+            if run["sweep"].is_string() {
+                told.sweep = run["sweep"].clone();
             }
             json!({ "data": { "upsertBucket": { "inserted": true, "bucket": {
                 "id": "storage", "name": run["name"], "displayName": run["displayName"], "description": null,
                 "config": "{}", "sweepName": null, "historyLineCount": told.history.len(),
                 "project": { "id": "p", "name": run["project"], "entity": { "id": "e", "name": "somebody" } },
             } } } })
+        }
+        "UpsertSweep" => {
+            told.sweep_config = run["config"].as_str().unwrap_or_default().to_owned();
+            json!({ "data": { "upsertSweep": {
+                "sweep": { "name": "sweep1", "project": {
+                    "id": "p", "name": run["projectName"], "entity": { "id": "e", "name": "somebody" },
+                } },
+                "configValidationWarnings": [],
+            } } })
+        }
+        "SweepWithRuns" => json!({ "data": { "project": { "sweep": {
+            "id": "s", "name": run["sweep"], "config": told.sweep_config, "runs": { "edges": [] },
+        } } } }),
+        "CreateAgent" => json!({ "data": { "createAgent": { "agent": { "id": "agent1" } } } }),
+        "Heartbeat" => {
+            let commands = json!(mem::take(&mut told.commands)).to_string();
+            json!({ "data": { "agentHeartbeat": { "agent": { "id": "agent1" }, "commands": commands } } })
         }
         _ => json!({ "data": null, "errors": [{ "message": "the stand-in does not know this" }] }),
     }

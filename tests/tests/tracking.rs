@@ -2,16 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, setting};
-use jepa_tests::wandb::{Server, core, of_kind, sessions};
+use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, python, records, setting};
+use jepa_tests::wandb::{KEY, Server, assert_history, core, of_kind, sessions};
 use serde_json::{Value, json};
 
 const RUN: &str = "runs/simclr/version_0";
-const KEY: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// The arguments of a run of `steps` steps, each of which is a record.
 fn arguments(steps: u64, more: &[&str]) -> Vec<String> {
@@ -32,31 +30,6 @@ fn arguments(steps: u64, more: &[&str]) -> Vec<String> {
     let arguments = ["--plugin", "simclr", &images].into_iter().chain(TINY_BACKBONE).chain(fixed);
     let arguments = arguments.map(str::to_owned).chain([format!("trainer.max_steps={steps}")]);
     arguments.chain(more.iter().map(|argument| (*argument).to_owned())).collect()
-}
-
-fn records(room: &Room) -> Vec<Value> {
-    let text = fs::read_to_string(room.file(RUN).join("metrics.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// Makes sure that W&B's history holds every record once, in order, with every value and every image.
-#[track_caller]
-fn assert_history(history: &[Value], records: &[Value]) {
-    let steps = |rows: &[Value]| rows.iter().map(|row| row["step"].clone()).collect::<Vec<_>>();
-    assert_eq!(steps(history), steps(records));
-    for (index, (row, record)) in history.iter().zip(records).enumerate() {
-        assert_eq!(row["_step"], index);
-        for (name, value) in record.as_object().unwrap().iter().filter(|(name, _)| *name != "time") {
-            let Some(value) = value.as_f64() else { continue };
-            let row = row[name].as_f64().unwrap();
-            assert!((row - value).abs() <= 1e-12 * value.abs(), "{name}: {row} and {value}");
-        }
-        for name in record["images"].as_object().into_iter().flat_map(|images| images.keys()) {
-            // W&B's reader of files writes the parts of a value under names of their own.
-            let kind = row[name].get("_type").or_else(|| row.get(format!("{name}._type")));
-            assert_eq!(kind.unwrap_or(&Value::Null), "image-file", "{row:#}");
-        }
-    }
 }
 
 fn wandb_core() -> String {
@@ -90,12 +63,12 @@ fn wandb_has_every_record_offline() {
 
     let history: Vec<Value> =
         of_kind(&session, "history").into_iter().map(|row| row["item"].clone()).collect();
-    assert_history(&history, &records(&room));
+    assert_history(&history, &room.file(RUN));
     let mut summary = BTreeMap::new();
     for update in of_kind(&session, "summary") {
         summary.extend(update["update"].as_object().unwrap().clone());
     }
-    let losses = records(&room).into_iter().filter_map(|record| record["train/loss"].as_f64());
+    let losses = records(&room.file(RUN)).into_iter().filter_map(|record| record["train/loss"].as_f64());
     assert_eq!(summary["best/train/loss"].as_f64(), losses.reduce(f64::min));
     let media = room.file(RUN).join("wandb").read_dir().unwrap().map(|entry| entry.unwrap().path());
     let media: Vec<_> =
@@ -151,7 +124,7 @@ fn a_run_reaches_the_server_through_errors_and_a_resume() {
     room.start_in(&environment, arguments(10, &online)).wait().expect(0);
     assert_eq!(server.told().refused, 2);
     assert_eq!(server.told().exit_code, Some(0));
-    assert_history(&server.told().history, &records(&room));
+    assert_history(&server.told().history, &room.file(RUN));
     assert_eq!(server.told().config["optimizer"]["value"]["batch_size"], 16);
     assert!(server.told().keys.iter().all(|key| key.starts_with("Basic ")));
 
@@ -161,48 +134,15 @@ fn a_run_reaches_the_server_through_errors_and_a_resume() {
     room.start_in(&environment, ["track", "replay", "runs/simclr", "--to", "wandb"].map(str::to_owned))
         .wait()
         .expect(0);
-    assert_history(&server.told().history, &records(&room));
+    assert_history(&server.told().history, &room.file(RUN));
     let resumed = ["track.wandb.mode=online", "trainer.max_steps=15", "--resume", "auto"];
     room.start_in(&environment, arguments(15, &resumed)).wait().expect(0);
-    assert_history(&server.told().history, &records(&room));
+    assert_history(&server.told().history, &room.file(RUN));
     assert_eq!(server.told().history.len(), 16);
 
     // The key is nowhere on the disk.
     let search = Command::new("grep").args(["-rl", KEY]).arg(room.path()).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&search.stdout), "");
-}
-
-/// What `wandb agent` does: its variables, the parameters as Python prints them, and SIGTERM to end a run early.
-#[test]
-fn a_run_under_an_agent_is_online_and_leaves_a_checkpoint_when_it_is_ended() {
-    let (room, server) = (Room::new(), Server::new());
-    let core = wandb_core();
-    let environment = [
-        ("JEPA_WANDB_CORE", core.as_str()),
-        ("WANDB_BASE_URL", &server.url),
-        ("WANDB_API_KEY", KEY),
-        ("WANDB_SWEEP_ID", "sweep1"),
-        ("WANDB_RUN_ID", "run1"),
-        ("WANDB_PROJECT", "cells"),
-    ];
-    let parameters = ["optimizer.lr=0.0031622776601683794", "trainer.clip=None", "optimizer.nesterov=False"];
-    let mut run = room.start_in(&environment, arguments(100_000, &parameters));
-    run.until("30 records", || {
-        fs::read_to_string(room.file(RUN).join("metrics.jsonl")).is_ok_and(|text| text.lines().count() > 30)
-    });
-    run.signal(libc::SIGTERM);
-    run.wait().expect(143);
-    assert_eq!(server.told().exit_code, Some(143));
-    assert_history(&server.told().history, &records(&room));
-    assert_eq!(server.told().config["optimizer"]["value"]["lr"].as_f64(), Some(0.0031622776601683794));
-    assert_eq!(fs::read_to_string(room.file(RUN).join("wandb/id")).unwrap().trim(), "run1");
-
-    let steps = records(&room).last().unwrap()["step"].as_u64().unwrap() + 5;
-    room.start_in(&environment, arguments(steps, &[&parameters[..], &["--resume", "auto"]].concat()))
-        .wait()
-        .expect(0);
-    assert_eq!(server.told().exit_code, Some(0));
-    assert_history(&server.told().history, &records(&room));
 }
 
 #[test]
@@ -267,7 +207,7 @@ fn a_killed_engine_is_started_again() {
         .flat_map(|session| of_kind(session, "history"))
         .map(|row| row["item"].clone())
         .collect();
-    assert_history(&history, &records(&room));
+    assert_history(&history, &room.file(RUN));
 }
 
 #[test]
@@ -286,18 +226,17 @@ tags = events.Tags()
 scalars = {tag: [(e.step, e.value, e.wall_time) for e in events.Scalars(tag)] for tag in tags['scalars']}
 print(json.dumps({'scalars': scalars, 'images': tags['images']}))
 ";
-    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let site = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.deps/python");
+    let (python, packages) = python();
     let output = Command::new(python)
         .args(["-c", code])
         .arg(room.file(RUN))
-        .env("PYTHONPATH", site)
+        .env("PYTHONPATH", packages)
         .output()
         .expect("python runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let read: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(read["images"], json!(["examples/first", "examples/second"]));
-    let records = records(&room);
+    let records = records(&room.file(RUN));
     for (tag, points) in read["scalars"].as_object().unwrap() {
         let points = points.as_array().unwrap();
         let records: Vec<_> = records.iter().filter(|record| record.get(tag).is_some()).collect();
