@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::thread;
@@ -290,13 +291,14 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// The same, once it is known that it ended with `code`.
+    /// The same, once it is known that it ended with `code`; 128 and more is a signal, as in a shell.
     ///
     /// # Panics
     /// When it did not.
     #[track_caller]
     pub fn expect(self, code: i32) -> Self {
-        assert_eq!(self.status.code(), Some(code), "{}\n{}", self.status, self.stderr);
+        let ended_with = self.status.code().or(self.status.signal().map(|signal| 128 + signal));
+        assert_eq!(ended_with, Some(code), "{}\n{}", self.status, self.stderr);
         self
     }
 

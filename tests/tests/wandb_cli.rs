@@ -51,12 +51,14 @@ fn an_agent_runs_the_example_sweep_and_ends_a_run_early() {
     let mut settings = parameters(0.0031622776601683794, 0.6);
     settings.push(("trainer.max_steps", json!(10)));
     server.told().start_run("first", &settings);
-    let mut agent = start_cli(&room, &server, &["agent", "--count", "2", sweep]);
+    let mut agent =
+        start_cli(&room, &server, &["agent", "--count", "2", "--max-consecutive-failed-runs", "1", sweep]);
     agent.until("the end of the first run", || server.told().exit_code.is_some());
     let first = mem::take(&mut *server.told());
     assert_eq!(first.exit_code, Some(0));
     assert_eq!((&first.run, &first.sweep), (&json!("first"), &json!("sweep1")));
     assert_eq!(first.config["optimizer"]["value"]["lr"].as_f64(), Some(0.0031622776601683794));
+    assert_eq!(first.config["optimizer.lr"]["value"].as_f64(), Some(0.0031622776601683794));
     assert_eq!(first.config["method"]["value"]["mask"]["ratio"].as_f64(), Some(0.6));
     assert_history(&first.history, &room.file("runs/demo/version_0"));
 
@@ -67,7 +69,8 @@ fn an_agent_runs_the_example_sweep_and_ends_a_run_early() {
         fs::read_to_string(run.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() > 30)
     });
     server.told().commands.push(json!({ "type": "stop", "run_id": "second" }));
-    agent.wait().expect(0);
+    let agent = agent.wait().expect(0);
+    assert!(!agent.stderr.contains("failed runs"), "a run that is ended has not failed:\n{}", agent.stderr);
     assert_eq!(server.told().exit_code, Some(143));
     assert_eq!(server.told().run, "second");
     assert_eq!(server.told().sweep, "sweep1");

@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 
 use jepa_plugin_api::abi::{Failure, FailureKind};
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
@@ -40,6 +41,16 @@ pub(super) fn report(error: &anyhow::Error) {
 /// The exit code of `error`: that of the first cause that has one.
 pub(super) fn code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(code_of).unwrap_or(1)
+}
+
+/// Ends this process by the signal that `code` stands for, if it stands for one: a shell sees 130 or 143 either way, and
+/// who started it sees that nothing has failed. An agent of W&B gives up on a sweep when runs that it ends seem to fail.
+pub(super) fn die_of_signal(code: u8) {
+    if let Some(signal @ (SIGINT | SIGTERM)) = code.checked_sub(128).map(i32::from) {
+        let _ = io::stdout().flush();
+        // Where it does not work, the exit code tells.
+        let _ = signal_hook::low_level::emulate_default_handler(signal);
+    }
 }
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {

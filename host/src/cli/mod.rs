@@ -125,7 +125,9 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             exit::report(&error);
-            ExitCode::from(exit::code(&error))
+            let code = exit::code(&error);
+            exit::die_of_signal(code);
+            ExitCode::from(code)
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The trackers that a run's settings ask for.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::path::Path;
 use std::time::Duration;
@@ -58,7 +59,10 @@ pub(super) fn wandb(
         return Ok(None);
     }
     let program = Program::find(beside_bridge().as_deref())?;
-    let config = with_provenance(json!(config), directory);
+    let mut config = with_provenance(json!(config), directory);
+    if let Some(file) = variable("WANDB_SWEEP_PARAM_PATH") {
+        add_sweep_parameters(&mut config, Path::new(&file));
+    }
     WandbRun::resolve(options, &variable, mode, program, directory, name, config).map(Some)
 }
 
@@ -75,6 +79,22 @@ fn with_provenance(mut config: Value, directory: &Path) -> Value {
         config["provenance"] = last.clone();
     }
     config
+}
+
+/// Adds what a sweep tries under its own names, such as `optimizer.lr`: by those, W&B knows which trials it has had.
+/// `file` is where an agent writes them.
+fn add_sweep_parameters(config: &mut Value, file: &Path) {
+    let text = std::fs::read_to_string(file).map_err(anyhow::Error::from);
+    let entries = text.and_then(|text| Ok(serde_saphyr::from_str::<BTreeMap<String, Value>>(&text)?));
+    let entries = entries.unwrap_or_else(|error| {
+        tracing::warn!("W&B will not know the parameters of this trial: {}: {error:#}", file.display());
+        BTreeMap::new()
+    });
+    for (name, entry) in entries {
+        if let (Some(value), None) = (entry.get("value"), config.get(&name)) {
+            config[name] = value.clone();
+        }
+    }
 }
 
 /// How long trackers may take at the end. Whoever interrupts a run may kill it soon, as an agent of W&B does after half
