@@ -390,6 +390,8 @@ pub struct Knn {
 pub struct Track {
     /// Keep images of what the method sees, of the first epoch and of those that are evaluated. Default true.
     pub examples: bool,
+    /// Keep histograms of weights and gradients, of the last step and of those before an evaluation. Default false.
+    pub histograms: bool,
     /// Weights & Biases.
     pub wandb: Wandb,
     /// Write TensorBoard's event files into the run's directory. Default false.
@@ -398,7 +400,7 @@ pub struct Track {
 
 impl Default for Track {
     fn default() -> Self {
-        Track { examples: true, wandb: Wandb::default(), tensorboard: false }
+        Track { examples: true, histograms: false, wandb: Wandb::default(), tensorboard: false }
     }
 }
 
@@ -430,6 +432,8 @@ pub struct Wandb {
     pub resume: Option<WandbResume>,
     /// Upload the newest and the best checkpoint as artifacts when the run ends. Default false.
     pub checkpoints: bool,
+    /// Log the backbone of the last checkpoint as an artifact, as `jepa-host export` writes it. Default false.
+    pub export: bool,
 }
 
 /// Where W&B's records go.

@@ -3,6 +3,7 @@
 pub mod console;
 mod examples;
 mod follow;
+mod histogram;
 mod jsonl;
 mod record;
 pub mod tensorboard;
@@ -17,6 +18,7 @@ pub use console::StepReport;
 use examples::write_examples;
 use follow::Follower;
 pub use follow::{Tracker, replay};
+pub use histogram::Histogram;
 use jepa_plugin_api::ViewSpec;
 use jepa_plugin_api::tch::Tensor;
 use jsonl::Jsonl;
@@ -67,7 +69,7 @@ impl Trackers {
     /// [`sync`](Trackers::sync) fails until it does.
     pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
         self.console.log(step, epoch, figures);
-        self.append(Record { step, epoch, time: None, images: BTreeMap::new(), figures: figures.clone() });
+        self.append(Record { figures: figures.clone(), ..Record::at(step, epoch) });
     }
 
     /// Records the first images of each tensor in `columns`, f32 `(B, 3, S, S)` as `views` normalise, by its name. When
@@ -77,7 +79,12 @@ impl Trackers {
             tracing::warn!("no example images of step {step}: {error:#}");
             BTreeMap::new()
         });
-        self.append(Record { step, epoch, time: None, images, figures: BTreeMap::new() });
+        self.append(Record { images, ..Record::at(step, epoch) });
+    }
+
+    /// Records how the numbers of some tensors are distributed.
+    pub fn log_histograms(&mut self, step: u64, epoch: f64, histograms: BTreeMap<String, Histogram>) {
+        self.append(Record { histograms, ..Record::at(step, epoch) });
     }
 
     fn append(&mut self, record: Record) {

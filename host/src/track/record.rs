@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::Histogram;
+
 /// Whether less of `metric` is better.
 pub fn lower_is_better(metric: &str) -> bool {
     metric.ends_with("loss")
@@ -23,7 +25,24 @@ pub struct Record {
     /// Images by name, each a PNG file relative to the run's directory.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub images: BTreeMap<String, PathBuf>,
+    /// Distributions by name, such as `weights/backbone.conv1.weight`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub histograms: BTreeMap<String, Histogram>,
     /// Values by metric name, such as `train/loss`.
     #[serde(flatten)]
     pub figures: BTreeMap<String, f64>,
+}
+
+impl Record {
+    /// A record of nothing, at a step.
+    pub fn at(step: u64, epoch: f64) -> Self {
+        Record {
+            step,
+            epoch,
+            time: None,
+            images: BTreeMap::new(),
+            histograms: BTreeMap::new(),
+            figures: BTreeMap::new(),
+        }
+    }
 }

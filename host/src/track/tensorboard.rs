@@ -77,6 +77,10 @@ impl Tracker for TensorBoard {
         for (name, file) in &record.images {
             value.push(proto::Value { tag: name.clone(), kind: Some(image(&self.directory.join(file))?) });
         }
+        for (name, histogram) in &record.histograms {
+            let kind = Some(proto::Kind::Histogram(proto::Histogram::from(histogram)));
+            value.push(proto::Value { tag: name.clone(), kind });
+        }
         self.write(&proto::Event {
             wall_time: record.time.unwrap_or_default(),
             step: record.step as i64,
@@ -153,7 +157,7 @@ mod proto {
     pub struct Value {
         #[prost(string, tag = "1")]
         pub tag: String,
-        #[prost(oneof = "Kind", tags = "2, 4")]
+        #[prost(oneof = "Kind", tags = "2, 4, 5")]
         pub kind: Option<Kind>,
     }
 
@@ -163,6 +167,8 @@ mod proto {
         Simple(f32),
         #[prost(message, tag = "4")]
         Image(Image),
+        #[prost(message, tag = "5")]
+        Histogram(Histogram),
     }
 
     #[derive(Clone, PartialEq, Message)]
@@ -177,5 +183,40 @@ mod proto {
         /// PNG.
         #[prost(bytes = "vec", tag = "4")]
         pub encoded_image_string: Vec<u8>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Histogram {
+        #[prost(double, tag = "1")]
+        pub min: f64,
+        #[prost(double, tag = "2")]
+        pub max: f64,
+        #[prost(double, tag = "3")]
+        pub num: f64,
+        #[prost(double, tag = "4")]
+        pub sum: f64,
+        #[prost(double, tag = "5")]
+        pub sum_squares: f64,
+        /// The upper edge of each bin.
+        #[prost(double, repeated, tag = "6")]
+        pub bucket_limit: Vec<f64>,
+        /// How many numbers each bin has.
+        #[prost(double, repeated, tag = "7")]
+        pub bucket: Vec<f64>,
+    }
+
+    impl From<&crate::track::Histogram> for Histogram {
+        fn from(histogram: &crate::track::Histogram) -> Self {
+            let bucket: Vec<f64> = histogram.counts.iter().map(|&count| count as f64).collect();
+            Histogram {
+                min: histogram.min,
+                max: histogram.max,
+                num: bucket.iter().sum(),
+                sum: histogram.sum,
+                sum_squares: histogram.sum_of_squares,
+                bucket_limit: histogram.edges().split_off(1),
+                bucket,
+            }
+        }
     }
 }

@@ -11,7 +11,7 @@ use md5::{Digest as _, Md5};
 
 use super::proto::{ArtifactManifest, ArtifactManifestEntry, ArtifactRecord, StoragePolicyConfigItem};
 use super::settings::random_text;
-use crate::checkpoint::{self, load_state};
+use crate::checkpoint::{self, encoder_of, load_model, load_state, write_tensors};
 
 /// The checkpoints that are worth an upload, with their aliases: the newest one, and the best one.
 ///
@@ -31,6 +31,22 @@ pub fn checkpoints(run: &Path) -> anyhow::Result<Vec<(Vec<String>, PathBuf)>> {
         }
     }
     Ok(found)
+}
+
+/// Writes the newest checkpoint's backbone into `folder`, as `jepa-host export` does. Returns whether there is one.
+///
+/// # Errors
+/// When the checkpoint cannot be read, or the file cannot be written.
+pub fn export(run: &Path, folder: &Path) -> anyhow::Result<bool> {
+    let Some(newest) = checkpoint::latest(run)? else { return Ok(false) };
+    let (state, model) = load_model(&newest)?;
+    let tensors = encoder_of(model, &state.encoder);
+    if tensors.is_empty() {
+        return Ok(false);
+    }
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    write_tensors(&folder.join(format!("{}.safetensors", state.backbone)), &tensors)?;
+    Ok(true)
 }
 
 /// The files of `folder`, not of folders in it, as a version of the artifact `name`.

@@ -254,29 +254,38 @@ impl Wandb {
     }
 
     fn log_checkpoints(&mut self) -> anyhow::Result<()> {
+        let name = format!("checkpoint-{}", self.run.id);
         for (aliases, folder) in artifact::checkpoints(&self.run.directory)? {
-            let record = ArtifactRecord {
-                run_id: self.run.id.clone(),
-                project: self.run.project.clone(),
-                entity: self.session()?.known.entity.clone(),
-                aliases,
-                ..artifact::of_folder(&folder, &format!("checkpoint-{}", self.run.id), "model")?
-            };
-            if !self.run.online {
-                self.publish(RecordKind::Artifact(record))?;
-                continue;
-            }
-            let ask =
-                LogArtifactRequest { artifact: Some(record), history_step: 0, staging_dir: String::new() };
-            match self.request(RequestType::LogArtifact(ask), UPLOAD)? {
-                Some(ResponseType::LogArtifact(done)) if done.error_message.is_empty() => {}
-                Some(ResponseType::LogArtifact(done)) => {
-                    bail!("{}: {}", folder.display(), done.error_message)
-                }
-                _ => bail!("wandb-core does not say whether it has {}", folder.display()),
-            }
+            self.log_artifact(&folder, &name, aliases)?;
         }
         Ok(())
+    }
+
+    fn log_export(&mut self) -> anyhow::Result<()> {
+        let folder = self.run.folder().join("export");
+        match artifact::export(&self.run.directory, &folder)? {
+            true => self.log_artifact(&folder, &format!("backbone-{}", self.run.id), vec!["latest".to_owned()]),
+            false => Ok(()),
+        }
+    }
+
+    fn log_artifact(&mut self, folder: &Path, name: &str, aliases: Vec<String>) -> anyhow::Result<()> {
+        let record = ArtifactRecord {
+            run_id: self.run.id.clone(),
+            project: self.run.project.clone(),
+            entity: self.session()?.known.entity.clone(),
+            aliases,
+            ..artifact::of_folder(folder, name, "model")?
+        };
+        if !self.run.online {
+            return self.publish(RecordKind::Artifact(record));
+        }
+        let ask = LogArtifactRequest { artifact: Some(record), history_step: 0, staging_dir: String::new() };
+        match self.request(RequestType::LogArtifact(ask), UPLOAD)? {
+            Some(ResponseType::LogArtifact(done)) if done.error_message.is_empty() => Ok(()),
+            Some(ResponseType::LogArtifact(done)) => bail!("{}: {}", folder.display(), done.error_message),
+            _ => bail!("wandb-core does not say whether it has {}", folder.display()),
+        }
     }
 }
 
@@ -300,6 +309,10 @@ impl Tracker for Wandb {
         items.extend(record.figures.iter().map(|(name, value)| item(name, &json!(value))));
         for (name, file) in &record.images {
             items.push(item(name, &self.add_image(index, name, file)?));
+        }
+        for (name, histogram) in &record.histograms {
+            let value = json!({ "_type": "histogram", "bins": histogram.edges(), "values": histogram.counts });
+            items.push(item(name, &value));
         }
         self.publish(request(RequestType::PartialHistory(PartialHistoryRequest {
             item: items,
@@ -333,6 +346,9 @@ impl Tracker for Wandb {
     fn close(&mut self, exit_code: i32) -> anyhow::Result<()> {
         if self.run.checkpoints {
             self.log_checkpoints()?;
+        }
+        if self.run.export {
+            self.log_export()?;
         }
         self.communicate(RecordKind::Exit(RunExitRecord { exit_code }), UPLOAD)?;
         let info = Some(self.info());

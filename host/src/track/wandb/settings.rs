@@ -52,6 +52,8 @@ pub struct WandbRun {
     pub resume: WandbResume,
     /// Whether checkpoints are logged as artifacts.
     pub checkpoints: bool,
+    /// Whether the backbone is logged as an artifact.
+    pub export: bool,
     /// The run's directory, absolute.
     pub directory: PathBuf,
     /// The resolved configuration.
@@ -130,6 +132,7 @@ impl WandbRun {
             sweep: env("WANDB_SWEEP_ID").unwrap_or_default(),
             resume,
             checkpoints: options.checkpoints,
+            export: options.export,
             directory,
             config,
             live: true,
