@@ -105,6 +105,43 @@ fn a_page_tells_of_a_run_and_stands_alone() {
 }
 
 #[test]
+fn a_page_tells_where_the_time_of_a_step_goes() {
+    let room = trained();
+    let metrics = room.file(RUN).join("metrics.jsonl");
+    let rewrite = |change: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        let mut records: Vec<Value> =
+            read(metrics.clone()).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        records.iter_mut().for_each(|record| change(record.as_object_mut().unwrap()));
+        let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+        fs::write(&metrics, lines).unwrap();
+        room.run(["report", RUN, "--features", "0"]).expect(0);
+        read(room.file(RUN).join("report.html"))
+    };
+    let page = rewrite(&|record| {
+        record.iter_mut().filter(|(name, _)| name.starts_with("time/")).for_each(|(_, s)| *s = json!(0.0));
+        if record.contains_key("time/wait") {
+            record
+                .extend([("time/wait", 0.01), ("time/forward", 0.03)].map(|(k, s)| (k.to_owned(), json!(s))));
+            record["train/data_wait"] = json!(0.25);
+        }
+    });
+    let share = "25.00\u{a0}%";
+    says(&page, &["Time of a step", &format!("of a step&#39;s 40.0 ms, wait for data {share}")]);
+    says(
+        &page,
+        &[
+            "flex-grow:0.25000",
+            &format!("</i>wait for data</th><td class=\"n\">10.0</td><td class=\"n\">{share}"),
+        ],
+    );
+    let warning = format!("<strong>Training waits for data.</strong> {share} of the time.");
+    assert_eq!(page.matches(&warning).count(), 2, "in the verdict, and by the bar");
+
+    let page = rewrite(&|record| record.retain(|name, _| !name.starts_with("time/")));
+    assert!(!page.contains("Time of a step"), "a run that has not measured it");
+}
+
+#[test]
 fn without_its_data_a_run_has_a_page_that_says_so() {
     let room = trained();
     let held_out = held_out_images();
@@ -280,6 +317,11 @@ fn a_browser_draws_curves_that_tell_their_values() {
         let lines = count(&mut browser, ".chart path.line.r0");
         assert!(lines > 10 && lines == count(&mut browser, ".chart path.line.r1"));
         assert_eq!(count(&mut browser, ".map circle"), 200);
+        let bars = browser.evaluate("[...document.querySelectorAll('.parts')].map(bar => [bar.clientWidth, [...bar.children].reduce((all, part) => all + part.getBoundingClientRect().width, 0)])");
+        for bar in bars.as_array().filter(|bars| bars.len() == 2).expect("a bar for each run") {
+            let [wide, parts] = [&bar[0], &bar[1]].map(|side| side.as_f64().unwrap());
+            assert!(wide > 300.0 && (parts - wide).abs() < 1.0, "{parts} of {wide} pixels are filled");
+        }
 
         browser.point_at(".chart svg");
         browser.wait_for("[...document.querySelectorAll('.chart .tip')].some(tip => !tip.hidden)");

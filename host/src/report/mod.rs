@@ -12,6 +12,7 @@ mod page;
 mod run;
 mod serve;
 mod settings;
+mod step_time;
 mod verdict;
 
 pub use features::FeatureMap;

@@ -17,6 +17,7 @@ use super::features::FeatureMap;
 use super::format::{count, date, name_of, number, percent, span, value_of};
 use super::html::{self, Cell, Table, letter, text};
 use super::run::{SavedRun, Status};
+use super::step_time::step_time;
 use super::verdict::{Tone, findings};
 
 const PAGE: &str = include_str!("page.html");
@@ -57,6 +58,9 @@ impl Report {
         section(&mut content, "curves", "Curves", &curves);
         section(&mut content, "collapse", "Collapse", &self.collapse());
         section(&mut content, "speed", "Speed", &self.speed());
+        if let Some(bars) = step_time(&self.runs) {
+            section(&mut content, "step-time", "Time of a step", &bars);
+        }
         section(&mut content, "views", "Example views", &self.views());
         section(&mut content, "features", "Features", &self.feature_section());
         let title = if several { "Settings that differ" } else { "Settings that were chosen" };
