@@ -14,6 +14,7 @@ mod serve;
 mod settings;
 mod step_time;
 mod verdict;
+mod views;
 
 pub use features::FeatureMap;
 pub use list::find_runs;
