@@ -58,7 +58,7 @@ fn images(out: &mut String, run: &Path, record: &Record, left: &mut u64) {
             Ok(image) => {
                 let (width, height) = (image.width * image.zoom, image.height * image.zoom);
                 let small = if image.zoom > 1 { " class=\"small\"" } else { "" };
-                let shown = plural(u64::from(image.width / image.height), "image");
+                let shown = plural(u64::from((image.width / image.height).max(1)), "image");
                 writeln!(
                     out,
                     "<figure><img{small} src=\"{}\" width=\"{width}\" height=\"{height}\" alt=\"{name} at step {step}: {shown} in a row\"><figcaption>{name}, step {step}</figcaption></figure>",
