@@ -95,6 +95,11 @@ pub fn not_tried(why: &str) {
     let _ = writeln!(io::stderr(), "{name} is not tried: {why}");
 }
 
+/// Whether a clock measured this field of a record, so that no two runs have the same.
+pub fn is_of_a_clock(field: &str) -> bool {
+    field.starts_with("time/") || ["time", "train/images_per_s", "train/data_wait"].contains(&field)
+}
+
 /// The argument `key=path`.
 pub fn setting(key: &str, path: &Path) -> String {
     format!("{key}={}", path.display())

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use jepa_tests::real::{
-    Ended, Room, TINY_BACKBONE, checkpoints, demo_images, fixture, held_out_images, setting,
+    Ended, Room, TINY_BACKBONE, checkpoints, demo_images, fixture, held_out_images, is_of_a_clock, setting,
 };
 use serde_json::Value;
 
@@ -52,7 +52,7 @@ fn metrics(room: &Room) -> Vec<Value> {
     let without_clock = |line: &str| {
         let mut record: Value = serde_json::from_str(line).unwrap();
         let fields = record.as_object_mut().unwrap();
-        fields.retain(|name, _| !["time", "train/images_per_s", "train/data_wait"].contains(&name.as_str()));
+        fields.retain(|name, _| !is_of_a_clock(name));
         record
     };
     text.lines().map(without_clock).collect()

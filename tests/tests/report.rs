@@ -1,5 +1,6 @@
 //! `jepa-host report` and `jepa-host ls` on real runs, whole, damaged and malicious.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -105,6 +106,43 @@ fn a_page_tells_of_a_run_and_stands_alone() {
 }
 
 #[test]
+fn a_page_tells_where_the_time_of_a_step_goes() {
+    let room = trained();
+    let metrics = room.file(RUN).join("metrics.jsonl");
+    let rewrite = |change: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        let mut records: Vec<Value> =
+            read(metrics.clone()).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        records.iter_mut().for_each(|record| change(record.as_object_mut().unwrap()));
+        let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+        fs::write(&metrics, lines).unwrap();
+        room.run(["report", RUN, "--features", "0"]).expect(0);
+        read(room.file(RUN).join("report.html"))
+    };
+    let page = rewrite(&|record| {
+        record.iter_mut().filter(|(name, _)| name.starts_with("time/")).for_each(|(_, s)| *s = json!(0.0));
+        if record.contains_key("time/wait") {
+            record
+                .extend([("time/wait", 0.01), ("time/forward", 0.03)].map(|(k, s)| (k.to_owned(), json!(s))));
+            record["train/data_wait"] = json!(0.25);
+        }
+    });
+    let share = "25.00\u{a0}%";
+    says(&page, &["Time of a step", &format!("of a step&#39;s 40.0 ms, wait for data {share}")]);
+    says(
+        &page,
+        &[
+            "flex-grow:0.25000",
+            &format!("</i>wait for data</th><td class=\"n\">10.0</td><td class=\"n\">{share}"),
+        ],
+    );
+    let warning = format!("<strong>Training waits for data.</strong> {share} of the time.");
+    assert_eq!(page.matches(&warning).count(), 2, "in the verdict, and by the bar");
+
+    let page = rewrite(&|record| record.retain(|name, _| !name.starts_with("time/")));
+    assert!(!page.contains("Time of a step"), "a run that has not measured it");
+}
+
+#[test]
 fn without_its_data_a_run_has_a_page_that_says_so() {
     let room = trained();
     let held_out = held_out_images();
@@ -150,8 +188,8 @@ fn text_in_files_is_never_markup() {
     let images = json!({ "step": 6, "epoch": 0.1, "images": { evil: "../../../secret.png", "no": evil, "view": "media/view.png" } });
     lines.push_str(&format!("{images}\n"));
     fs::write(file("metrics.jsonl"), lines).unwrap();
-    fs::write(room.file("secret.png"), b"\x89PNG\r\n\x1a\nsecret").unwrap();
-    fs::write(file("media/view.png"), b"\x89PNG\r\n\x1a\n").unwrap();
+    fs::copy(file("media/image_00000000.png"), room.file("secret.png")).unwrap();
+    fs::copy(file("media/image_00000000.png"), file("media/view.png")).unwrap();
 
     room.run(["report", RUN]).expect(0);
     let page = read(file("report.html"));
@@ -159,9 +197,40 @@ fn text_in_files_is_never_markup() {
         assert!(!page.contains(markup), "{markup}");
     }
     says(&page, &["&lt;img src=x onerror=alert(2)&gt;", "lies outside the run"]);
-    says(&page, &["<img src=\"data:image/png;base64,iVBORw0KGgo=\" alt=\"view, step 6\">"]);
+    says(&page, &["alt=\"view at step 6: 8 images in a row\""]);
     assert_eq!(page.matches("</script>").count(), 2, "the data and the script, and no more");
     assert!(data(&page)["charts"]["runs"][0]["lines"].get(format!("train/{evil}")).is_some());
+}
+
+#[test]
+fn a_page_has_the_first_and_the_latest_views_inside() {
+    let room = trained();
+    let file = |name: &str| room.file(RUN).join(name);
+    let record =
+        |step: u64, images: Value| format!("{}\n", json!({ "step": step, "epoch": 0.1, "images": images }));
+    let whole = fs::read(file("media/target_00000000.png")).unwrap();
+    fs::write(file("media/cut.png"), &whole[..whole.len() / 2]).unwrap();
+    fs::write(file("media/huge.png"), vec![0; 2_000_001]).unwrap();
+    let between = record(5, json!({ "examples/between": "media/target_00000000.png" }));
+    let names = ["target_00000000", "cut", "huge", "gone"];
+    let last = names.map(|name| (format!("examples/{name}"), format!("media/{name}.png")));
+    let last = record(6, json!(BTreeMap::from(last)));
+    fs::write(file("metrics.jsonl"), read(file("metrics.jsonl")) + &between + &last).unwrap();
+
+    room.run(["report", RUN, "--features", "0"]).expect(0);
+    let page = read(file("report.html"));
+    let shown = page.matches("src=\"data:image/png;base64,").count();
+    assert_eq!(shown, 4, "three at the first step, and the target at the latest");
+    says(
+        &page,
+        &["First, step 0", "Latest, step 6", "context, step 0", "target at step 0: 8 images in a row"],
+    );
+    says(
+        &page,
+        &["media/cut.png is no whole PNG image: ", "media/huge.png is no file of at most 2,000,000 bytes"],
+    );
+    says(&page, &["gone, step 6, is not shown: media/gone.png: No such file"]);
+    assert!(!page.contains("between, step 5"));
 }
 
 #[test]
@@ -280,6 +349,13 @@ fn a_browser_draws_curves_that_tell_their_values() {
         let lines = count(&mut browser, ".chart path.line.r0");
         assert!(lines > 10 && lines == count(&mut browser, ".chart path.line.r1"));
         assert_eq!(count(&mut browser, ".map circle"), 200);
+        let views = browser.evaluate("[...document.querySelectorAll('.views img')].map(view => view.naturalWidth > 0 && view.alt.includes('8 images'))");
+        assert_eq!(views, json!(vec![true; 6]), "three views of each run");
+        let bars = browser.evaluate("[...document.querySelectorAll('.parts')].map(bar => [bar.clientWidth, [...bar.children].reduce((all, part) => all + part.getBoundingClientRect().width, 0)])");
+        for bar in bars.as_array().filter(|bars| bars.len() == 2).expect("a bar for each run") {
+            let [wide, parts] = [&bar[0], &bar[1]].map(|side| side.as_f64().unwrap());
+            assert!(wide > 300.0 && (parts - wide).abs() < 1.0, "{parts} of {wide} pixels are filled");
+        }
 
         browser.point_at(".chart svg");
         browser.wait_for("[...document.querySelectorAll('.chart .tip')].some(tip => !tip.hidden)");

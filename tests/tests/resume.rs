@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use jepa_tests::real::{Ended, Room, Running, TINY_BACKBONE, checkpoints, demo_images, fixture, setting};
+use jepa_tests::real::{
+    Ended, Room, Running, TINY_BACKBONE, checkpoints, demo_images, fixture, is_of_a_clock, setting,
+};
 use serde_json::Value;
 
 const RUN: &str = "runs/cnn_jepa/version_0";
@@ -85,7 +87,7 @@ fn metrics(room: &Room) -> Vec<Value> {
             fields.contains_key("train/images_per_s") || fields.contains_key("images"),
             "speed is logged"
         );
-        fields.retain(|name, _| !["time", "train/images_per_s", "train/data_wait"].contains(&name.as_str()));
+        fields.retain(|name, _| !is_of_a_clock(name));
         record
     };
     text.lines().map(without_clock).collect()

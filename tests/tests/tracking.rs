@@ -37,6 +37,25 @@ fn wandb_core() -> String {
 }
 
 #[test]
+fn a_step_s_time_is_told_by_part() {
+    let room = Room::new();
+    let ended = room.run(arguments(12, &["trainer.accumulate=2"])).expect(0);
+    let training = records(&room).into_iter().filter(|record| record.get("train/loss").is_some());
+    let mut nearest = 0.0f64;
+    for record in training {
+        let part = |name: &str| record[format!("time/{name}")].as_f64().unwrap();
+        let parts = ["wait", "copy", "forward", "backward", "optimizer", "ema", "log"].map(part);
+        let step = 32.0 / record["train/images_per_s"].as_f64().unwrap();
+        assert!(parts.iter().all(|seconds| *seconds >= 0.0) && part("forward") > 0.0, "{record}");
+        assert!(parts.iter().sum::<f64>() <= step, "{record}");
+        assert!((part("wait") / step - record["train/data_wait"].as_f64().unwrap()).abs() < 0.01, "{record}");
+        nearest = nearest.max(parts.iter().sum::<f64>() / step);
+    }
+    assert!(nearest > 0.9, "{nearest} of the time is told");
+    assert!(!ended.stderr.contains("time/"), "{}", ended.stderr);
+}
+
+#[test]
 fn wandb_has_every_record_offline() {
     let room = Room::new();
     let wandb = [

@@ -133,7 +133,7 @@ fn short(value: f64) -> f64 {
 
 /// Groups in the order in which they are read.
 fn groups(metrics: BTreeSet<&str>) -> Vec<Group> {
-    const HOST: [(&str, &[&[&str]]); 5] = [
+    const HOST: [(&str, &[&[&str]]); 6] = [
         (
             "Loss and probes",
             &[
@@ -162,6 +162,18 @@ fn groups(metrics: BTreeSet<&str>) -> Vec<Group> {
             &[&["train/lr"], &["train/grad_norm"], &["train/ema_momentum"], &["train/weight_decay"]],
         ),
         ("Speed", &[&["train/images_per_s"], &["train/data_wait"], &["train/replaced"]]),
+        (
+            "Seconds of a step",
+            &[
+                &["time/wait"],
+                &["time/copy"],
+                &["time/forward"],
+                &["time/backward"],
+                &["time/optimizer"],
+                &["time/ema"],
+                &["time/log"],
+            ],
+        ),
         // Metrics of methods and of plugins' probes come between, and by name.
         ("Other", &[]),
     ];

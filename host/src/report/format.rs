@@ -57,6 +57,16 @@ pub fn number(value: f64) -> String {
     }
 }
 
+/// Seconds in milliseconds, three digits: `0.02`, `4.56`, `12.3`, `1,234`.
+pub fn milliseconds(seconds: f64) -> String {
+    let ms = 1e3 * seconds;
+    match ms {
+        ..10.0 => format!("{ms:.2}"),
+        ..100.0 => format!("{ms:.1}"),
+        _ => count(ms.round() as i64),
+    }
+}
+
 /// A whole number as `60,000`.
 pub fn count(value: i64) -> String {
     with_commas(&value.to_string())
@@ -146,6 +156,13 @@ pub fn name_of(metric: &str) -> String {
         "train/images_per_s" => "images per second",
         "train/data_wait" => "wait for data",
         "train/replaced" => "replaced images",
+        "time/wait" => "wait for data",
+        "time/copy" => "copy to device",
+        "time/forward" => "forward",
+        "time/backward" => "backward",
+        "time/optimizer" => "optimizer",
+        "time/ema" => "EMA",
+        "time/log" => "log",
         other => other,
     };
     known.to_owned()
@@ -174,6 +191,8 @@ mod tests {
             (span(45.4), span(252.0), span(7200.0)),
             ("45 s".into(), "4 min 12 s".into(), "2 h".into())
         );
+        let ms = [0.000_02, 0.004_56, 0.012_34, 1.234].map(milliseconds);
+        assert_eq!(ms, ["0.02", "4.56", "12.3", "1,234"]);
         assert_eq!(date(1_795_598_460.2), "2026-11-25 09:21 UTC");
     }
 }

@@ -39,6 +39,8 @@ pub enum Cell {
     HeadOf(String, usize),
     /// The run of this place, by its letter and color.
     Run(usize, String),
+    /// The part of this place in a bar, by its color.
+    Part(usize, String),
 }
 
 /// A table that reads well aloud: with a caption, and headers that say what they are the headers of.
@@ -99,6 +101,9 @@ impl Cell {
                 format!("<th scope=\"rowgroup\" rowspan=\"{rows}\">{}</th>", text(words))
             }
             Cell::Run(place, name) => format!("<th scope=\"row\">{}</th>", run(*place, name)),
+            Cell::Part(place, name) => {
+                format!("<th scope=\"row\"><i class=\"c{place}\"></i>{}</th>", text(name))
+            }
         }
     }
 }

@@ -12,7 +12,9 @@ mod page;
 mod run;
 mod serve;
 mod settings;
+mod step_time;
 mod verdict;
+mod views;
 
 pub use features::FeatureMap;
 pub use list::find_runs;

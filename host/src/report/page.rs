@@ -3,8 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::fs;
-use std::path::{Component, Path};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
@@ -17,15 +15,14 @@ use super::features::FeatureMap;
 use super::format::{count, date, name_of, number, percent, span, value_of};
 use super::html::{self, Cell, Table, letter, text};
 use super::run::{SavedRun, Status};
+use super::step_time::step_time;
 use super::verdict::{Tone, findings};
+use super::views::views;
 
 const PAGE: &str = include_str!("page.html");
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
-/// An image on the page may have so many bytes.
-const IMAGE_BYTES: u64 = 2_000_000;
-const PNG: &[u8] = b"\x89PNG\r\n\x1a\n";
 const NOTHING: &str = "–";
 
 /// Everything that a page shows.
@@ -57,7 +54,10 @@ impl Report {
         section(&mut content, "curves", "Curves", &curves);
         section(&mut content, "collapse", "Collapse", &self.collapse());
         section(&mut content, "speed", "Speed", &self.speed());
-        section(&mut content, "views", "Example views", &self.views());
+        if let Some(bars) = step_time(&self.runs) {
+            section(&mut content, "step-time", "Time of a step", &bars);
+        }
+        section(&mut content, "views", "Example views", &views(&self.runs));
         section(&mut content, "features", "Features", &self.feature_section());
         let title = if several { "Settings that differ" } else { "Settings that were chosen" };
         section(&mut content, "settings", title, &self.settings());
@@ -268,33 +268,6 @@ impl Report {
         let rows = self.runs.iter().enumerate().map(row).collect();
         Table::new("Training images per second, and the share of time spent waiting for data", &columns, rows)
             .html()
-    }
-
-    fn views(&self) -> String {
-        let mut out = String::new();
-        for (place, run) in self.runs.iter().enumerate() {
-            let Some((step, images)) = run.images() else { continue };
-            if self.runs.len() > 1 {
-                let _ = writeln!(out, "<h3>{}</h3>", html::run(place, &run.name));
-            }
-            out.push_str("<div class=\"views\">\n");
-            for (name, file) in images {
-                let caption = format!("{name}, step {}", count(step as i64));
-                let _ = match data_uri(&run.path, file) {
-                    Ok(uri) => writeln!(
-                        out,
-                        "<figure><img src=\"{uri}\" alt=\"{0}\"><figcaption>{0}</figcaption></figure>",
-                        text(&caption)
-                    ),
-                    Err(why) => writeln!(out, "<p>{} is not shown: {}.</p>", text(&caption), text(&why)),
-                };
-            }
-            out.push_str("</div>\n");
-        }
-        if out.is_empty() {
-            out.push_str("<p>The records have no images.</p>\n");
-        }
-        out
     }
 
     fn feature_section(&self) -> String {
@@ -543,23 +516,6 @@ fn section(out: &mut String, id: &str, title: &str, content: &str) {
         out,
         "<section id=\"{id}\" aria-labelledby=\"{id}-title\">\n<h2 id=\"{id}-title\">{title}</h2>\n{content}</section>\n"
     );
-}
-
-/// The PNG `file` of the run in `run`, for a page that stands alone. A record may name files of its run only.
-fn data_uri(run: &Path, file: &Path) -> Result<String, String> {
-    if !file.components().all(|part| matches!(part, Component::Normal(_))) {
-        return Err(format!("{} lies outside the run", file.display()));
-    }
-    let path = run.join(file);
-    let size = fs::metadata(&path).map_err(|error| format!("{}: {error}", file.display()))?.len();
-    if size > IMAGE_BYTES {
-        return Err(format!("{} has {} bytes", file.display(), count(size as i64)));
-    }
-    let bytes = fs::read(&path).map_err(|error| format!("{}: {error}", file.display()))?;
-    if !bytes.starts_with(PNG) {
-        return Err(format!("{} is no PNG file", file.display()));
-    }
-    Ok(format!("data:image/png;base64,{}", STANDARD.encode(bytes)))
 }
 
 /// `template` with each `{{name}}` replaced, once: what is put in is not looked at again.

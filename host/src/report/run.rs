@@ -1,6 +1,6 @@
 //! What a run's directory tells about it: while the run goes on or after it, whole or damaged. Nothing here writes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -171,10 +171,11 @@ impl SavedRun {
         all.reduce(|best, next| if sign * next.1 > sign * best.1 { next } else { best })
     }
 
-    /// The images of the last record that has any, by name, and its step.
-    pub fn images(&self) -> Option<(u64, &BTreeMap<String, PathBuf>)> {
-        let record = self.records.iter().rev().find(|record| !record.images.is_empty())?;
-        Some((record.step, &record.images))
+    /// The first and the last record that have images, which may be the same.
+    pub fn examples(&self) -> Option<(&Record, &Record)> {
+        let mut records = self.records.iter().filter(|record| !record.images.is_empty());
+        let first = records.next()?;
+        Some((first, records.next_back().unwrap_or(first)))
     }
 
     /// Steps in all: of the newest checkpoint, which knows the steps of an epoch; else by what the records say.

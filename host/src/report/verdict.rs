@@ -239,30 +239,22 @@ fn collapse(run: &SavedRun, all: &mut Vec<Finding>) {
     }
 }
 
-fn speed(run: &SavedRun, all: &mut Vec<Finding>) {
+/// Whether training waits for data, once there has been time to fill the pipeline.
+pub fn wait_for_data(run: &SavedRun) -> Option<Finding> {
     let waits: Vec<f64> = run.series("train/data_wait").map(|(_, value)| value).collect();
-    // The first batches wait for the pipeline to fill.
-    let settled = &waits[waits.len().min(1)..];
-    if !settled.is_empty() {
-        let wait = settled.iter().sum::<f64>() / settled.len() as f64;
-        if wait > WAIT {
-            let hint =
-                "More data.threads, a packed file (`jepa-host data pack`) or smaller images would help.";
-            say(
-                all,
-                Tone::Watch,
-                "Training waits for data",
-                format!("{} of the time. {hint}", percent(wait)),
-            );
-        } else {
-            say(
-                all,
-                Tone::Well,
-                "Data is there in time",
-                format!("Training waits for it {} of the time.", percent(wait)),
-            );
-        }
-    }
+    let settled = waits.get(1..).filter(|settled| !settled.is_empty())?;
+    let wait = settled.iter().sum::<f64>() / settled.len() as f64;
+    let share = percent(wait);
+    let hint = "More data.threads, a packed file (`jepa-host data pack`) or smaller images would help.";
+    let (tone, what, why) = match wait > WAIT {
+        true => (Tone::Watch, "Training waits for data", format!("{share} of the time. {hint}")),
+        false => (Tone::Well, "Data is there in time", format!("Training waits for it {share} of the time.")),
+    };
+    Some(Finding { tone, what: what.to_owned(), why })
+}
+
+fn speed(run: &SavedRun, all: &mut Vec<Finding>) {
+    all.extend(wait_for_data(run));
     let speeds: Vec<(u64, f64)> =
         run.series("train/images_per_s").map(|(r, value)| (r.step, value)).collect();
     if speeds.len() >= 12 {

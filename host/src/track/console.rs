@@ -194,13 +194,13 @@ impl Console {
 
     /// Training figures are on the bar already; others, and all of them without a terminal, get a line.
     pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
-        let training = figures.keys().all(|name| name.starts_with("train/"));
+        let of_any = |name: &str, kinds: &[&str]| kinds.iter().any(|kind| name.starts_with(kind));
+        let training = figures.keys().all(|name| of_any(name, &["train/", "time/"]));
         if training && self.bar.is_some() {
             return;
         }
-        let shown = |name: &&String| {
-            MAIN.contains(&name.as_str()) || !name.starts_with("train/") && !name.starts_with("eval/")
-        };
+        let shown =
+            |name: &&String| MAIN.contains(&name.as_str()) || !of_any(name, &["train/", "time/", "eval/"]);
         let text: Vec<String> = figures
             .iter()
             .filter(|(name, _)| shown(name))

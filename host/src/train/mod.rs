@@ -4,6 +4,7 @@
 
 mod ema;
 mod error;
+mod ledger;
 mod meter;
 mod model;
 mod optimizer;
@@ -12,6 +13,7 @@ mod schedule;
 mod signal;
 
 pub use error::TrainError;
+pub use ledger::Part;
 pub use model::Model;
 pub use optimizer::{Optimizer, StepSettings};
 pub use run::{Figures, Outcome, Resources, has_diverged, run};

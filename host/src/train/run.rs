@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use jepa_plugin_api::tch::{self, Device, Kind, no_grad};
 use jepa_plugin_api::{Batch, Rng};
 
+use super::ledger::{Ledger, Part};
 use super::meter::Meters;
 use super::schedule::{Progress, learning_rate, weight_decay};
 use super::{Model, Optimizer, Signals, StepSettings, TrainError};
@@ -114,7 +114,7 @@ struct Run<'t> {
     meters: Meters,
     saved: Option<PathBuf>,
     save_failed: Option<anyhow::Error>,
-    clock: Clock,
+    ledger: Ledger,
     gradients_checked: bool,
 }
 
@@ -142,7 +142,7 @@ impl<'t> Run<'t> {
             progress,
             saved: None,
             save_failed: None,
-            clock: Clock::default(),
+            ledger: Ledger::new(),
             gradients_checked: false,
         }
     }
@@ -175,7 +175,7 @@ impl<'t> Run<'t> {
 
     fn train_epoch(&mut self) -> anyhow::Result<()> {
         let mut batches = self.train.batches(self.state.epoch, self.state.batch_in_epoch as usize);
-        self.clock.restart();
+        self.ledger.restart();
         while !self.epoch_is_over() && self.state.step < self.last_step() {
             self.check_signals()?;
             self.step(&mut batches)?;
@@ -195,6 +195,7 @@ impl<'t> Run<'t> {
     fn step(&mut self, batches: &mut Batches) -> anyhow::Result<()> {
         let (epoch, step) = (self.state.epoch, self.state.step);
         let accumulate = self.config.trainer.accumulate;
+        self.ledger.start_step();
 
         let momentum = self.model.ema_momentum(epoch, self.config.trainer.epochs);
         if !self.state.ema_is_ahead {
@@ -202,27 +203,30 @@ impl<'t> Run<'t> {
             self.state.ema_is_ahead = true;
         }
         self.model.remember_buffers();
+        self.ledger.lap(Part::Ema);
 
-        let (mut loss_sum, mut images, mut waited) = (0.0, 0, 0.0);
+        let (mut loss_sum, mut images) = (0.0, 0);
         let mut figures = Vec::new();
         for i in 0..accumulate {
-            let asked = Instant::now();
             let Some(batch) = batches.next() else {
                 anyhow::bail!("the pipeline ended {} batches into the epoch", self.state.batch_in_epoch);
             };
             let batch = batch?;
-            waited += asked.elapsed().as_secs_f64();
+            self.ledger.lap(Part::Wait);
             images += batch.indices.len();
             figures.push(("train/replaced".to_owned(), batch.replaced as f64));
             let batch = self.to_device(batch, true);
+            self.ledger.lap(Part::Copy);
             if i == 0 {
                 self.show_examples(&batch)?;
+                self.ledger.lap(Part::Log);
             }
             seed_torch(self.state.seed, step, i);
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
             let loss = output.loss.f_double_value(&[])?;
             self.require_finite("train/loss", loss)?;
+            self.ledger.lap(Part::Forward);
             (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
             loss_sum += loss;
             for (name, value) in output.metrics {
@@ -231,6 +235,7 @@ impl<'t> Run<'t> {
                 self.require_finite(&name, value)?;
                 figures.push((name, value));
             }
+            self.ledger.lap(Part::Backward);
         }
 
         let gradients = self.optimizer.gradients()?;
@@ -248,6 +253,7 @@ impl<'t> Run<'t> {
         let weight_decay = weight_decay(step, self.progress.total_steps, base, end);
         self.optimizer
             .step(&gradients, StepSettings { lr, weight_decay, max_norm: self.config.trainer.clip })?;
+        self.ledger.lap(Part::Optimizer);
 
         self.state.step += 1;
         self.state.batch_in_epoch += accumulate as u64;
@@ -259,8 +265,9 @@ impl<'t> Run<'t> {
         for (name, value) in figures {
             self.meters.add(&name, value);
         }
-        self.clock.step(images, waited);
+        self.ledger.finish_step(images);
         self.report_step(lr);
+        self.ledger.lap(Part::Log);
         Ok(())
     }
 
@@ -293,18 +300,20 @@ impl<'t> Run<'t> {
             epoch: self.state.epoch,
             epochs: self.config.trainer.epochs,
             loss: self.meters.mean("train/loss").unwrap_or(f64::NAN),
-            images_per_s: self.clock.images_per_s(),
-            data_wait: self.clock.data_wait(),
+            images_per_s: self.ledger.images_per_s(),
+            data_wait: self.ledger.data_wait(),
         });
         let due = self.state.step.is_multiple_of(self.config.trainer.log_every_steps);
         if !due && self.state.step < self.last_step() {
             return;
         }
+        self.ledger.lap(Part::Log);
         let mut figures = self.meters.take();
         figures.insert("train/lr".to_owned(), lr);
-        figures.insert("train/images_per_s".to_owned(), self.clock.images_per_s());
-        figures.insert("train/data_wait".to_owned(), self.clock.data_wait());
-        self.clock.restart();
+        figures.insert("train/images_per_s".to_owned(), self.ledger.images_per_s());
+        figures.insert("train/data_wait".to_owned(), self.ledger.data_wait());
+        figures.extend(self.ledger.seconds_per_step());
+        self.ledger.restart();
         self.log(&figures);
     }
 
@@ -469,37 +478,4 @@ impl<'t> Run<'t> {
 /// Puts libtorch's own generator where batch `i` of a step draws from.
 fn seed_torch(seed: u64, step: u64, i: usize) {
     tch::manual_seed(Rng::keyed(seed, step, i as u64, TORCH_RANDOMNESS).bits() as i64);
-}
-
-/// Images and seconds since the last log line.
-struct Clock {
-    since: Instant,
-    images: usize,
-    waited: f64,
-}
-
-impl Default for Clock {
-    fn default() -> Self {
-        Clock { since: Instant::now(), images: 0, waited: 0.0 }
-    }
-}
-
-impl Clock {
-    fn restart(&mut self) {
-        *self = Clock::default();
-    }
-
-    fn step(&mut self, images: usize, waited: f64) {
-        self.images += images;
-        self.waited += waited;
-    }
-
-    fn images_per_s(&self) -> f64 {
-        self.images as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
-    }
-
-    /// Share of the time that went into waiting for data, 0 to 1.
-    fn data_wait(&self) -> f64 {
-        self.waited / self.since.elapsed().as_secs_f64().max(1e-9)
-    }
 }
