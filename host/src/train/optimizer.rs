@@ -124,6 +124,20 @@ impl Optimizer {
         pairs.filter(|(_, gradient)| gradient.is_none()).map(|(name, _)| name.as_str())
     }
 
+    /// Each parameter as `weights/<name>`, and its gradient, if it has one, as `gradients/<name>`.
+    pub fn weights_and_gradients<'a>(
+        &'a self,
+        gradients: &'a Gradients,
+    ) -> impl Iterator<Item = (String, Tensor)> + 'a {
+        let params = self.names.iter().zip(self.params.iter().zip(&gradients.all));
+        params.flat_map(|(name, (param, gradient))| {
+            let weights = (format!("weights/{name}"), param.detach());
+            let gradient =
+                gradient.as_ref().map(|gradient| (format!("gradients/{name}"), gradient.shallow_clone()));
+            std::iter::once(weights).chain(gradient)
+        })
+    }
+
     /// One step, after clipping if that is asked for. Parameters without a gradient stay as they are. All gradients are
     /// dropped afterwards.
     ///

@@ -9,6 +9,7 @@ use jepa_plugin_api::{Batch, Rng};
 
 use super::ledger::{Ledger, Part};
 use super::meter::Meters;
+use super::optimizer::Gradients;
 use super::schedule::{Progress, learning_rate, weight_decay};
 use super::{Model, Optimizer, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
@@ -16,7 +17,7 @@ use crate::config::{Collapse, Config, Precision};
 use crate::data::{Batches, LoadedBatch, Loader};
 use crate::device::autocast_bf16;
 use crate::eval::{EvalError, Evaluation};
-use crate::track::{StepReport, Trackers};
+use crate::track::{Histogram, StepReport, Trackers};
 
 /// Key of the numbers that libtorch's own generator starts from in each step: dropout, stochastic depth.
 const TORCH_RANDOMNESS: u64 = 0x746f_7263_6800_0000;
@@ -247,6 +248,7 @@ impl<'t> Run<'t> {
                 tracing::warn!("no gradient reaches {}: they will not be trained", idle.join(", "));
             }
         }
+        self.show_histograms(&gradients)?;
         let settings = &self.config.optimizer;
         let lr = learning_rate(self.progress, step, self.config.peak_lr(), settings.final_lr_ratio);
         let (base, end) = (settings.weight_decay, settings.weight_decay_end);
@@ -282,6 +284,22 @@ impl<'t> Run<'t> {
         let columns = no_grad(|| self.model.method.examples(batch))?;
         let views = self.model.method.views();
         self.trackers.log_examples(self.state.step, self.epochs(), views, &columns);
+        Ok(())
+    }
+
+    /// Records weights and gradients before the last step of the run, and of each epoch that is evaluated.
+    fn show_histograms(&mut self, gradients: &Gradients) -> anyhow::Result<()> {
+        let (every, batches) = (self.config.eval.every_epochs, self.config.trainer.accumulate as u64);
+        let epoch_ends = self.state.batch_in_epoch + batches >= self.steps_per_epoch * batches;
+        let evaluated = epoch_ends && every > 0 && (self.state.epoch + 1).is_multiple_of(every);
+        let due = evaluated || self.state.step + 1 >= self.last_step();
+        if !self.config.track.histograms || !due {
+            return Ok(());
+        }
+        let tensors = self.optimizer.weights_and_gradients(gradients);
+        let histograms = tensors.map(|(name, tensor)| Ok((name, Histogram::of(&tensor)?)));
+        let histograms = histograms.collect::<anyhow::Result<_>>()?;
+        self.trackers.log_histograms(self.state.step, self.epochs(), histograms);
         Ok(())
     }
 

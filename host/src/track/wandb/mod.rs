@@ -264,7 +264,9 @@ impl Wandb {
     fn log_export(&mut self) -> anyhow::Result<()> {
         let folder = self.run.folder().join("export");
         match artifact::export(&self.run.directory, &folder)? {
-            true => self.log_artifact(&folder, &format!("backbone-{}", self.run.id), vec!["latest".to_owned()]),
+            true => {
+                self.log_artifact(&folder, &format!("backbone-{}", self.run.id), vec!["latest".to_owned()])
+            }
             false => Ok(()),
         }
     }
@@ -311,7 +313,8 @@ impl Tracker for Wandb {
             items.push(item(name, &self.add_image(index, name, file)?));
         }
         for (name, histogram) in &record.histograms {
-            let value = json!({ "_type": "histogram", "bins": histogram.edges(), "values": histogram.counts });
+            let value =
+                json!({ "_type": "histogram", "bins": histogram.edges(), "values": histogram.counts });
             items.push(item(name, &value));
         }
         self.publish(request(RequestType::PartialHistory(PartialHistoryRequest {
