@@ -25,10 +25,11 @@ test: setup  ## run all tests
 	cargo test --release -p jepa-host --test data -- --ignored
 	cargo test --release -p jepa-tests --test tracking -- --ignored
 
-bench: build  ## time PyTorch and jepa-host side by side, and the plugin boundary
+bench: build  ## time PyTorch and jepa-host side by side, the plugin boundary and tracking
 	scripts/bench.sh
 	cargo build --release --workspace
 	cargo bench -p jepa-tests --bench boundary
+	cargo bench -p jepa-tests --bench tracking
 
 compat: build  ## train with the same files over a newer libtorch; TORCH=version chooses it
 	scripts/compat.sh

@@ -76,6 +76,10 @@ pub fn assert_history(history: &[Value], run: &Path) {
             let kind = row[name].get("_type").or_else(|| row.get(format!("{name}._type")));
             assert_eq!(kind.unwrap_or(&Value::Null), "image-file", "{row:#}");
         }
+        for (name, histogram) in record["histograms"].as_object().into_iter().flatten() {
+            let counts = row[name].get("values").or_else(|| row.get(format!("{name}.values")));
+            assert_eq!(counts, Some(&histogram["counts"]), "{row:#}");
+        }
     }
 }
 

@@ -40,7 +40,7 @@ fn wandb_core() -> String {
 fn a_step_s_time_is_told_by_part() {
     let room = Room::new();
     let ended = room.run(arguments(12, &["trainer.accumulate=2"])).expect(0);
-    let training = records(&room).into_iter().filter(|record| record.get("train/loss").is_some());
+    let training = records(&room.file(RUN)).into_iter().filter(|record| record.get("train/loss").is_some());
     let mut nearest = 0.0f64;
     for record in training {
         let part = |name: &str| record[format!("time/{name}")].as_f64().unwrap();
@@ -63,6 +63,8 @@ fn wandb_has_every_record_offline() {
         "track.wandb.project=cells",
         "track.wandb.tags=[\"a\",\"b\"]",
         "track.wandb.checkpoints=true",
+        "track.wandb.export=true",
+        "track.histograms=true",
     ];
     let environment = [("JEPA_WANDB_CORE", wandb_core()), ("WANDB_RUN_GROUP", "sizes".to_owned())];
     let environment: Vec<_> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
@@ -95,9 +97,21 @@ fn wandb_has_every_record_offline() {
     assert_eq!(media.len(), 2, "an image of each view");
     let output: Vec<_> = of_kind(&session, "output_raw");
     assert!(output.iter().any(|line| line["line"].as_str().unwrap().contains("step 12")));
-    let [artifact] = of_kind(&session, "artifact")[..] else { panic!("one artifact") };
-    let files = artifact["manifest"]["contents"].as_array().unwrap().iter().map(|file| &file["path"]);
-    assert_eq!(files.collect::<Vec<_>>(), ["model.safetensors", "optimizer.safetensors", "state.json"]);
+    let files = |artifact: &Value| {
+        let contents = artifact["manifest"]["contents"].as_array().unwrap().iter();
+        contents.map(|file| file["path"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let [checkpoint, backbone] = of_kind(&session, "artifact")[..] else { panic!("two artifacts") };
+    assert_eq!(files(checkpoint), ["model.safetensors", "optimizer.safetensors", "state.json"]);
+    assert_eq!(files(backbone), ["resnet18.safetensors"]);
+    let export = ["export", RUN, "exported.safetensors"];
+    room.run(export).expect(0);
+    let logged = fs::read(room.file(RUN).join("wandb/export/resnet18.safetensors")).unwrap();
+    assert!(logged == fs::read(room.file("exported.safetensors")).unwrap(), "as `export` writes it");
+    assert_eq!(
+        records(&room.file(RUN)).iter().filter(|record| record.get("histograms").is_some()).count(),
+        1
+    );
     assert_eq!(of_kind(&session, "exit")[0]["exit_code"].as_i64().unwrap_or(0), 0);
 }
 
@@ -233,9 +247,9 @@ fn a_killed_engine_is_started_again() {
 #[ignore = "needs TensorBoard: `make test` fetches it and runs this too"]
 fn tensorboard_reads_the_event_files() {
     let room = Room::new();
-    let board = ["track.tensorboard=true"];
+    let board = ["track.tensorboard=true", "track.histograms=true"];
     room.run(arguments(10, &board)).expect(0);
-    room.run(arguments(15, &["track.tensorboard=true", "--resume", "auto"])).expect(0);
+    room.run(arguments(15, &[&board[..], &["--resume", "auto"]].concat())).expect(0);
     let code = "
 import json, sys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -243,7 +257,11 @@ events = EventAccumulator(sys.argv[1], size_guidance={'scalars': 0, 'images': 0}
 events.Reload()
 tags = events.Tags()
 scalars = {tag: [(e.step, e.value, e.wall_time) for e in events.Scalars(tag)] for tag in tags['scalars']}
-print(json.dumps({'scalars': scalars, 'images': tags['images']}))
+def numbers(e):
+    value = e.histogram_value
+    return e.step, value.min, value.max, value.num, value.sum, value.sum_squares, value.bucket_limit, value.bucket
+histograms = {tag: [numbers(e) for e in events.Histograms(tag)] for tag in tags['histograms']}
+print(json.dumps({'scalars': scalars, 'images': tags['images'], 'histograms': histograms}))
 ";
     let (python, packages) = python();
     let output = Command::new(python)
@@ -256,6 +274,27 @@ print(json.dumps({'scalars': scalars, 'images': tags['images']}))
     let read: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(read["images"], json!(["examples/first", "examples/second"]));
     let records = records(&room.file(RUN));
+    let last = records.iter().rev().find_map(|record| record.get("histograms")).unwrap();
+    for (name, written) in last.as_object().unwrap() {
+        // Step, least, greatest, number, sum, sum of squares, edges, counts.
+        let read = read["histograms"][name].as_array().unwrap().last().unwrap();
+        assert_eq!(read[0], 14, "{name}");
+        assert_eq!((&read[1], &read[2]), (&written["min"], &written["max"]), "{name}");
+        assert_eq!((&read[4], &read[5]), (&written["sum"], &written["sum_of_squares"]), "{name}");
+        let counts = |counts: &Value| {
+            counts.as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            counts(&read[7]).iter().filter(|n| **n > 0.0).count(),
+            counts(&written["counts"]).iter().filter(|n| **n > 0.0).count()
+        );
+        assert_eq!(
+            counts(&read[7]).iter().sum::<f64>(),
+            counts(&written["counts"]).iter().sum::<f64>(),
+            "{name}"
+        );
+    }
+    assert!(last.as_object().unwrap().keys().any(|name| name.starts_with("gradients/")));
     for (tag, points) in read["scalars"].as_object().unwrap() {
         let points = points.as_array().unwrap();
         let records: Vec<_> = records.iter().filter(|record| record.get(tag).is_some()).collect();

@@ -306,14 +306,11 @@ mod tests {
     /// A run that is done, with ten records of these metrics, each on a straight way from one value to another.
     fn run(metrics: &[(&str, f64, f64)]) -> SavedRun {
         let record = |at: u64| Record {
-            step: at * 10,
-            epoch: at as f64,
-            time: None,
-            images: BTreeMap::new(),
             figures: metrics
                 .iter()
                 .map(|(name, from, to)| ((*name).to_owned(), from + (to - from) * at as f64 / 9.0))
                 .collect(),
+            ..Record::at(at * 10, at as f64)
         };
         SavedRun {
             path: PathBuf::from("runs/demo/version_0"),

@@ -48,3 +48,25 @@ impl Histogram {
         (0..=self.counts.len()).map(|i| self.min + (self.max - self.min) * i as f64 / bins).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_is_in_its_bin() {
+        let numbers: Vec<f32> = (0..=640).map(|i| i as f32 / 10.0 - 32.0).collect();
+        let histogram = Histogram::of(&Tensor::from_slice(&numbers).reshape([1, 641])).unwrap();
+        assert_eq!((histogram.min, histogram.max), (-32.0, 32.0));
+        assert!(histogram.counts.iter().all(|count| (9..=11).contains(count)), "{:?}", histogram.counts);
+        assert_eq!(histogram.counts.iter().sum::<u64>(), 641);
+        assert!(histogram.sum.abs() < 1e-3, "{}", histogram.sum);
+        let edges = histogram.edges();
+        assert_eq!((edges.len(), edges[0], edges[32], edges[64]), (65, -32.0, 0.0, 32.0));
+
+        let same = Histogram::of(&Tensor::from_slice(&[3.0f32; 5])).unwrap();
+        assert_eq!((same.min, same.max, same.counts[32]), (2.0, 4.0, 5));
+        assert!(Histogram::of(&Tensor::from_slice(&[1.0, f32::NAN])).is_err());
+        assert!(Histogram::of(&Tensor::from_slice::<f32>(&[])).is_err());
+    }
+}
