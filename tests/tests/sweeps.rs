@@ -185,7 +185,7 @@ fn trials_that_fail_are_told_and_can_be_tried_again() {
     let room = Room::new();
     define(&room, 3, json!({ "parameters": { "optimiser.lr": { "values": [1, 2, 3, 4, 5] } } }));
     let ended = room.run(sweep(&[])).expect(1);
-    ended.error_says(&["3 trials in a row have failed", "optimizer", "output.log", "--retry"]);
+    ended.error_says(&["the first 3 trials have failed", "optimizer", "output.log", "--retry"]);
     assert_eq!(standing(&room).len(), 3);
     // Without --retry they are left alone.
     let again = room.run(sweep(&["--count", "1"])).expect(1);

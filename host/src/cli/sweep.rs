@@ -8,12 +8,13 @@ use std::thread;
 
 use anyhow::Context as _;
 use clap::Args;
+use serde_json::Value;
 
 use super::exit::Usage;
 use super::output::{Format, NOTHING, print, print_columns, print_text};
 use crate::report::format::value_of;
 use crate::sweep::{
-    Definition, Leaderboard, Resources, Row, Scheduler, Search, Standing, SweepDir, Trial, Value,
+    Definition, Leaderboard, Point, Resources, Row, Scheduler, Search, Standing, SweepDir, Trial,
 };
 use crate::track::console;
 use crate::train::Signals;
@@ -166,13 +167,13 @@ fn cells(row: &Row, metric: Option<&str>, names: &BTreeSet<&str>) -> Vec<String>
     let mut cells = vec![row.trial.clone(), row.standing.text().to_owned()];
     if let Some(metric) = metric {
         let value =
-            |value: Option<Value>| value.map_or(NOTHING.to_owned(), |value| value_of(metric, value.value));
+            |value: Option<Point>| value.map_or(NOTHING.to_owned(), |value| value_of(metric, value.value));
         cells.push(value(row.best));
         cells.push(row.best.map_or(NOTHING.to_owned(), |best| best.step.to_string()));
         cells.push(value(row.last));
     }
     cells.extend(names.iter().map(|name| match row.parameters.get(*name) {
-        Some(serde_json::Value::String(text)) => text.clone(),
+        Some(Value::String(text)) => text.clone(),
         Some(value) => value.to_string(),
         None => NOTHING.to_owned(),
     }));

@@ -49,10 +49,10 @@ pub enum SweepError {
         /// Why it failed.
         why: String,
     },
-    /// Trials fail one after the other.
+    /// Trials fail, and none has ended well.
     #[error(
-        "{count} trials in a row have failed, and no further one begins. The last said: {last}. Its words are in {}; \
-         mend what is wrong, then run this again with --retry",
+        "the first {count} trials have failed, and no further one begins. The last said: {last}. All of its words are \
+         in {}; mend what is wrong, then run this again with --retry",
         log.display()
     )]
     Failing {

@@ -31,9 +31,9 @@ pub struct Row {
     /// How it stands.
     pub standing: Standing,
     /// The best value of the metric, and the step that it belongs to.
-    pub best: Option<Value>,
+    pub best: Option<Point>,
     /// The last value of the metric, and the step that it belongs to.
-    pub last: Option<Value>,
+    pub last: Option<Point>,
     /// What it tries.
     pub parameters: Parameters,
     /// Its folder.
@@ -44,7 +44,7 @@ pub struct Row {
 
 /// A value of the metric.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Value {
+pub struct Point {
     /// The value.
     pub value: f64,
     /// Optimizer steps that were done.
@@ -116,7 +116,7 @@ impl Leaderboard {
 }
 
 /// The best of `values`; the earliest of equal ones.
-pub(super) fn best(values: &[Value], goal: Goal) -> Option<Value> {
+pub(super) fn best(values: &[Point], goal: Goal) -> Option<Point> {
     values
         .iter()
         .copied()
@@ -125,12 +125,12 @@ pub(super) fn best(values: &[Value], goal: Goal) -> Option<Value> {
 
 /// All values of `metric` that the newest version of the run in `folder` has recorded. A run that is not there yet has
 /// none, and neither does a line that is being written.
-pub(super) fn values(folder: &Path, metric: &str) -> Vec<Value> {
+pub(super) fn values(folder: &Path, metric: &str) -> Vec<Point> {
     let Ok(run) = find_run(folder) else { return Vec::new() };
     let text = fs::read_to_string(run.join(METRICS_FILE)).unwrap_or_default();
     let value = |line: &str| {
         let record: Record = serde_json::from_str(line).ok()?;
-        Some(Value { value: *record.figures.get(metric)?, step: record.step })
+        Some(Point { value: *record.figures.get(metric)?, step: record.step })
     };
     text.lines().filter_map(value).collect()
 }

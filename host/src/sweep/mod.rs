@@ -17,6 +17,6 @@ pub use directory::{End, SweepDir, Trial};
 pub use distribution::Distribution;
 pub use error::SweepError;
 pub use hyperband::{Hyperband, Verdict};
-pub use leaderboard::{Leaderboard, Row, Standing, Value};
+pub use leaderboard::{Leaderboard, Point, Row, Standing};
 pub use scheduler::{Resources, Scheduler};
 pub use search::{Parameters, Search};

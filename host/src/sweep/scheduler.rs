@@ -1,7 +1,7 @@
 //! Runs trials, each in a process of its own: [`Scheduler::run`], to be read from top to bottom.
 
 use std::fs::{self, File};
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use super::definition::{Definition, Goal};
 use super::directory::{End, SweepDir, Trial};
 use super::error::SweepError;
 use super::hyperband::Verdict;
-use super::leaderboard::{self, Value, best, is_held};
+use super::leaderboard::{self, Point, best, is_held};
 use super::search::Search;
 use crate::train::{Signals, TrainError};
 
@@ -22,7 +22,7 @@ use crate::train::{Signals, TrainError};
 const GLANCE: Duration = Duration::from_millis(50);
 /// How often the figures of running trials are read.
 const READING: Duration = Duration::from_secs(1);
-/// So many failures in a row are no accident.
+/// When so many trials fail before one ends well, the others would fail, too.
 const FAILURES: usize = 3;
 
 /// What trials may use.
@@ -47,7 +47,9 @@ pub struct Scheduler {
     left: u64,
     trials: Vec<Known>,
     running: Vec<Running>,
-    failed_in_a_row: usize,
+    failed: usize,
+    ended_well: bool,
+    told_to_wait: bool,
     bar: ProgressBar,
     read: Instant,
 }
@@ -56,7 +58,7 @@ pub struct Scheduler {
 #[derive(Debug)]
 struct Known {
     trial: Trial,
-    values: Vec<Value>,
+    values: Vec<Point>,
     /// Whether this process has run it.
     begun: bool,
 }
@@ -98,7 +100,9 @@ impl Scheduler {
             directory,
             resources,
             running: Vec::new(),
-            failed_in_a_row: 0,
+            failed: 0,
+            ended_well: false,
+            told_to_wait: false,
             bar,
             read: Instant::now(),
         };
@@ -138,7 +142,7 @@ impl Scheduler {
                 self.judge();
             }
             self.begin_trials()?;
-            if self.running.is_empty() && self.failed_in_a_row >= FAILURES {
+            if self.running.is_empty() && self.is_failing() {
                 return Err(self.failing().into());
             }
             if self.running.is_empty() && !self.is_waiting() {
@@ -151,7 +155,7 @@ impl Scheduler {
 
     /// Fills free places.
     fn begin_trials(&mut self) -> anyhow::Result<()> {
-        while self.running.len() < self.resources.parallel && self.failed_in_a_row < FAILURES {
+        while self.running.len() < self.resources.parallel && !self.is_failing() {
             let Some(at) = self.next_trial()? else { return Ok(()) };
             let slot = (0..).find(|slot| self.running.iter().all(|running| running.slot != *slot));
             self.begin(at, slot.expect("numbers do not end"))?;
@@ -182,12 +186,21 @@ impl Scheduler {
         Ok(Some(self.trials.len() - 1))
     }
 
-    /// Whether trials remain that another process still trains: the sweep was killed, and they are about to end.
-    fn is_waiting(&self) -> bool {
-        let held = |known: &Known| {
+    /// Whether no trial can be expected to end well.
+    fn is_failing(&self) -> bool {
+        self.failed >= FAILURES && !self.ended_well
+    }
+
+    /// Whether a trial remains that another process still trains: the sweep was killed, and it is about to end.
+    fn is_waiting(&mut self) -> bool {
+        let held = |known: &&Known| {
             !known.begun && known.trial.end.is_none() && is_held(&self.directory.folder(&known.trial))
         };
-        self.left > 0 && self.trials.iter().any(held)
+        let Some(known) = self.trials.iter().find(held).filter(|_| self.left > 0) else { return false };
+        if !std::mem::replace(&mut self.told_to_wait, true) {
+            tracing::info!("another process trains {}: waiting for its end", known.trial.name());
+        }
+        true
     }
 
     fn begin(&mut self, at: usize, slot: usize) -> anyhow::Result<()> {
@@ -250,13 +263,14 @@ impl Scheduler {
                 End::Stopped { iteration: band, value: sign * value, threshold: sign * threshold }
             }
             (Some(5), None) => End::Diverged { error: last_words() },
-            (Some(130 | 143) | None, None) => {
+            (_, None) if matches!(status.signal(), Some(libc::SIGINT | libc::SIGTERM | libc::SIGKILL)) => {
                 tracing::warn!(
                     "{name} was ended from outside ({status}): run the sweep again to go on with it"
                 );
                 return Ok(());
             }
             (Some(_), None) => End::Failed { error: last_words() },
+            (None, None) => End::Failed { error: format!("{status}, after: {}", last_words()) },
         };
         let result = best(&known.values, self.definition.goal());
         let result =
@@ -267,7 +281,10 @@ impl Scheduler {
             End::Diverged { error } => tracing::warn!("{name} has diverged{result}: {error}"),
             End::Failed { error } => tracing::error!("{name} has failed{result}: {error}"),
         }
-        self.failed_in_a_row = if matches!(end, End::Failed { .. }) { self.failed_in_a_row + 1 } else { 0 };
+        match end {
+            End::Failed { .. } => self.failed += 1,
+            _ => self.ended_well = true,
+        }
         known.trial.end = Some(end);
         self.directory.keep(&known.trial)
     }
@@ -319,11 +336,7 @@ impl Scheduler {
         let failed = |known: &&Known| known.begun && matches!(known.trial.end, Some(End::Failed { .. }));
         let last = self.trials.iter().rev().find(failed).expect("several have failed");
         let Some(End::Failed { error }) = &last.trial.end else { unreachable!("it has failed") };
-        SweepError::Failing {
-            count: self.failed_in_a_row,
-            last: error.clone(),
-            log: self.directory.log(&last.trial),
-        }
+        SweepError::Failing { count: self.failed, last: error.clone(), log: self.directory.log(&last.trial) }
     }
 
     fn show(&self) {
