@@ -56,6 +56,25 @@ fn a_step_s_time_is_told_by_part() {
 }
 
 #[test]
+fn csv_has_every_figure() {
+    let room = Room::new();
+    room.run(arguments(4, &[])).expect(0);
+    let csv = room.run(["track", "csv", RUN]).expect(0).stdout;
+    let mut rows = csv.lines().map(|line| line.split(',').collect::<Vec<_>>());
+    let head = rows.next().unwrap();
+    let mut records = records(&room.file(RUN));
+    records.retain(|record| record.get("train/loss").is_some());
+    assert_eq!((rows.clone().count(), records.len()), (4, 4));
+    for (row, record) in rows.zip(&records) {
+        assert_eq!(row.len(), head.len());
+        for (name, cell) in head.iter().zip(row) {
+            assert_eq!(cell.parse::<f64>().ok(), record[*name].as_f64(), "{name}");
+        }
+        assert!(record.as_object().unwrap().keys().all(|name| head.contains(&name.as_str())), "{record}");
+    }
+}
+
+#[test]
 fn wandb_has_every_record_offline() {
     let room = Room::new();
     let wandb = [
