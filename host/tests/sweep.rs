@@ -89,6 +89,18 @@ fn the_example_is_a_sweep() {
 }
 
 #[test]
+fn a_grid_of_endlessly_many_trials_is_refused_and_equal_values_are_one() {
+    let axis = json!({ "min": 1, "max": 16 });
+    let axes: serde_json::Map<String, Value> = (0..16).map(|i| (format!("a{i}"), axis.clone())).collect();
+    let definition = json!({ "method": "grid", "parameters": axes, "command": ["${args_no_hyphens}"] });
+    assert!(parse(&definition.to_string()).unwrap_err().contains("too many combinations"));
+    let repeated = with_parameters("grid", &json!({ "a": { "values": [1, 1, 1.0, 2] } }));
+    assert_eq!(Search::new(&repeated, 0).unwrap().len(), Some(2));
+    let close = json!({ "type": "hyperband", "min_iter": 1, "eta": 1.0000000001 });
+    assert!(serde_json::from_value::<Hyperband>(close).is_ok());
+}
+
+#[test]
 fn nested_parameters_are_joined_by_dots() {
     let parameters = json!({ "optimizer": { "parameters": { "lr": { "value": 0.1 } } } });
     let definition = with_parameters("grid", &parameters);
@@ -141,6 +153,32 @@ fn what_cannot_be_run_is_refused_with_advice() {
                 "method: grid\n{one}{command}metric: {{name: m}}\nearly_terminate: {{type: hyperband}}\n"
             ),
             "needs min_iter, or max_iter and s",
+        ),
+        (format!("method: grid\n{one}{command}run_cap: 0\n"), "run_cap"),
+        (
+            format!(
+                "method: random\nparameters: {{a: {{min: -9223372036854775808, max: 9223372036854775807}}}}\n{command}"
+            ),
+            "four thousand million",
+        ),
+        (format!("method: grid\nparameters: {{a: {{min: 0, max: 4000000}}}}\n{command}"), "too many of them"),
+        (
+            format!(
+                "method: random\nparameters: {{a: {{distribution: log_uniform, min: 0, max: 5000}}}}\n{command}"
+            ),
+            "_values",
+        ),
+        (
+            format!(
+                "method: grid\nparameters: {{a: {{parameters: {{b: {{value: 1}}}}, value: 2}}}}\n{command}"
+            ),
+            "unknown field `parameters`",
+        ),
+        (
+            format!(
+                "method: grid\nparameters: {{a.b: {{value: 1}}, a: {{parameters: {{b: {{value: 1}}}}}}}}\n{command}"
+            ),
+            "parameters.a.b is there twice",
         ),
         (format!("method: grid\n{one}{command}run_caps: 3\n"), "unknown field `run_caps`"),
         (format!("method: grid\n{one}{command}metric: [\n"), "line"),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use jepa_tests::real::{Room, Running, TINY_BACKBONE, binary, demo_images, setting};
 use serde_json::{Value, json};
@@ -130,6 +131,9 @@ fn a_signal_leaves_a_checkpoint_of_every_trial() {
     define(&room, ENDLESS, json!({}));
     let mut running = room.start(sweep(&["--parallel", "2"]));
     until_trained(&mut running, &room, &["trial-0001", "trial-0002"], 3);
+    // A service manager tells all processes at once: the trials hear it twice.
+    let trials = Command::new("pkill").args(["-TERM", "-P", &running.id().to_string()]).status().unwrap();
+    assert!(trials.success());
     running.signal(libc::SIGTERM);
     running.wait().expect(143);
     let trials = standing(&room);
@@ -185,13 +189,45 @@ fn trials_that_fail_are_told_and_can_be_tried_again() {
     let room = Room::new();
     define(&room, 3, json!({ "parameters": { "optimiser.lr": { "values": [1, 2, 3, 4, 5] } } }));
     let ended = room.run(sweep(&[])).expect(1);
-    ended.error_says(&["the first 3 trials have failed", "optimizer", "output.log", "--retry"]);
+    ended.error_says(&["3 trials in a row have failed", "optimizer", "output.log", "--retry"]);
     assert_eq!(standing(&room).len(), 3);
     // Without --retry they are left alone.
     let again = room.run(sweep(&["--count", "1"])).expect(1);
     again.error_says(&["4 of 4 trials have failed"]);
     let retried = room.run(sweep(&["--count", "1", "--retry"])).expect(1);
     assert!(retried.stderr.contains("trial-0001 begins"), "{}", retried.stderr);
+    // While none has come to be a run, the definition can be mended.
+    define(&room, 3, json!({ "parameters": { "optimizer.lr": { "values": [0.1, 0.01] } } }));
+    room.run(sweep(&[])).expect(0);
+    assert_eq!(standing(&room).len(), 2);
+}
+
+#[test]
+fn a_metric_that_no_run_records_ends_the_sweep() {
+    let room = Room::new();
+    define(&room, 3, json!({ "metric": { "name": "train/los" } }));
+    room.run(sweep(&[])).expect(2).error_says(&[
+        "trial-0001",
+        "metric.name = train/los",
+        "did you mean train/loss?",
+    ]);
+    assert_eq!(standing(&room).len(), 1);
+}
+
+#[test]
+fn a_trial_that_is_missing_is_tried() {
+    let room = Room::new();
+    define(&room, 3, json!({}));
+    room.run(sweep(&[])).expect(0);
+    let before = steps(&room, "trial-0002");
+    fs::remove_dir_all(room.file("runs/sweep/trial-0002")).unwrap();
+    // A directory that has another name by now holds the same sweep.
+    fs::rename(room.file("runs/sweep"), room.file("kept")).unwrap();
+    let again = room.run(sweep(&["--dir", "kept"])).expect(0);
+    assert_eq!(again.stderr.matches(" begins").count(), 1, "{}", again.stderr);
+    assert!(!room.file("runs/sweep").exists());
+    fs::rename(room.file("kept"), room.file("runs/sweep")).unwrap();
+    assert_eq!(steps(&room, "trial-0002"), before);
 }
 
 #[test]

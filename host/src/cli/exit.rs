@@ -46,7 +46,10 @@ pub(super) fn code(error: &anyhow::Error) -> u8 {
 /// Ends this process by the signal that `code` stands for, if it stands for one: a shell sees 130 or 143 either way, and
 /// who started it sees that nothing has failed. An agent of W&B gives up on a sweep when runs that it ends seem to fail.
 pub(super) fn die_of_signal(code: u8) {
-    if let Some(signal @ (SIGINT | SIGTERM)) = code.checked_sub(128).map(i32::from) {
+    // The first process of a container does not die of its own signals.
+    if let Some(signal @ (SIGINT | SIGTERM)) = code.checked_sub(128).map(i32::from)
+        && std::process::id() != 1
+    {
         let _ = io::stdout().flush();
         // Where it does not work, the exit code tells.
         let _ = signal_hook::low_level::emulate_default_handler(signal);
@@ -80,7 +83,16 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         None => {}
     }
     if let Some(error) = cause.downcast_ref() {
-        return Some(if matches!(error, SweepError::Io { .. } | SweepError::Failing { .. }) { 1 } else { 2 });
+        return Some(
+            if matches!(
+                error,
+                SweepError::Io { .. } | SweepError::Failing { .. } | SweepError::Unfinished { .. }
+            ) {
+                1
+            } else {
+                2
+            },
+        );
     }
     if let Some(failure) = cause.downcast_ref::<Failure>() {
         return Some(match failure.kind {

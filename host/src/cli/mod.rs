@@ -40,7 +40,7 @@ Examples:
   jepa-host plugin info cnn_jepa
   jepa-host ls
   jepa-host report runs/demo
-  jepa-host sweep examples/sweep.yaml --count 8 --parallel 2
+  jepa-host sweep examples/sweep.yaml --parallel 2
   jepa-host data pack photos/ photos.h5
 
 Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.

@@ -1,8 +1,9 @@
 //! `jepa-host sweep`: the YAML of a W&B sweep, run on this machine.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::io::{self, Write};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -19,7 +20,7 @@ use crate::sweep::{
 use crate::track::console;
 use crate::train::Signals;
 
-const ON_SIGNAL: &str = "ending all trials, with a checkpoint each; run the same command again to go on";
+const ON_SIGNAL: &str = "ending all trials, with a checkpoint each; run the same command again to go on. A second signal ends them at once";
 
 /// So many commands of an endless search are shown.
 const SAMPLE: u64 = 10;
@@ -33,7 +34,7 @@ Examples:
 
 The file is one of `wandb sweep`: method grid or random, parameters, metric, early_terminate, run_cap, command. No
 account is needed. A trial is a run in DIR/trial-0001, and so on; running the same command again goes on where the
-sweep stopped.";
+sweep stopped. A script as program must `exec` jepa-host, which is told to end by SIGTERM.";
 
 /// Try settings: run the YAML of a W&B sweep on this machine, without W&B
 #[derive(Debug, Args)]
@@ -45,10 +46,10 @@ pub(super) struct SweepArgs {
     /// Where its trials lie [default: runs/<name of the sweep>]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Begin at most so many trials now
+    /// Begin at most so many trials now; run_cap of FILE is how many there may be in all
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// Run so many trials at a time; they share the cores [default: 1, or one for each of --gpus]
+    /// Run so many trials at a time, whose compute threads share the cores [default: 1, or one for each of --gpus]
     #[arg(long, value_name = "N")]
     parallel: Option<NonZeroUsize>,
     /// Deal trials to these CUDA devices
@@ -74,12 +75,12 @@ pub(super) struct SweepArgs {
 impl SweepArgs {
     pub fn run(self) -> anyhow::Result<()> {
         let definition = Definition::read(&self.file)?;
-        let directory = self.dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&definition.name));
+        let directory = self.directory(&definition)?;
         if self.leaderboard {
             return self.print(&Leaderboard::read(&directory, &definition)?);
         }
         let search = Search::new(&definition, self.seed).map_err(Usage)?;
-        let total = [search.len(), definition.run_cap].into_iter().flatten().min();
+        let total = [search.len(), definition.run_cap.map(NonZeroU64::get)].into_iter().flatten().min();
         if self.dry_run {
             return self.print_commands(&definition, &search, total, &directory);
         }
@@ -102,9 +103,15 @@ impl SweepArgs {
         }
         let ended = scheduler.run(&signals);
         bar.finish_and_clear();
-        let board = Leaderboard::read(&directory, &definition)?;
-        self.print(&board)?;
+        let board = Leaderboard::read(&directory, &definition);
+        let printed =
+            board.as_ref().map_err(|error| anyhow::anyhow!("{error}")).and_then(|board| self.print(board));
+        if let (Err(error), true) = (&printed, ended.is_err()) {
+            tracing::warn!("no leaderboard: {error:#}");
+        }
         ended?;
+        printed?;
+        let board = board?;
         let failed = board.trials.iter().filter(|row| row.standing == Standing::Failed).count();
         anyhow::ensure!(
             failed == 0,
@@ -114,10 +121,24 @@ impl SweepArgs {
         Ok(())
     }
 
+    fn directory(&self, definition: &Definition) -> Result<PathBuf, Usage> {
+        let Some(directory) = &self.dir else {
+            return match definition.name.contains(['/', '\\']) || definition.name.starts_with('.') {
+                true => Err(Usage(format!("name: {} is no name for a folder: add --dir", definition.name))),
+                false => Ok(PathBuf::from("runs").join(&definition.name)),
+            };
+        };
+        match directory.to_str() {
+            Some(_) => Ok(directory.clone()),
+            None => Err(Usage(format!("--dir {} is not UTF-8, which settings are", directory.display()))),
+        }
+    }
+
     fn resources(&self) -> Resources {
         let parallel = self.parallel.map_or(self.gpus.len().max(1), NonZeroUsize::get);
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Resources { parallel, gpus: self.gpus.clone(), threads: (cores / parallel).max(1) }
+        let set = env::var("OMP_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
+        Resources { parallel, gpus: self.gpus.clone(), threads: set.unwrap_or((cores / parallel).max(1)) }
     }
 
     fn print_commands(

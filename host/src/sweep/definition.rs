@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -30,7 +31,7 @@ pub struct Definition {
     /// Which runs are ended before they are done.
     pub early_terminate: Option<Hyperband>,
     /// So many trials at most.
-    pub run_cap: Option<u64>,
+    pub run_cap: Option<NonZeroU64>,
     /// Where its runs go in W&B.
     pub entity: Option<String>,
     /// Where its runs go in W&B.
@@ -57,6 +58,10 @@ pub struct Metric {
     pub goal: Goal,
     /// Once a run has this value, no further one begins.
     pub target: Option<f64>,
+    #[serde(rename = "impute")]
+    _impute: Option<Value>,
+    #[serde(rename = "impute_while_running")]
+    _impute_while_running: Option<Value>,
 }
 
 /// Which direction is good.
@@ -90,7 +95,7 @@ struct Entries {
     parameters: Map<String, Value>,
     metric: Option<Metric>,
     early_terminate: Option<Hyperband>,
-    run_cap: Option<u64>,
+    run_cap: Option<NonZeroU64>,
     name: Option<String>,
     entity: Option<String>,
     project: Option<String>,
@@ -192,13 +197,14 @@ fn flatten(
         let Value::Object(entry) = entry else {
             return Err(format!("parameters.{name} must hold keys such as value, values, or min and max"));
         };
-        match entry.get("parameters") {
-            Some(Value::Object(inner)) => flatten(inner, &format!("{name}."), parameters)?,
-            _ => {
-                let distribution =
-                    Distribution::parse(entry.clone()).map_err(|why| format!("parameters.{name}: {why}"))?;
-                parameters.insert(name, distribution);
-            }
+        if let (Some(Value::Object(inner)), 1) = (entry.get("parameters"), entry.len()) {
+            flatten(inner, &format!("{name}."), parameters)?;
+            continue;
+        }
+        let distribution =
+            Distribution::parse(entry.clone()).map_err(|why| format!("parameters.{name}: {why}"))?;
+        if parameters.insert(name.clone(), distribution).is_some() {
+            return Err(format!("parameters.{name} is there twice"));
         }
     }
     Ok(())

@@ -19,7 +19,7 @@ use super::command::render;
 use super::definition::Definition;
 use super::error::SweepError;
 use super::search::Parameters;
-use crate::checkpoint::replace_file;
+use crate::checkpoint::{find_run, replace_file};
 
 const DEFINITION: &str = "sweep.yaml";
 const TRIAL: &str = "trial.json";
@@ -126,7 +126,7 @@ impl SweepDir {
         let kept = path.join(DEFINITION);
         if kept.exists() {
             let differences = Definition::read(&kept)?.differences(definition);
-            if !differences.is_empty() {
+            if !differences.is_empty() && !forget_trials(path)? {
                 return Err(SweepError::Another {
                     path: path.to_owned(),
                     differences: differences.join(", "),
@@ -180,7 +180,8 @@ impl SweepDir {
 pub fn read_trials(path: &Path) -> Result<Vec<Trial>, SweepError> {
     let mut trials = Vec::new();
     for entry in fs::read_dir(path).map_err(io_error("cannot be read", path))? {
-        let file = entry.map_err(io_error("cannot be read", path))?.path().join(TRIAL);
+        let folder = entry.map_err(io_error("cannot be read", path))?.path();
+        let file = folder.join(TRIAL);
         let text = match fs::read(&file) {
             Ok(text) => text,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
@@ -189,14 +190,29 @@ pub fn read_trials(path: &Path) -> Result<Vec<Trial>, SweepError> {
             Err(error) => return Err(io_error("cannot be read", &file)(error)),
         };
         let trial: Trial = serde_json::from_slice(&text).map_err(|why| SweepError::Io {
-            action: "is no trial; delete its folder to try its parameters again",
+            action: "is no trial; delete this file, and its run goes on as a trial of the same number",
             path: file,
             why: why.to_string(),
         })?;
-        trials.push(trial);
+        // A copy that somebody has made is no trial.
+        if trial.number > 0 && folder.ends_with(trial.name()) {
+            trials.push(trial);
+        }
     }
     trials.sort_by_key(|trial| trial.number);
     Ok(trials)
+}
+
+/// Removes the trials in `path` if none of them has come to be a run: then nothing is lost. Returns whether it was so.
+fn forget_trials(path: &Path) -> Result<bool, SweepError> {
+    let folders: Vec<PathBuf> = read_trials(path)?.iter().map(|trial| path.join(trial.name())).collect();
+    if folders.iter().any(|folder| find_run(folder).is_ok()) {
+        return Ok(false);
+    }
+    for folder in folders {
+        fs::remove_file(folder.join(TRIAL)).map_err(io_error("cannot be emptied", &folder))?;
+    }
+    Ok(true)
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), SweepError> {

@@ -99,6 +99,9 @@ pub enum Distribution {
     },
 }
 
+/// Nobody tries so many values one by one.
+const LARGEST_GRID: i64 = 1_000_000;
+
 fn one() -> f64 {
     1.0
 }
@@ -145,9 +148,19 @@ impl Distribution {
                 let possible = (sum - 1.0).abs() < 1e-6 && probabilities.iter().all(|p| *p >= 0.0);
                 ensure(possible, "probabilities must add up to 1, and none may be negative")
             }
-            Self::IntUniform { min, max } => ensure(min <= max, "min is greater than max"),
-            Self::Uniform { min, max } | Self::LogUniform { min, max } | Self::InvLogUniform { min, max } => {
-                ensure(min <= max, "min is greater than max")
+            Self::IntUniform { min, max } => {
+                ensure(min <= max, "min is greater than max")?;
+                let size = i128::from(*max) - i128::from(*min);
+                ensure(size < i128::from(u32::MAX), "there are more than four thousand million numbers in it")
+            }
+            Self::Uniform { min, max } => ensure(min <= max, "min is greater than max"),
+            Self::LogUniform { min, max } | Self::InvLogUniform { min, max } => {
+                ensure(min <= max, "min is greater than max")?;
+                let finite = [min, max, &-min, &-max].iter().all(|end| end.exp().is_finite());
+                ensure(
+                    finite,
+                    "min and max are logarithms here, and too large: use the distribution with _values",
+                )
             }
             Self::LogUniformValues { min, max } | Self::InvLogUniformValues { min, max } => {
                 ensure(*min > 0.0, "min must be greater than 0: this is no logarithm but the value itself")?;
@@ -215,17 +228,20 @@ impl Distribution {
         number(value, false)
     }
 
-    /// All values in order, where there are finitely many to try one by one. Those of `q_uniform` begin at `min` and
+    /// All values in order, where there are not too many to try one by one. Those of `q_uniform` begin at `min` and
     /// leave `max` out.
     pub fn grid(&self) -> Option<Vec<Value>> {
         match self {
             Self::Constant { value } => Some(vec![value.clone()]),
             Self::Categorical { values } => Some(values.clone()),
-            Self::IntUniform { min, max } => Some((*min..=*max).map(|value| json!(value)).collect()),
+            Self::IntUniform { min, max } if max - min < LARGEST_GRID => {
+                Some((*min..=*max).map(|value| json!(value)).collect())
+            }
             Self::QUniform { min, max, q } => {
                 let whole = [min, max, q].iter().all(|number| number.is_i64());
-                let count = ((float(max) - float(min)) / float(q)).ceil().max(0.0) as u64;
-                Some((0..count).map(|i| number(float(min) + i as f64 * float(q), whole)).collect())
+                let count = ((float(max) - float(min)) / float(q)).ceil().max(0.0) as i64;
+                (count < LARGEST_GRID)
+                    .then(|| (0..count).map(|i| number(float(min) + i as f64 * float(q), whole)).collect())
             }
             _ => None,
         }

@@ -1,5 +1,6 @@
 //! What can go wrong with a sweep itself. Every message names the file and says what to do.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 
@@ -49,9 +50,30 @@ pub enum SweepError {
         /// Why it failed.
         why: String,
     },
-    /// Trials fail, and none has ended well.
+    /// A trial that has nothing to be compared by.
     #[error(
-        "the first {count} trials have failed, and no further one begins. The last said: {last}. All of its words are \
+        "{trial} is done and has no value of metric.name = {metric}, so that no further one begins: {}",
+        advice(close, names)
+    )]
+    NoMetric {
+        /// The trial.
+        trial: String,
+        /// What was looked for.
+        metric: String,
+        /// What was probably meant.
+        close: Option<String>,
+        /// What it has recorded.
+        names: BTreeSet<String>,
+    },
+    /// Trials that somebody else has ended.
+    #[error("{count} trials were ended from outside: run this again to go on with them")]
+    Unfinished {
+        /// How many.
+        count: usize,
+    },
+    /// Trials fail one after the other.
+    #[error(
+        "{count} trials in a row have failed, and no further one begins. The last said: {last}. All of its words are \
          in {}; mend what is wrong, then run this again with --retry",
         log.display()
     )]
@@ -63,4 +85,14 @@ pub enum SweepError {
         /// What it has printed.
         log: PathBuf,
     },
+}
+
+fn advice(close: &Option<String>, names: &BTreeSet<String>) -> String {
+    match close {
+        Some(close) => format!("did you mean {close}?"),
+        None => {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            format!("it has recorded {}", names.join(", "))
+        }
+    }
 }

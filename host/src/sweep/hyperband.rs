@@ -56,6 +56,8 @@ fn yes() -> bool {
     true
 }
 
+/// There are no more bands than this.
+const BANDS: i32 = 100;
 /// Bands beyond this many iterations are never reached.
 const FARTHEST: f64 = 1e9;
 
@@ -69,14 +71,16 @@ impl TryFrom<Entry> for Hyperband {
         }
         let bands: Vec<usize> = match (max_iter, min_iter, s) {
             (Some(last), _, Some(s)) => {
-                let down =
-                    (1..=s).map(|i| f64::from(last) / eta.powi(i as i32)).take_while(|band| *band >= 1.0);
+                let down = (1..=s.min(BANDS as u32))
+                    .map(|i| f64::from(last) / eta.powi(i as i32))
+                    .take_while(|band| *band >= 1.0);
                 let mut bands: Vec<usize> = down.map(|band| band as usize).collect();
                 bands.reverse();
                 bands
             }
             (None, Some(first), _) => {
-                let up = (0..).map(|i| f64::from(first) * eta.powi(i)).take_while(|band| *band < FARTHEST);
+                let up =
+                    (0..BANDS).map(|i| f64::from(first) * eta.powi(i)).take_while(|band| *band < FARTHEST);
                 up.map(|band| band as usize).filter(|band| *band > 0).collect()
             }
             _ => return Err("early_terminate needs min_iter, or max_iter and s".to_owned()),

@@ -1,16 +1,14 @@
 //! The trials of a sweep, best first.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::definition::{Definition, Goal};
+use super::definition::Definition;
 use super::directory::{End, Trial, read_trials};
 use super::error::SweepError;
 use super::search::Parameters;
-use crate::checkpoint::{RunDir, find_run};
-use crate::track::{METRICS_FILE, Record};
+use super::series::{Point, Series, best, is_held};
 
 /// The trials of a sweep, best first, as their files have them.
 #[derive(Clone, Debug, Serialize)]
@@ -40,15 +38,6 @@ pub struct Row {
     pub path: PathBuf,
     /// Why it ended early.
     pub why: Option<String>,
-}
-
-/// A value of the metric.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Point {
-    /// The value.
-    pub value: f64,
-    /// Optimizer steps that were done.
-    pub step: u64,
 }
 
 /// How a trial stands.
@@ -89,16 +78,18 @@ impl Leaderboard {
     /// # Errors
     /// When they cannot be read.
     pub fn read(directory: &Path, definition: &Definition) -> Result<Self, SweepError> {
-        let metric = definition.metric.as_ref();
-        let goal = metric.map_or(Goal::Minimize, |metric| metric.goal);
+        let (metric, goal) = (definition.metric.as_ref(), definition.goal());
         let row = |trial: &Trial| {
             let path = directory.join(trial.name());
-            let values = metric.map_or_else(Vec::new, |metric| values(&path, &metric.name));
+            let mut series = Series::default();
+            if let Some(metric) = metric {
+                series.read_on(&path, &metric.name);
+            }
             Row {
                 trial: trial.name(),
                 standing: standing(trial, &path),
-                best: best(&values, goal),
-                last: values.last().copied(),
+                best: best(series.points(), goal),
+                last: series.points().last().copied(),
                 parameters: trial.parameters.clone(),
                 path,
                 why: trial.end.as_ref().and_then(reason),
@@ -113,31 +104,6 @@ impl Leaderboard {
             trials,
         })
     }
-}
-
-/// The best of `values`; the earliest of equal ones.
-pub(super) fn best(values: &[Point], goal: Goal) -> Option<Point> {
-    values
-        .iter()
-        .copied()
-        .reduce(|best, next| if goal.cost(next.value) < goal.cost(best.value) { next } else { best })
-}
-
-/// All values of `metric` that the newest version of the run in `folder` has recorded. A run that is not there yet has
-/// none, and neither does a line that is being written.
-pub(super) fn values(folder: &Path, metric: &str) -> Vec<Point> {
-    let Ok(run) = find_run(folder) else { return Vec::new() };
-    let text = fs::read_to_string(run.join(METRICS_FILE)).unwrap_or_default();
-    let value = |line: &str| {
-        let record: Record = serde_json::from_str(line).ok()?;
-        Some(Point { value: *record.figures.get(metric)?, step: record.step })
-    };
-    text.lines().filter_map(value).collect()
-}
-
-/// Whether a process trains the run in `folder`.
-pub(super) fn is_held(folder: &Path) -> bool {
-    find_run(folder).is_ok_and(|run| RunDir::is_held(&run))
 }
 
 fn standing(trial: &Trial, folder: &Path) -> Standing {

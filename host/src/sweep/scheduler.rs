@@ -1,8 +1,10 @@
 //! Runs trials, each in a process of its own: [`Scheduler::run`], to be read from top to bottom.
 
+use std::collections::BTreeMap;
+use std::env;
 use std::fs::{self, File};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,16 +16,22 @@ use super::definition::{Definition, Goal};
 use super::directory::{End, SweepDir, Trial};
 use super::error::SweepError;
 use super::hyperband::Verdict;
-use super::leaderboard::{self, Point, best, is_held};
+use super::process;
 use super::search::Search;
+use super::series::{Point, Series, best, is_held, names_in};
+use crate::config::nearest;
 use crate::train::{Signals, TrainError};
 
 /// How often processes are looked at.
 const GLANCE: Duration = Duration::from_millis(50);
 /// How often the figures of running trials are read.
 const READING: Duration = Duration::from_secs(1);
-/// When so many trials fail before one ends well, the others would fail, too.
-const FAILURES: usize = 3;
+/// How long a trial that is told to end may take for it.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// When so many trials fail in a row, and none has ended well before, the others would fail, too.
+const FIRST_FAILURES: usize = 3;
+/// The same, when some have ended well.
+const LATER_FAILURES: usize = 10;
 
 /// What trials may use.
 #[derive(Clone, Debug)]
@@ -32,7 +40,7 @@ pub struct Resources {
     pub parallel: usize,
     /// CUDA devices that they are dealt to in turn, as `CUDA_VISIBLE_DEVICES` names them; none leaves that alone.
     pub gpus: Vec<String>,
-    /// Compute threads of a trial.
+    /// Compute threads of a trial, unless its settings say otherwise.
     pub threads: usize,
 }
 
@@ -45,33 +53,40 @@ pub struct Scheduler {
     resources: Resources,
     /// So many trials may still begin.
     left: u64,
-    trials: Vec<Known>,
+    /// By number.
+    trials: BTreeMap<u64, Known>,
     running: Vec<Running>,
-    failed: usize,
+    /// Why no further trial begins.
+    trouble: Option<anyhow::Error>,
+    failed_in_a_row: usize,
     ended_well: bool,
+    ended_from_outside: usize,
     told_to_wait: bool,
     bar: ProgressBar,
-    read: Instant,
 }
 
 /// A trial, and what is known of it.
 #[derive(Debug)]
 struct Known {
     trial: Trial,
-    values: Vec<Point>,
-    /// Whether this process has run it.
+    series: Series,
+    /// Whether this process has begun it.
     begun: bool,
+    /// Whether the disk has not taken how it ended.
+    unkept: bool,
 }
 
 #[derive(Debug)]
 struct Running {
-    /// Which of the trials it is.
-    at: usize,
+    /// Of the trial.
+    number: u64,
     child: Child,
     /// Its place among those that run at a time.
     slot: usize,
-    /// Why it was told to end.
-    verdict: Option<Verdict>,
+    /// Where in the trial's log its words begin.
+    words_from: u64,
+    /// Why it was told to end, and when.
+    verdict: Option<(Verdict, Instant)>,
 }
 
 impl Scheduler {
@@ -79,7 +94,7 @@ impl Scheduler {
     /// that have ended.
     ///
     /// # Errors
-    /// Trials that cannot be read.
+    /// Trials that cannot be read, or that are of another seed.
     pub fn new(
         definition: Definition,
         search: Search,
@@ -88,26 +103,32 @@ impl Scheduler {
         most: Option<u64>,
         bar: ProgressBar,
     ) -> Result<Self, SweepError> {
+        let mut trials = BTreeMap::new();
+        for trial in directory.trials()? {
+            if search.trial(trial.number - 1).as_ref() != Some(&trial.parameters) {
+                let path = directory.path().to_owned();
+                return Err(SweepError::Another { path, differences: "--seed".to_owned() });
+            }
+            let known = Known { trial, series: Series::default(), begun: false, unkept: false };
+            trials.insert(known.trial.number, known);
+        }
         let mut scheduler = Scheduler {
-            left: most.unwrap_or(u64::MAX),
-            trials: directory
-                .trials()?
-                .into_iter()
-                .map(|trial| Known { trial, values: Vec::new(), begun: false })
-                .collect(),
             definition,
             search,
             directory,
             resources,
+            left: most.unwrap_or(u64::MAX),
+            trials,
             running: Vec::new(),
-            failed: 0,
+            trouble: None,
+            failed_in_a_row: 0,
             ended_well: false,
+            ended_from_outside: 0,
             told_to_wait: false,
             bar,
-            read: Instant::now(),
         };
-        for at in 0..scheduler.trials.len() {
-            scheduler.read_values(at);
+        for number in scheduler.trials.keys().copied().collect::<Vec<_>>() {
+            scheduler.read_figures(number);
         }
         Ok(scheduler)
     }
@@ -117,7 +138,7 @@ impl Scheduler {
     /// # Errors
     /// When the disk does not take it.
     pub fn retry(&mut self) -> Result<(), SweepError> {
-        for known in &mut self.trials {
+        for known in self.trials.values_mut() {
             if matches!(known.trial.end, Some(End::Failed { .. })) {
                 known.trial.end = None;
                 self.directory.keep(&known.trial)?;
@@ -127,152 +148,170 @@ impl Scheduler {
     }
 
     /// Runs every trial to its end. A signal ends them with a checkpoint each, and running the sweep again goes on.
+    /// Whatever else goes wrong, trials that run come to their end first.
     ///
     /// # Errors
-    /// When trials cannot be started or kept, when several in a row fail, and on a signal.
+    /// When trials cannot be started or kept, when they fail one after the other, when one has no value of the metric,
+    /// when some were ended from outside, and on a signal.
     pub fn run(&mut self, signals: &Signals) -> anyhow::Result<()> {
+        let mut read = Instant::now();
         loop {
             if let Some(signal) = signals.pending() {
-                self.interrupt()?;
+                self.end_all();
                 return Err(TrainError::Stopped { signal }.into());
             }
-            self.reap()?;
-            if self.read.elapsed() > READING {
-                self.read = Instant::now();
+            self.reap();
+            if read.elapsed() > READING {
+                read = Instant::now();
                 self.judge();
+                self.keep_ends();
+                self.show();
             }
-            self.begin_trials()?;
-            if self.running.is_empty() && self.is_failing() {
-                return Err(self.failing().into());
+            if self.trouble.is_none()
+                && let Err(error) = self.begin_trials()
+            {
+                self.trouble = Some(error);
             }
-            if self.running.is_empty() && !self.is_waiting() {
-                return Ok(());
+            if self.running.is_empty() && (self.trouble.is_some() || !self.is_waiting()) {
+                break;
             }
-            self.show();
             thread::sleep(GLANCE);
+        }
+        for known in self.trials.values().filter(|known| known.unkept) {
+            self.directory.keep(&known.trial)?;
+        }
+        match (self.trouble.take(), self.ended_from_outside) {
+            (Some(trouble), _) => Err(trouble),
+            (None, 0) => Ok(()),
+            (None, count) => Err(SweepError::Unfinished { count }.into()),
         }
     }
 
-    /// Fills free places.
+    /// Fills free places. Trials that another process still trains take one, too.
     fn begin_trials(&mut self) -> anyhow::Result<()> {
-        while self.running.len() < self.resources.parallel && !self.is_failing() {
-            let Some(at) = self.next_trial()? else { return Ok(()) };
+        let held = self.trials.values().filter(|known| self.is_held(known)).count();
+        while self.running.len() + held < self.resources.parallel {
+            let Some(number) = self.next_trial()? else { return Ok(()) };
             let slot = (0..).find(|slot| self.running.iter().all(|running| running.slot != *slot));
-            self.begin(at, slot.expect("numbers do not end"))?;
+            self.begin(number, slot.expect("numbers do not end"))?;
         }
         Ok(())
     }
 
-    /// A trial that was interrupted, else a new one.
-    fn next_trial(&mut self) -> Result<Option<usize>, SweepError> {
+    /// The number of a trial that was interrupted, else of a new one.
+    fn next_trial(&mut self) -> Result<Option<u64>, SweepError> {
         if self.left == 0 || self.has_reached_target() {
             return Ok(None);
         }
-        let ready = |known: &Known| {
-            !known.begun && known.trial.end.is_none() && !is_held(&self.directory.folder(&known.trial))
-        };
-        if let Some(at) = self.trials.iter().position(ready) {
-            return Ok(Some(at));
+        let ready = |known: &&Known| !known.begun && known.trial.end.is_none() && !self.is_held(known);
+        if let Some(known) = self.trials.values().find(ready) {
+            return Ok(Some(known.trial.number));
         }
-        let number = self.trials.last().map_or(0, |known| known.trial.number);
-        if self.definition.run_cap.is_some_and(|cap| number >= cap) {
+        let number = (1..).find(|number| !self.trials.contains_key(number)).expect("numbers do not end");
+        if self.definition.run_cap.is_some_and(|cap| number > cap.get()) {
             return Ok(None);
         }
-        let Some(parameters) = self.search.trial(number) else { return Ok(None) };
+        let Some(parameters) = self.search.trial(number - 1) else { return Ok(None) };
         let threads = self.resources.threads;
-        let trial = Trial::new(number + 1, parameters, &self.definition, self.directory.path(), threads);
-        self.directory.keep(&trial)?;
-        self.trials.push(Known { trial, values: Vec::new(), begun: false });
-        Ok(Some(self.trials.len() - 1))
+        let trial = Trial::new(number, parameters, &self.definition, self.directory.path(), threads);
+        self.trials.insert(number, Known { trial, series: Series::default(), begun: false, unkept: false });
+        Ok(Some(number))
     }
 
-    /// Whether no trial can be expected to end well.
-    fn is_failing(&self) -> bool {
-        self.failed >= FAILURES && !self.ended_well
+    /// Whether another process trains it: the sweep was killed, and this trial of it is about to end.
+    fn is_held(&self, known: &Known) -> bool {
+        !known.begun && known.trial.end.is_none() && is_held(&self.directory.folder(&known.trial))
     }
 
-    /// Whether a trial remains that another process still trains: the sweep was killed, and it is about to end.
     fn is_waiting(&mut self) -> bool {
-        let held = |known: &&Known| {
-            !known.begun && known.trial.end.is_none() && is_held(&self.directory.folder(&known.trial))
+        let Some(known) = self.trials.values().find(|known| self.left > 0 && self.is_held(known)) else {
+            return false;
         };
-        let Some(known) = self.trials.iter().find(held).filter(|_| self.left > 0) else { return false };
-        if !std::mem::replace(&mut self.told_to_wait, true) {
+        if !self.told_to_wait {
             tracing::info!("another process trains {}: waiting for its end", known.trial.name());
         }
+        self.told_to_wait = true;
         true
     }
 
-    fn begin(&mut self, at: usize, slot: usize) -> anyhow::Result<()> {
-        let known = &mut self.trials[at];
-        let trial = &known.trial;
-        let log = self.directory.log(trial);
+    fn begin(&mut self, number: u64, slot: usize) -> anyhow::Result<()> {
+        let known = self.trials.get_mut(&number).context("a trial without a number")?;
+        // The command is made anew: the directory may have another name by now.
+        let Trial { parameters, threads, .. } = known.trial.clone();
+        known.trial = Trial::new(number, parameters, &self.definition, self.directory.path(), threads);
+        self.directory.keep(&known.trial)?;
+        let log = self.directory.log(&known.trial);
         let output = File::options().create(true).append(true).open(&log);
         let output = output.with_context(|| format!("cannot open {}", log.display()))?;
-        let (program, arguments) = trial.command.split_first().expect("a command has words");
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-        // A Ctrl-C at the terminal is for the sweep, which passes on one signal: a second one would cost the checkpoint.
-        command.process_group(0);
-        let threads = trial.threads.to_string();
-        let unless_set = [
-            ("OMP_NUM_THREADS", Some(&threads)),
-            ("WANDB_RUN_GROUP", Some(&self.definition.name)),
-            ("WANDB_ENTITY", self.definition.entity.as_ref()),
-            ("WANDB_PROJECT", self.definition.project.as_ref()),
+        let words_from = output.metadata().map_or(0, |file| file.len());
+        let mut variables = vec![("OMP_NUM_THREADS", known.trial.threads.to_string())];
+        let Definition { name, entity, project, .. } = &self.definition;
+        let for_wandb = [
+            ("WANDB_RUN_GROUP", Some(name)),
+            ("WANDB_ENTITY", entity.as_ref()),
+            ("WANDB_PROJECT", project.as_ref()),
         ];
-        for (name, value) in unless_set {
-            if let (Some(value), None) = (value, std::env::var_os(name)) {
-                command.env(name, value);
-            }
+        let unset = for_wandb.into_iter().filter(|(name, _)| env::var_os(name).is_none());
+        variables.extend(unset.filter_map(|(name, value)| Some((name, value?.clone()))));
+        if let Some(gpu) = self.resources.gpus.iter().cycle().nth(slot) {
+            variables.push(("CUDA_VISIBLE_DEVICES", gpu.clone()));
         }
-        if !self.resources.gpus.is_empty() {
-            command.env("CUDA_VISIBLE_DEVICES", &self.resources.gpus[slot % self.resources.gpus.len()]);
-        }
-        end_with_us(&mut command);
-        let child =
-            command.spawn().with_context(|| format!("cannot start {program} (`program` of the sweep)"))?;
-        tracing::info!("{} begins: {}", trial.name(), assignments(trial));
+        let child = process::start(&known.trial.command, &variables, output)
+            .with_context(|| format!("cannot start {} (`program` of the sweep)", known.trial.command[0]))?;
+        let assignments = known.trial.parameters.iter().map(|(name, value)| assignment(name, value));
+        tracing::info!("{} begins: {}", known.trial.name(), assignments.collect::<Vec<_>>().join(" "));
         known.begun = true;
         self.left -= 1;
-        self.running.push(Running { at, child, slot, verdict: None });
+        self.running.push(Running { number, child, slot, words_from, verdict: None });
         Ok(())
     }
 
     /// Takes note of the trials that have ended.
-    fn reap(&mut self) -> anyhow::Result<()> {
+    fn reap(&mut self) {
         for place in (0..self.running.len()).rev() {
-            if let Some(status) = self.running[place].child.try_wait()? {
-                let running = self.running.swap_remove(place);
-                self.read_values(running.at);
-                self.note_end(&running, status)?;
+            match self.running[place].child.try_wait() {
+                Ok(None) => {}
+                Ok(Some(status)) => {
+                    let running = self.running.swap_remove(place);
+                    self.read_figures(running.number);
+                    self.note_end(&running, status);
+                }
+                Err(error) => {
+                    let running = self.running.swap_remove(place);
+                    self.trouble =
+                        Some(anyhow::Error::new(error).context(format!("process {}", running.child.id())));
+                }
             }
         }
-        Ok(())
     }
 
-    fn note_end(&mut self, running: &Running, status: ExitStatus) -> Result<(), SweepError> {
-        let known = &mut self.trials[running.at];
-        let name = known.trial.name();
-        let last_words =
-            || last_words(&fs::read_to_string(self.directory.log(&known.trial)).unwrap_or_default());
+    fn note_end(&mut self, running: &Running, status: ExitStatus) {
+        let goal = self.definition.goal();
+        let Some(known) = self.trials.get_mut(&running.number) else { return };
+        let (name, log) = (known.trial.name(), self.directory.log(&known.trial));
+        let words = || last_words(&fs::read(&log).unwrap_or_default(), running.words_from);
+        let from_outside = matches!(status.signal(), Some(libc::SIGINT | libc::SIGTERM | libc::SIGKILL));
         let end = match (status.code(), running.verdict) {
             (Some(0), _) => End::Done,
-            (_, Some(Verdict { band, value, threshold })) => {
-                let sign = self.definition.goal().cost(1.0);
+            (_, Some((Verdict { band, value, threshold }, _))) => {
+                let sign = goal.cost(1.0);
                 End::Stopped { iteration: band, value: sign * value, threshold: sign * threshold }
             }
-            (Some(5), None) => End::Diverged { error: last_words() },
-            (_, None) if matches!(status.signal(), Some(libc::SIGINT | libc::SIGTERM | libc::SIGKILL)) => {
+            (Some(5), None) => End::Diverged { error: words() },
+            _ if from_outside || matches!(status.code(), Some(130 | 143)) => {
                 tracing::warn!(
                     "{name} was ended from outside ({status}): run the sweep again to go on with it"
                 );
-                return Ok(());
+                self.ended_from_outside += 1;
+                // A machine without enough memory ends them one after the other.
+                self.failed_in_a_row += usize::from(status.signal() == Some(libc::SIGKILL));
+                self.give_up_if_failing(format!("nothing more ({status})"), running.number);
+                return;
             }
-            (Some(_), None) => End::Failed { error: last_words() },
-            (None, None) => End::Failed { error: format!("{status}, after: {}", last_words()) },
+            (Some(_), None) => End::Failed { error: words() },
+            (None, None) => End::Failed { error: format!("{status}, after: {}", words()) },
         };
-        let result = best(&known.values, self.definition.goal());
+        let result = best(known.series.points(), goal);
         let result =
             result.map_or(String::new(), |best| format!(", {:.4} at step {}", best.value, best.step));
         match &end {
@@ -281,111 +320,133 @@ impl Scheduler {
             End::Diverged { error } => tracing::warn!("{name} has diverged{result}: {error}"),
             End::Failed { error } => tracing::error!("{name} has failed{result}: {error}"),
         }
+        known.trial.end = Some(end.clone());
+        known.unkept = true;
+        self.keep_ends();
         match end {
-            End::Failed { .. } => self.failed += 1,
-            _ => self.ended_well = true,
+            End::Failed { error } => {
+                self.failed_in_a_row += 1;
+                self.give_up_if_failing(error, running.number);
+            }
+            _ => {
+                self.failed_in_a_row = 0;
+                self.ended_well = true;
+            }
         }
-        known.trial.end = Some(end);
-        self.directory.keep(&known.trial)
+        self.require_metric(running.number);
     }
 
-    /// Tells those to end that are not worth going on with.
+    fn give_up_if_failing(&mut self, last: String, number: u64) {
+        let most = if self.ended_well { LATER_FAILURES } else { FIRST_FAILURES };
+        if self.failed_in_a_row >= most && self.trouble.is_none() {
+            let log = self.directory.log(&self.trials[&number].trial);
+            self.trouble = Some(SweepError::Failing { count: self.failed_in_a_row, last, log }.into());
+        }
+    }
+
+    /// A trial that is done without a value of the metric says that none will have one.
+    fn require_metric(&mut self, number: u64) {
+        let known = &self.trials[&number];
+        let Some(metric) = &self.definition.metric else { return };
+        if known.trial.end != Some(End::Done) || !known.series.points().is_empty() || self.trouble.is_some() {
+            return;
+        }
+        let names = names_in(&self.directory.folder(&known.trial));
+        let close = nearest(&metric.name, names.iter().map(String::as_str)).map(str::to_owned);
+        let (trial, metric) = (known.trial.name(), metric.name.clone());
+        self.trouble = Some(SweepError::NoMetric { trial, metric, close, names }.into());
+    }
+
+    /// Keeps how trials have ended. What the disk does not take, a full one for one, is tried again.
+    fn keep_ends(&mut self) {
+        for known in self.trials.values_mut().filter(|known| known.unkept) {
+            match self.directory.keep(&known.trial) {
+                Ok(()) => known.unkept = false,
+                Err(error) => tracing::warn!("{error}; it is tried again"),
+            }
+        }
+    }
+
+    /// Reads the figures of those that run, and tells those to end that are not worth going on with.
     fn judge(&mut self) {
-        for at in self.running.iter().map(|running| running.at).collect::<Vec<_>>() {
-            self.read_values(at);
+        for number in self.running.iter().map(|running| running.number).collect::<Vec<_>>() {
+            self.read_figures(number);
+        }
+        let late = |running: &&Running| running.verdict.is_some_and(|(_, told)| told.elapsed() > PATIENCE);
+        for running in self.running.iter().filter(late) {
+            process::signal(&running.child, libc::SIGKILL);
         }
         let Some(hyperband) = &self.definition.early_terminate else { return };
         let goal = self.definition.goal();
-        let costs = |known: &Known| known.values.iter().map(|value| goal.cost(value.value)).collect();
-        let verdicts = hyperband.judge(&self.trials.iter().map(costs).collect::<Vec<_>>());
-        for running in &mut self.running {
-            if let (Some(verdict), None) = (verdicts[running.at], running.verdict) {
-                running.verdict = Some(verdict);
-                terminate(&running.child);
+        let costs =
+            |known: &Known| known.series.points().iter().map(|point| goal.cost(point.value)).collect();
+        let verdicts = hyperband.judge(&self.trials.values().map(costs).collect::<Vec<_>>());
+        let verdicts: BTreeMap<u64, _> = self.trials.keys().copied().zip(verdicts).collect();
+        for running in self.running.iter_mut().filter(|running| running.verdict.is_none()) {
+            if let Some(verdict) = verdicts[&running.number] {
+                running.verdict = Some((verdict, Instant::now()));
+                process::signal(&running.child, libc::SIGTERM);
             }
         }
     }
 
     /// Ends all that runs, and waits for the checkpoints.
-    fn interrupt(&mut self) -> anyhow::Result<()> {
-        self.running.iter().for_each(|running| terminate(&running.child));
+    fn end_all(&mut self) {
+        // A second signal would cost the checkpoint.
+        for running in self.running.iter().filter(|running| running.verdict.is_none()) {
+            process::signal(&running.child, libc::SIGTERM);
+        }
         while !self.running.is_empty() {
-            self.reap()?;
+            self.reap();
             thread::sleep(GLANCE);
         }
-        Ok(())
     }
 
-    fn read_values(&mut self, at: usize) {
-        if let Some(metric) = &self.definition.metric {
-            let known = &mut self.trials[at];
-            known.values = leaderboard::values(&self.directory.folder(&known.trial), &metric.name);
+    fn read_figures(&mut self, number: u64) {
+        if let (Some(metric), Some(known)) = (&self.definition.metric, self.trials.get_mut(&number)) {
+            known.series.read_on(&self.directory.folder(&known.trial), &metric.name);
         }
+    }
+
+    fn best(&self) -> Option<Point> {
+        let goal = self.definition.goal();
+        let all: Vec<Point> =
+            self.trials.values().filter_map(|known| best(known.series.points(), goal)).collect();
+        best(&all, goal)
     }
 
     fn has_reached_target(&self) -> bool {
-        let Some(target) = self.definition.metric.as_ref().and_then(|metric| metric.target) else {
-            return false;
-        };
         let goal = self.definition.goal();
-        let all = self.trials.iter().filter_map(|known| best(&known.values, goal));
-        all.into_iter().any(|best| goal.cost(best.value) <= goal.cost(target))
-    }
-
-    fn failing(&self) -> SweepError {
-        let failed = |known: &&Known| known.begun && matches!(known.trial.end, Some(End::Failed { .. }));
-        let last = self.trials.iter().rev().find(failed).expect("several have failed");
-        let Some(End::Failed { error }) = &last.trial.end else { unreachable!("it has failed") };
-        SweepError::Failing { count: self.failed, last: error.clone(), log: self.directory.log(&last.trial) }
+        let target = self.definition.metric.as_ref().and_then(|metric| metric.target);
+        target.zip(self.best()).is_some_and(|(target, best)| goal.cost(best.value) <= goal.cost(target))
     }
 
     fn show(&self) {
-        self.bar.set_position(self.trials.iter().filter(|known| known.trial.end.is_some()).count() as u64);
+        self.bar.set_position(self.trials.values().filter(|known| known.trial.end.is_some()).count() as u64);
         let running = self.running.iter().map(|running| {
-            let known = &self.trials[running.at];
-            let value = known.values.last().map_or(String::new(), |last| format!(" {:.4}", last.value));
+            let known = &self.trials[&running.number];
+            let value =
+                known.series.points().last().map_or(String::new(), |last| format!(" {:.4}", last.value));
             format!("{}{value}", known.trial.name())
         });
         let running: Vec<String> = running.collect();
-        let all = self.trials.iter().flat_map(|known| &known.values).copied().collect::<Vec<_>>();
-        let best = best(&all, self.definition.goal())
-            .map_or(String::new(), |best| format!("  best {:.4}", best.value));
+        let best = self.best().map_or(String::new(), |best| format!("  best {:.4}", best.value));
         self.bar.set_message(format!("{}{best}", running.join(", ")));
     }
 }
 
 impl Definition {
     /// Which direction is good.
-    fn goal(&self) -> Goal {
+    pub(super) fn goal(&self) -> Goal {
         self.metric.as_ref().map_or(Goal::Minimize, |metric| metric.goal)
     }
 }
 
-fn assignments(trial: &Trial) -> String {
-    let all = trial.parameters.iter().map(|(name, value)| assignment(name, value));
-    all.collect::<Vec<_>>().join(" ")
-}
-
-/// The last error in what a trial has printed, else its last line.
-fn last_words(output: &str) -> String {
+/// The last error in what a trial has printed from byte `from` on, else its last line.
+fn last_words(output: &[u8], from: u64) -> String {
+    let output = String::from_utf8_lossy(output.get(from as usize..).unwrap_or_default());
     let mut lines = output.lines().rev().map(str::trim).filter(|line| !line.is_empty());
     let last = lines.next().unwrap_or("nothing at all");
     let error = std::iter::once(last).chain(lines).find_map(|line| line.strip_prefix("error: "));
     error.unwrap_or(last).to_owned()
-}
-
-fn terminate(child: &Child) {
-    // SAFETY: kill takes numbers only. The child has not been waited for, so that its number is still its own.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
-}
-
-/// When this process dies, however that may be, the child gets SIGTERM and leaves a checkpoint.
-fn end_with_us(command: &mut Command) {
-    // SAFETY: between fork and exec only prctl is called, which is async-signal-safe and allocates nothing.
-    unsafe {
-        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        });
-    }
 }

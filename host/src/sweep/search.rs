@@ -39,13 +39,21 @@ impl Search {
             Method::Random => Ok(Search::Random { parameters: parameters.clone(), seed }),
             Method::Grid => {
                 let axis = |(name, distribution): (&String, &Distribution)| match distribution.grid() {
-                    Some(values) => Ok((name.clone(), values)),
+                    Some(values) => Ok((name.clone(), without_repeats(values))),
                     None => Err(format!(
-                        "parameters.{name} has no list of values, which method: grid needs: give values, whole min and \
+                        "parameters.{name} has no list of values, which method: grid needs (or too many of them): give values, whole min and \
                          max, or q_uniform; or use method: random"
                     )),
                 };
-                parameters.iter().map(axis).collect::<Result<_, _>>().map(Search::Grid)
+                let axes: Vec<(String, Vec<Value>)> =
+                    parameters.iter().map(axis).collect::<Result<_, _>>()?;
+                let sizes = axes.iter().map(|(_, values)| values.len() as u64);
+                match sizes.fold(Some(1u64), |all, size| all?.checked_mul(size)) {
+                    Some(_) => Ok(Search::Grid(axes)),
+                    None => {
+                        Err("parameters have too many combinations for method: grid: use random".to_owned())
+                    }
+                }
             }
         }
     }
@@ -86,4 +94,19 @@ impl Search {
             }
         }
     }
+}
+
+/// Equal values, 1 and 1.0 among them, are tried once.
+fn without_repeats(values: Vec<Value>) -> Vec<Value> {
+    let same = |a: &Value, b: &Value| match (a.as_f64(), b.as_f64()) {
+        (Some(a), Some(b)) => a == b,
+        _ => a == b,
+    };
+    let mut kept: Vec<Value> = Vec::new();
+    for value in values {
+        if !kept.iter().any(|other| same(other, &value)) {
+            kept.push(value);
+        }
+    }
+    kept
 }

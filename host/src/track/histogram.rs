@@ -27,12 +27,12 @@ impl Histogram {
     /// # Errors
     /// An empty tensor, numbers that are not finite, and whatever else libtorch reports.
     pub fn of(tensor: &Tensor) -> Result<Self, TchError> {
-        let values = tensor.detach().f_to_kind(Kind::Float)?.f_reshape([-1])?;
+        let values = tensor.detach().f_to_kind(Kind::Double)?.f_reshape([-1])?;
         let (min, max) = (values.f_min()?.f_double_value(&[])?, values.f_max()?.f_double_value(&[])?);
         let counts = values.f_histc(BINS)?;
         // libtorch makes room around numbers that are all the same.
         let (min, max) = if min == max { (min - 1.0, max + 1.0) } else { (min, max) };
-        let counts: Vec<f64> = Vec::try_from(&counts.f_to_kind(Kind::Double)?)?;
+        let counts: Vec<f64> = Vec::try_from(&counts)?;
         Ok(Histogram {
             min,
             max,

@@ -248,7 +248,7 @@ impl<'t> Run<'t> {
                 tracing::warn!("no gradient reaches {}: they will not be trained", idle.join(", "));
             }
         }
-        self.show_histograms(&gradients)?;
+        self.show_histograms(&gradients);
         let settings = &self.config.optimizer;
         let lr = learning_rate(self.progress, step, self.config.peak_lr(), settings.final_lr_ratio);
         let (base, end) = (settings.weight_decay, settings.weight_decay_end);
@@ -288,19 +288,26 @@ impl<'t> Run<'t> {
     }
 
     /// Records weights and gradients before the last step of the run, and of each epoch that is evaluated.
-    fn show_histograms(&mut self, gradients: &Gradients) -> anyhow::Result<()> {
+    fn show_histograms(&mut self, gradients: &Gradients) {
         let (every, batches) = (self.config.eval.every_epochs, self.config.trainer.accumulate as u64);
         let epoch_ends = self.state.batch_in_epoch + batches >= self.steps_per_epoch * batches;
         let evaluated = epoch_ends && every > 0 && (self.state.epoch + 1).is_multiple_of(every);
         let due = evaluated || self.state.step + 1 >= self.last_step();
         if !self.config.track.histograms || !due {
-            return Ok(());
+            return;
         }
+        self.ledger.lap(Part::Optimizer);
         let tensors = self.optimizer.weights_and_gradients(gradients);
-        let histograms = tensors.map(|(name, tensor)| Ok((name, Histogram::of(&tensor)?)));
-        let histograms = histograms.collect::<anyhow::Result<_>>()?;
+        let histogram = |(name, tensor): (String, tch::Tensor)| match Histogram::of(&tensor) {
+            Ok(histogram) => Some((name, histogram)),
+            Err(error) => {
+                tracing::warn!("no histogram of {name}: {error}");
+                None
+            }
+        };
+        let histograms = tensors.filter_map(histogram).collect();
         self.trackers.log_histograms(self.state.step, self.epochs(), histograms);
-        Ok(())
+        self.ledger.lap(Part::Log);
     }
 
     /// Puts back what a step that failed half-way has changed, but for the EMA update, which the state tells of.

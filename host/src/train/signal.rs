@@ -4,12 +4,16 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals as Incoming;
 use signal_hook::low_level;
 
 use super::error::signal_name;
+
+/// Signals that come so close are one.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// The signal that arrived, if one did.
 #[derive(Clone, Debug, Default)]
@@ -25,8 +29,15 @@ impl Signals {
         let pending = Arc::clone(&arrived);
         let mut incoming = Incoming::new([SIGINT, SIGTERM])?;
         thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            let mut first = None;
             for signal in incoming.forever() {
-                if pending.swap(signal as usize, Ordering::Relaxed) != 0 {
+                let before = pending.swap(signal as usize, Ordering::Relaxed);
+                // Who ends all processes of a group or a service, and one that passes signals on, send it twice at once.
+                if before != 0 && first.is_some_and(|first: Instant| first.elapsed() < AT_ONCE) {
+                    continue;
+                }
+                first.get_or_insert_with(Instant::now);
+                if before != 0 {
                     // Nothing is torn down: another thread may be in the middle of a step.
                     low_level::exit(128 + signal);
                 }

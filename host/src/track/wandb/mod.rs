@@ -253,6 +253,16 @@ impl Wandb {
         news
     }
 
+    fn log_artifacts(&mut self) -> anyhow::Result<()> {
+        if self.run.checkpoints {
+            self.log_checkpoints()?;
+        }
+        if self.run.export {
+            self.log_export()?;
+        }
+        Ok(())
+    }
+
     fn log_checkpoints(&mut self) -> anyhow::Result<()> {
         let name = format!("checkpoint-{}", self.run.id);
         for (aliases, folder) in artifact::checkpoints(&self.run.directory)? {
@@ -347,19 +357,15 @@ impl Tracker for Wandb {
     }
 
     fn close(&mut self, exit_code: i32) -> anyhow::Result<()> {
-        if self.run.checkpoints {
-            self.log_checkpoints()?;
-        }
-        if self.run.export {
-            self.log_export()?;
-        }
+        let logged = self.log_artifacts();
+        // The run has ended as it has, whatever became of its artifacts.
         self.communicate(RecordKind::Exit(RunExitRecord { exit_code }), UPLOAD)?;
         let info = Some(self.info());
         let Session { mut core, .. } = self.session.take().context("wandb-core is not running")?;
         core.publish(RequestKind::InformFinish(Inform { info }), LOCAL)?;
         core.publish(RequestKind::InformTeardown(Teardown { exit_code }), LOCAL)?;
         core.wait(LOCAL);
-        Ok(())
+        logged
     }
 }
 
