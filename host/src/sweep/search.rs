@@ -47,8 +47,8 @@ impl Search {
                 };
                 let axes: Vec<(String, Vec<Value>)> =
                     parameters.iter().map(axis).collect::<Result<_, _>>()?;
-                let sizes = axes.iter().map(|(_, values)| values.len() as u64);
-                match sizes.fold(Some(1u64), |all, size| all?.checked_mul(size)) {
+                let mut sizes = axes.iter().map(|(_, values)| values.len() as u64);
+                match sizes.try_fold(1u64, |all, size| all.checked_mul(size)) {
                     Some(_) => Ok(Search::Grid(axes)),
                     None => {
                         Err("parameters have too many combinations for method: grid: use random".to_owned())
