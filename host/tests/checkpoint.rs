@@ -25,6 +25,7 @@ fn state(step: u64) -> State {
         first_eval: None,
         last_eval: None,
         meters: Default::default(),
+        judged: None,
         metrics_lines: 0,
         config: json!({"optimizer": {"lr": 0.1}}),
         classes: 10,

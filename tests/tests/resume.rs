@@ -8,7 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use jepa_tests::real::{
-    Ended, Room, Running, TINY_BACKBONE, checkpoints, demo_images, fixture, is_of_a_clock, setting,
+    Ended, Room, Running, TINY_BACKBONE, checkpoints, demo_images, fixture, held_out_images, is_of_a_clock,
+    records, setting,
 };
 use serde_json::Value;
 
@@ -245,6 +246,38 @@ fn signals_stop_a_run_where_it_can_go_on() {
 }
 
 /// A run of 10 steps, to be gone on from.
+/// What training ends with is not lost when a signal comes while it is judged.
+#[test]
+fn a_run_that_is_stopped_in_its_last_evaluation_does_it_again() {
+    let val = setting("data.val", &held_out_images());
+    let more = [&val, "trainer.max_steps=6", "eval.every_epochs=1", "eval.linear.epochs=200", "eval.knn.k=5"];
+    let arguments = with(arguments(), &more);
+    let undisturbed = Room::new();
+    undisturbed.run(&arguments).expect(0);
+
+    let room = Room::new();
+    let mut running = room.start(&arguments);
+    let file = room.file(RUN).join("metrics.jsonl");
+    running
+        .until("the last step", || fs::read_to_string(&file).is_ok_and(|text| text.contains("\"step\":6,")));
+    running.signal(libc::SIGTERM);
+    running.wait().expect(143);
+    let judged = |room: &Room| {
+        let mut records = records(&room.file(RUN));
+        records.retain(|record| record.get("eval/knn_top1").is_some());
+        records.iter_mut().for_each(|record| drop(record.as_object_mut().unwrap().remove("time")));
+        records
+    };
+    assert_eq!(judged(&room).len(), 0, "it was stopped in the evaluation");
+    let resume = with(arguments, &["--resume", "auto"]);
+    room.run(&resume).expect(0);
+    assert_eq!(judged(&room), judged(&undisturbed));
+    assert_eq!(judged(&room).len(), 1);
+    // It is done, and does nothing twice.
+    room.run(&resume).expect(0);
+    assert_eq!(judged(&room).len(), 1);
+}
+
 fn short() -> Room {
     whole(with(arguments(), &["trainer.max_steps=10"]))
 }

@@ -38,6 +38,9 @@ pub struct State {
     pub first_eval: Option<BTreeMap<String, f64>>,
     /// The last evaluation so far.
     pub last_eval: Option<BTreeMap<String, f64>>,
+    /// The steps that were done at the last validation and evaluation; older checkpoints do not tell.
+    #[serde(default)]
+    pub judged: Option<u64>,
     /// Sum and count of each figure since the last log line.
     pub meters: BTreeMap<String, (f64, u64)>,
     /// Lines of `metrics.jsonl` at this point: what follows is to be done again.

@@ -119,6 +119,7 @@ impl TrainArgs {
             best: None,
             first_eval: None,
             last_eval: None,
+            judged: Some(0),
             meters: BTreeMap::new(),
             metrics_lines: 0,
             config: serde_json::to_value(config)?,

@@ -85,7 +85,9 @@ struct Running {
     slot: usize,
     /// Where in the trial's log its words begin.
     words_from: u64,
-    /// Why it was told to end, and when.
+    /// Whether it was told to end because the sweep is.
+    interrupted: bool,
+    /// Why it was told to end early, and when.
     verdict: Option<(Verdict, Instant)>,
 }
 
@@ -262,7 +264,7 @@ impl Scheduler {
         tracing::info!("{} begins: {}", known.trial.name(), assignments.collect::<Vec<_>>().join(" "));
         known.begun = true;
         self.left -= 1;
-        self.running.push(Running { number, child, slot, words_from, verdict: None });
+        self.running.push(Running { number, child, slot, words_from, interrupted: false, verdict: None });
         Ok(())
     }
 
@@ -298,6 +300,10 @@ impl Scheduler {
                 End::Stopped { iteration: band, value: sign * value, threshold: sign * threshold }
             }
             (Some(5), None) => End::Diverged { error: words() },
+            _ if running.interrupted && (from_outside || status.code() == Some(143)) => {
+                tracing::info!("{name} is interrupted");
+                return;
+            }
             _ if from_outside || matches!(status.code(), Some(130 | 143)) => {
                 tracing::warn!(
                     "{name} was ended from outside ({status}): run the sweep again to go on with it"
@@ -393,7 +399,8 @@ impl Scheduler {
     /// Ends all that runs, and waits for the checkpoints.
     fn end_all(&mut self) {
         // A second signal would cost the checkpoint.
-        for running in self.running.iter().filter(|running| running.verdict.is_none()) {
+        for running in self.running.iter_mut().filter(|running| running.verdict.is_none()) {
+            running.interrupted = true;
             process::signal(&running.child, libc::SIGTERM);
         }
         while !self.running.is_empty() {

@@ -160,6 +160,10 @@ impl<'t> Run<'t> {
             self.train_epoch()?;
             self.finish_epoch()?;
         }
+        // Stopped in its last evaluation: no step is left, but that.
+        if self.state.judged.is_some_and(|step| step != self.state.step) {
+            self.finish_epoch()?;
+        }
         self.trackers.finish();
         self.save()?;
         match self.save_failed.take() {
@@ -359,6 +363,7 @@ impl<'t> Run<'t> {
         }
         let best = self.note_best(&figures);
         self.log(&figures);
+        self.state.judged = Some(self.state.step);
         self.check_collapse(&figures)?;
         if complete {
             self.state.epoch += 1;
