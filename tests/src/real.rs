@@ -20,6 +20,17 @@ const PATIENCE: Duration = Duration::from_secs(180);
 pub const TINY_BACKBONE: [&str; 4] =
     ["backbone.name=resnet18", "backbone.stem=small", "backbone.width=4", "backbone.depths=[1,1]"];
 
+/// Settings of the smallest run of SimCLR, on it: every step is recorded.
+pub const TINY_SIMCLR: [&str; 7] = [
+    "data.size=16",
+    "data.threads=1",
+    "method.hidden=16",
+    "method.output=8",
+    "optimizer.batch_size=16",
+    "trainer.device=cpu",
+    "trainer.log_every_steps=1",
+];
+
 /// The folder that cargo builds programs and plugins of this profile into.
 fn built() -> PathBuf {
     let test = env::current_exe().expect("a test knows its own file");

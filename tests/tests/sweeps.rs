@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use jepa_tests::real::{Room, Running, TINY_BACKBONE, binary, demo_images, setting};
+use jepa_tests::real::{Room, Running, TINY_BACKBONE, TINY_SIMCLR, binary, demo_images, setting};
 use serde_json::{Value, json};
 
 /// Steps that no test comes to the end of.
@@ -14,21 +14,10 @@ const ENDLESS: u64 = 1_000_000;
 /// Writes `sweep.yaml`: tiny runs of `steps` steps, each of them recorded, and `more` keys of the definition.
 fn define(room: &Room, steps: u64, more: Value) {
     let images = setting("data.train", &demo_images());
-    let fixed = [
-        "data.size=16",
-        "data.threads=1",
-        "method.hidden=16",
-        "method.output=8",
-        "optimizer.batch_size=16",
-        "trainer.device=cpu",
-        "trainer.log_every_steps=1",
-        "checkpoint.every_steps=5",
-        "eval.every_epochs=0",
-        "eval.at_start=false",
-    ];
+    let fixed = ["checkpoint.every_steps=5", "eval.every_epochs=0", "eval.at_start=false"];
     let steps = format!("trainer.max_steps={steps}");
     let words = ["${env}", "${program}", "--plugin", "simclr", &images, &steps, "${args_no_hyphens}"];
-    let command: Vec<&str> = words.into_iter().chain(TINY_BACKBONE).chain(fixed).collect();
+    let command: Vec<&str> = words.into_iter().chain(TINY_BACKBONE).chain(TINY_SIMCLR).chain(fixed).collect();
     let mut definition = json!({
         "program": binary(),
         "method": "grid",

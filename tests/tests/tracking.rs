@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use jepa_tests::real::{Room, TINY_BACKBONE, demo_images, python, records, setting};
+use jepa_tests::real::{Room, TINY_BACKBONE, TINY_SIMCLR, demo_images, python, records, setting};
 use jepa_tests::wandb::{KEY, Server, assert_history, core, of_kind, sessions};
 use serde_json::{Value, json};
 
@@ -13,21 +13,11 @@ const RUN: &str = "runs/simclr/version_0";
 
 /// The arguments of a run of `steps` steps, each of which is a record.
 fn arguments(steps: u64, more: &[&str]) -> Vec<String> {
-    let fixed = [
-        "data.size=16",
-        "data.threads=1",
-        "method.hidden=16",
-        "method.output=8",
-        "optimizer.batch_size=16",
-        "trainer.threads=1",
-        "trainer.device=cpu",
-        "trainer.log_every_steps=1",
-        "checkpoint.every_steps=5",
-        "eval.every_epochs=0",
-        "eval.at_start=false",
-    ];
+    let fixed =
+        ["trainer.threads=1", "checkpoint.every_steps=5", "eval.every_epochs=0", "eval.at_start=false"];
     let images = setting("data.train", &demo_images());
-    let arguments = ["--plugin", "simclr", &images].into_iter().chain(TINY_BACKBONE).chain(fixed);
+    let arguments =
+        ["--plugin", "simclr", &images].into_iter().chain(TINY_BACKBONE).chain(TINY_SIMCLR).chain(fixed);
     let arguments = arguments.map(str::to_owned).chain([format!("trainer.max_steps={steps}")]);
     arguments.chain(more.iter().map(|argument| (*argument).to_owned())).collect()
 }

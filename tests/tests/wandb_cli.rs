@@ -5,7 +5,9 @@ use std::mem;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use jepa_tests::real::{Room, TINY_BACKBONE, binary, checkpoints, demo_images, not_tried, records, setting};
+use jepa_tests::real::{
+    Room, TINY_BACKBONE, TINY_SIMCLR, binary, checkpoints, demo_images, not_tried, records, setting,
+};
 use jepa_tests::wandb::{KEY, Server, assert_history, core, has_cli, start_cli};
 use serde_json::{Value, json};
 
@@ -102,21 +104,8 @@ fn a_run_that_was_offline_is_synced() {
     let (room, server) = (Room::new(), Server::new());
     let core = core().display().to_string();
     let images = setting("data.train", &demo_images());
-    let fixed = [
-        "--plugin",
-        "simclr",
-        &images,
-        "data.size=16",
-        "data.threads=1",
-        "method.hidden=16",
-        "method.output=8",
-        "optimizer.batch_size=16",
-        "trainer.threads=1",
-        "trainer.device=cpu",
-        "trainer.log_every_steps=1",
-        "track.wandb.mode=offline",
-    ];
-    let arguments = || fixed.into_iter().chain(TINY_BACKBONE);
+    let fixed = ["--plugin", "simclr", &images, "trainer.threads=1", "track.wandb.mode=offline"];
+    let arguments = || fixed.into_iter().chain(TINY_BACKBONE).chain(TINY_SIMCLR);
     let environment = [("JEPA_WANDB_CORE", core.as_str())];
     room.start_in(&environment, arguments().chain(["trainer.max_steps=10"])).wait().expect(0);
     let more = ["trainer.max_steps=15", "--resume", "auto"];

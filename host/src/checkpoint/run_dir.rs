@@ -3,14 +3,13 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
-use std::time::Duration;
 
 use tch::Tensor;
 
 use super::error::CheckpointError;
 use super::state::State;
 use super::store;
+use crate::files::hold;
 
 const VERSION: &str = "version_";
 const LOCK: &str = "run.lock";
@@ -45,20 +44,8 @@ impl RunDir {
     /// [`CheckpointError::Busy`] while another process has it.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
         let lock_path = path.join(LOCK);
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path)
-            .map_err(CheckpointError::io("cannot be opened", &lock_path))?;
-        match try_lock(&lock) {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(CheckpointError::Busy { path: path.to_owned() }),
-            // Some network file systems have no locks: go on without.
-            Err(TryLockError::Error(error)) => {
-                tracing::warn!("{}: cannot be locked ({error}); start no second run on it", path.display());
-            }
-        }
+        let lock = hold(&lock_path).map_err(CheckpointError::io("cannot be opened", &lock_path))?;
+        let lock = lock.ok_or_else(|| CheckpointError::Busy { path: path.to_owned() })?;
         Ok(RunDir { path: path.to_owned(), _lock: lock })
     }
 
@@ -131,17 +118,6 @@ impl RunDir {
         }
         store::supersede_after(&self.path.join(store::FOLDER), state.step)
     }
-}
-
-/// Takes a lock that a writer would keep: who only asks whether a run is held, has it for an instant.
-fn try_lock(file: &File) -> Result<(), TryLockError> {
-    for _ in 0..10 {
-        match file.try_lock() {
-            Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(20)),
-            done => return done,
-        }
-    }
-    file.try_lock()
 }
 
 /// The directory of the run that `path` means: that of a version, or the newest version of a run.

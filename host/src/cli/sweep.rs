@@ -28,7 +28,7 @@ const SAMPLE: u64 = 10;
 const EXAMPLES: &str = "\
 Examples:
   jepa-host sweep examples/sweep.yaml --dry-run --count 5
-  jepa-host sweep examples/sweep.yaml --count 8 --parallel 2
+  jepa-host sweep examples/sweep.yaml --parallel 2
   jepa-host sweep examples/sweep.yaml --leaderboard
   jepa-host sweep sweep.yaml --parallel 4 --gpus 0,1,2,3
 

@@ -8,7 +8,7 @@
 //!                         version_0/  its run
 //! ```
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +20,7 @@ use super::definition::Definition;
 use super::error::SweepError;
 use super::search::Parameters;
 use crate::checkpoint::{find_run, replace_file};
+use crate::files::hold;
 
 const DEFINITION: &str = "sweep.yaml";
 const TRIAL: &str = "trial.json";
@@ -41,7 +42,7 @@ pub struct Trial {
     pub number: u64,
     /// What it tries.
     pub parameters: Parameters,
-    /// The program and its arguments.
+    /// The program and its arguments, as they were last begun: for people.
     pub command: Vec<String>,
     /// Compute threads that it has unless its settings say otherwise.
     pub threads: usize,
@@ -113,16 +114,8 @@ impl SweepDir {
     pub fn open(path: &Path, definition: &Definition, source: &Path) -> Result<Self, SweepError> {
         fs::create_dir_all(path).map_err(io_error("cannot be created", path))?;
         let lock_path = path.join(LOCK);
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path);
-        let lock = lock.map_err(io_error("cannot be opened", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(SweepError::Busy { path: path.to_owned() }),
-            // Some network file systems have no locks: go on without.
-            Err(TryLockError::Error(error)) => {
-                tracing::warn!("{}: cannot be locked ({error}); start no second sweep on it", path.display());
-            }
-        }
+        let lock = hold(&lock_path).map_err(io_error("cannot be opened", &lock_path))?;
+        let lock = lock.ok_or_else(|| SweepError::Busy { path: path.to_owned() })?;
         let kept = path.join(DEFINITION);
         if kept.exists() {
             let differences = Definition::read(&kept)?.differences(definition);
