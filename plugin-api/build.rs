@@ -1,7 +1,7 @@
 //! Makes the import library that plugins, host and tests link in place of libtorch.
 //!
 //! It defines the C names that torch-sys declares (`bridge/torch_0_24.symbols`, listed by `bridge/list_symbols.sh`)
-//! and has the soname of the real bridge, so that whatever is linked against it needs `libjepa_torch_0_24.so` at
+//! and those that the bridge adds (`bridge/jepa.symbols`), and has the soname of the real bridge, so that whatever is linked against it needs `libjepa_torch_0_24.so` at
 //! run time and nothing of libtorch. No code lies behind the names: this file is never loaded.
 //!
 //! Its own file name differs from that soname on purpose. Cargo puts this folder on the library path of `cargo
@@ -14,11 +14,13 @@ use std::{env, fs};
 
 const STUB: &str = "jepa_torch_stub";
 const SONAME: &str = "libjepa_torch_0_24.so";
-const SYMBOLS: &str = "bridge/torch_0_24.symbols";
+const SYMBOLS: [&str; 2] = ["bridge/torch_0_24.symbols", "bridge/jepa.symbols"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed={SYMBOLS}");
+    for list in SYMBOLS {
+        println!("cargo::rerun-if-changed={list}");
+    }
     println!("cargo::rerun-if-env-changed=JEPA_DEPS_LIB");
     println!("cargo::rerun-if-env-changed=CC");
 
@@ -61,10 +63,12 @@ fn rustc_version() -> String {
 
 /// Writes `lib{STUB}.so`: every symbol, one address, no code.
 fn link_stub(out: &Path) -> Result<(), String> {
-    let symbols = fs::read_to_string(SYMBOLS).map_err(|error| format!("cannot read {SYMBOLS}: {error}"))?;
     let mut assembly = String::from(".text\n");
-    for name in symbols.lines() {
-        assembly.push_str(&format!(".globl {name}\n.type {name}, %function\n{name}:\n"));
+    for list in SYMBOLS {
+        let names = fs::read_to_string(list).map_err(|error| format!("cannot read {list}: {error}"))?;
+        for name in names.lines() {
+            assembly.push_str(&format!(".globl {name}\n.type {name}, %function\n{name}:\n"));
+        }
     }
     assembly.push_str(".section .note.GNU-stack, \"\", %progbits\n");
 

@@ -33,7 +33,7 @@ trap 'rm -rf "$work"' EXIT
 compile() {
     "${CXX:-c++}" -std=c++17 -O1 -g0 -fPIC -w -D_GLIBCXX_USE_CXX11_ABI=1 -DGLOG_USE_GLOG_EXPORT \
         -I "$sources" -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" \
-        -c "$1" -o "$work/$(basename "$1" .cpp).o"
+        "${@:2}" -c "$1" -o "$work/$(basename "$1" .cpp).o"
 }
 generated=$work/torch_api_generated.cpp
 cp "$sources/torch_api_generated.cpp" "$generated"
@@ -54,12 +54,14 @@ compile_generated &
 generating=$!
 compile "$sources/torch_api.cpp"
 compile "$here/streams.cpp"
+compile "$here/autograd.cpp"
+compile "$here/parallel.cpp" -fopenmp
 wait "$generating"
 
 # The absolute path is for a link to this file elsewhere (cargo's build folder), where $ORIGIN would mislead.
 "${CXX:-c++}" -shared -s -o "$work/$name.so" "$work"/*.o \
     -Wl,-soname,"$name.so" -Wl,--version-script,"$here/exports.map" -Wl,--no-undefined -Wl,--enable-new-dtags \
     -Wl,-rpath,'$ORIGIN/../site/torch/lib' -Wl,-rpath,"$torch/lib" \
-    -L"$torch/lib" -ltorch_cpu -lc10
+    -L"$torch/lib" -ltorch_cpu -lc10 -lgomp
 sort -u "$work/lacks" >"$lib_dir/$name.lacks"
 mv "$work/$name.so" "$lib_dir/$name.so"

@@ -9,10 +9,13 @@
 
 pub mod abi;
 mod augment;
+pub mod autograd;
 mod backbone;
 mod host;
+pub mod memory;
 mod method;
 pub mod nn;
+pub mod parallel;
 pub mod params;
 mod probe;
 pub mod rng;

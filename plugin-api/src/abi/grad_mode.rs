@@ -25,6 +25,11 @@ impl GradMode {
     }
 }
 
+/// Whether libtorch records a graph in this thread.
+pub(crate) fn records_graph() -> bool {
+    GradMode::now().0 == 1
+}
+
 fn set(mode: c_int) -> c_int {
     // SAFETY: it takes and gives a number, and touches nothing but a variable of this thread.
     unsafe { at_grad_set_enabled(mode) }

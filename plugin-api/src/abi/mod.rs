@@ -23,6 +23,7 @@ mod tensor;
 
 pub use exports::{BackboneEntry, Exports, MethodEntry, ProbeEntry, RootHeader, root_header};
 pub use failure::{Failure, FailureKind};
+pub(crate) use grad_mode::records_graph;
 pub use handles::{BackboneHandle, MethodHandle, Plugin, ProbeHandle};
 pub use manifest::{Manifest, ManifestError, ManifestFields};
 pub use module::{BackboneOffer, MethodOffer, Offer, ProbeOffer};
@@ -32,7 +33,7 @@ pub use module::{BackboneOffer, MethodOffer, Offer, ProbeOffer};
 /// History
 /// - 1.0: methods and backbones.
 /// - 1.1: probes; example images; methods say whether they need labels; failures of the kind `Unfit`; bits of features that a host must
-///   know.
+///   know; functions with their own gradient and work on libtorch's threads, which the bridge has.
 pub const API_MAJOR: u16 = number(env!("CARGO_PKG_VERSION_MAJOR"));
 
 /// Minor version: grows when something is appended, with a default for plugins that do not have it.

@@ -77,8 +77,21 @@ impl Conv2d {
 
     /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1.
     pub fn forward(&self, x: &Tensor) -> Tensor {
+        if self.is_pointwise() && x.dim() == 4 {
+            // A matrix product. Besides, oneDNN's gradient of one with a stride and few channels never returns on a CPU
+            // with AVX2 and no AVX-512 (libtorch 2.11).
+            let every = |x: Tensor, dimension| x.slice(dimension, None, None, self.stride);
+            let x = if self.stride == 1 { x.shallow_clone() } else { every(every(x.shallow_clone(), 2), 3) };
+            let rows = x.permute([0, 2, 3, 1]).contiguous();
+            return rows.linear(&self.weight.flatten(1, -1), self.bias.as_ref()).permute([0, 3, 1, 2]);
+        }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
+    }
+
+    /// Whether an output is made of a single position: a kernel of 1, without padding and groups.
+    pub fn is_pointwise(&self) -> bool {
+        self.kernel() == 1 && self.padding == 0 && self.groups == 1
     }
 
     /// Side of the kernel.

@@ -15,6 +15,7 @@
 //! ```
 
 mod conv;
+mod fused;
 mod init;
 mod linear;
 mod loss;

@@ -1,8 +1,10 @@
 //! Normalisation.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::{NormKind, Params};
+use super::fused::{self, Then};
+use crate::memory::bf16;
+use crate::{NormKind, Params, autograd};
 
 /// Batch norm of maps `(B, C, H, W)` or of vectors `(B, C)`, with PyTorch's ε = 10⁻⁵ and momentum 0.1.
 ///
@@ -68,6 +70,27 @@ impl BatchNorm {
     /// # Panics
     /// When it is to train on a single value for each channel, which has no variance, as PyTorch's does not.
     pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        self.forward_then(x, train, Then::Nothing)
+    }
+
+    /// ReLU of [`forward`](Self::forward), in one pass over memory. Since 1.1.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn forward_relu(&self, x: &Tensor, train: bool) -> Tensor {
+        self.forward_then(x, train, Then::Relu)
+    }
+
+    /// ReLU of the sum of [`forward`](Self::forward) and `other`, of the shape of `x`, in one pass over memory: the end
+    /// of a residual block. Since 1.1.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    pub fn forward_add_relu(&self, x: &Tensor, other: &Tensor, train: bool) -> Tensor {
+        self.forward_then(x, train, Then::AddRelu(other))
+    }
+
+    fn forward_then(&self, x: &Tensor, train: bool, then: Then) -> Tensor {
         if train {
             assert!(
                 x.numel() as i64 > x.size()[1],
@@ -76,7 +99,10 @@ impl BatchNorm {
             );
             self.count_batch();
         }
-        x.batch_norm(
+        if let Some(y) = self.fused(x, train, then) {
+            return y;
+        }
+        let y = x.batch_norm(
             Some(&self.weight),
             Some(&self.bias),
             Some(&self.running_mean),
@@ -85,7 +111,52 @@ impl BatchNorm {
             Self::MOMENTUM,
             Self::EPS,
             true,
-        )
+        );
+        match then {
+            Then::Nothing => y,
+            Then::Relu => y.relu(),
+            Then::AddRelu(other) => (y + other).relu(),
+        }
+    }
+
+    /// On the CPU, for rows of channels in memory: vectors, or maps in the channels-last format.
+    fn fused(&self, x: &Tensor, train: bool, then: Then) -> Option<Tensor> {
+        let channels = self.weight.size()[0];
+        let as_rows = |x: &Tensor| match x.dim() {
+            2 => Some(x.shallow_clone()),
+            4 => Some(x.permute([0, 2, 3, 1])).filter(Tensor::is_contiguous).map(|x| x.view([-1, channels])),
+            _ => None,
+        };
+        let same = |other: &Tensor| other.size() == x.size() && other.kind() == x.kind();
+        let rows = as_rows(x).filter(|rows| {
+            let statistics = [&self.weight, &self.bias, &self.running_mean, &self.running_var];
+            rows.is_contiguous()
+                && rows.numel() > 0
+                && rows.size()[1] == channels
+                && x.device() == Device::Cpu
+                && statistics.iter().all(|x| x.kind() == Kind::Float && x.is_contiguous())
+                && (train || ![x, &self.weight, &self.bias].into_iter().any(autograd::is_recorded))
+        })?;
+        let other;
+        let then = match then {
+            Then::AddRelu(x) if same(x) => {
+                other = as_rows(x)?.contiguous();
+                Then::AddRelu(&other)
+            }
+            Then::AddRelu(_) => return None,
+            then => then,
+        };
+        let y = match (x.kind(), train) {
+            (Kind::Float, true) => fused::train::<f32>(self, &rows, then),
+            (Kind::Float, false) => fused::eval::<f32>(self, &rows, then),
+            (Kind::BFloat16, true) => fused::train::<bf16>(self, &rows, then),
+            (Kind::BFloat16, false) => fused::eval::<bf16>(self, &rows, then),
+            _ => return None,
+        };
+        Some(match x.size().as_slice() {
+            &[batch, _, height, width] => y.view([batch, height, width, channels]).permute([0, 3, 1, 2]),
+            _ => y,
+        })
     }
 
     fn count_batch(&self) {
@@ -163,6 +234,14 @@ impl Norm {
         match self {
             Norm::Batch(norm) => norm.forward(x, train),
             Norm::Layer(norm) => norm.forward(x),
+        }
+    }
+
+    /// ReLU of [`forward`](Self::forward). Since 1.1.
+    pub fn forward_relu(&self, x: &Tensor, train: bool) -> Tensor {
+        match self {
+            Norm::Batch(norm) => norm.forward_relu(x, train),
+            Norm::Layer(norm) => norm.forward(x).relu(),
         }
     }
 }

@@ -1,0 +1,62 @@
+//! Work on libtorch's own threads, as many as the host lets it have (`trainer.threads`).
+
+use std::any::Any;
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, PoisonError};
+
+// host/bridge/parallel.cpp
+unsafe extern "C" {
+    fn jepa_parallel_for(
+        begin: i64,
+        end: i64,
+        grain: i64,
+        body: extern "C" fn(*mut c_void, i64, i64),
+        data: *mut c_void,
+    );
+}
+
+struct Work<I, F> {
+    items: Vec<Mutex<Option<I>>>,
+    body: F,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// Calls `body` with each of `items`, at once on the threads that libtorch computes with, and returns when all are done.
+/// Which thread gets which is not said: for results that do not hang on the number of threads, let the items be the same
+/// for any. Since 1.1.
+///
+/// ```
+/// let mut squares = [1, 2, 3, 4, 5];
+/// jepa_plugin_api::parallel::for_each(squares.chunks_mut(2), |part| part.iter_mut().for_each(|x| *x *= *x));
+/// assert_eq!(squares, [1, 4, 9, 16, 25]);
+/// ```
+///
+/// # Panics
+/// When `body` panics; the rest may have been done then or not.
+pub fn for_each<I: Send, F: Fn(I) + Sync>(items: impl IntoIterator<Item = I>, body: F) {
+    let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    let (count, panic) = (items.len() as i64, Mutex::new(None));
+    let work = Work { items, body, panic };
+    let data = (&raw const work).cast_mut().cast();
+    // SAFETY: `run::<I, F>` takes a Work<I, F>, which outlives the call and may be shared between threads.
+    unsafe { jepa_parallel_for(0, count, 1, run::<I, F>, data) };
+    if let Some(payload) = work.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(payload);
+    }
+}
+
+extern "C" fn run<I: Send, F: Fn(I) + Sync>(data: *mut c_void, from: i64, to: i64) {
+    // SAFETY: see the call.
+    let work = unsafe { &*data.cast_const().cast::<Work<I, F>>() };
+    let some = || {
+        for item in &work.items[from as usize..to as usize] {
+            let item = item.lock().unwrap_or_else(PoisonError::into_inner).take();
+            (work.body)(item.expect("every item is taken once"));
+        }
+    };
+    // Nothing may unwind through libtorch's threads.
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(some)) {
+        work.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+    }
+}
