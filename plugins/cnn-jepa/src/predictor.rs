@@ -64,7 +64,7 @@ impl Predictor {
     pub fn forward(&self, x: &Tensor, train: bool) -> Tensor {
         self.layers.iter().fold(x.shallow_clone(), |x, layer| {
             let x = layer.convs.iter().fold(x, |x, conv| conv.forward(&x));
-            layer.norm.forward(&x, train).relu()
+            layer.norm.forward_relu(&x, train)
         })
     }
 }

@@ -1,7 +1,4 @@
 //! The operations of a network, dense or over visible positions.
-//!
-//! Between convolutions a sparse map is its visible positions alone, `(N, C)`: norms, ReLU, sums and 1×1 convolutions
-//! cost what is visible. Wider convolutions and pooling go through a dense map with zeros at hidden positions.
 
 use std::rc::Rc;
 
@@ -9,24 +6,24 @@ use jepa_plugin_api::nn::{BatchNorm, Conv2d, LayerNorm2d, Norm};
 use jepa_plugin_api::{Result, bail, ensure};
 use tch::Tensor;
 
-use crate::Visible;
+use crate::canvas::{gather, has_kernels, scatter};
+use crate::conv::{self, Window};
 use crate::visible::Size;
+use crate::way::Way;
+use crate::{Visible, pool};
 
 /// The features `(B, C, H, W)` of a batch, all of them or those at visible cells.
 #[derive(Debug)]
-pub struct FeatureMap {
-    values: Values,
-    /// None for a dense map, which has no rows.
-    visible: Option<Rc<Visible>>,
-}
+pub struct FeatureMap(Values);
 
 #[derive(Debug)]
 enum Values {
-    /// `(B, C, H, W)`, zero at hidden positions.
-    Map(Tensor),
-    /// `(N, C)` at visible positions of a map of this size.
-    Rows(Tensor, Size),
+    /// `(B, C, H, W)`, channels last in memory.
+    Dense(Tensor),
+    /// `(N, C)` at the visible positions of a map of this size: all others are zero.
+    Sparse(Tensor, Size, Rc<Visible>),
 }
+use Values::{Dense, Sparse};
 
 impl FeatureMap {
     /// The features `map` `(B, C, H, W)`: all of them without a mask; with one, bool `(B, 1, f, f)` and true where
@@ -68,7 +65,7 @@ impl FeatureMap {
 
     /// All of `map` `(B, C, H, W)`.
     pub fn dense(map: &Tensor) -> Self {
-        FeatureMap { values: Values::Map(channels_last(map)), visible: None }
+        FeatureMap(Dense(channels_last(map)))
     }
 
     /// What is visible of `map` `(B, C, H, W)`.
@@ -77,16 +74,17 @@ impl FeatureMap {
     /// When H × W does not divide into the mask's cells, or the batches differ.
     pub fn sparse(map: &Tensor, visible: &Rc<Visible>) -> Result<Self> {
         visible.check_shape(&map.size())?;
-        let level = visible.at(size_of(map));
-        // Not a product: what is hidden may be infinite or no number.
-        let nothing = Tensor::zeros([1], (map.kind(), map.device()));
-        let map = channels_last(map).where_self(&level.mask, &nothing);
-        Ok(FeatureMap { values: Values::Map(map), visible: Some(Rc::clone(visible)) })
+        let size = size_of(map);
+        let rows = gather(&channels_last(map), &visible.at(size));
+        Ok(FeatureMap(Sparse(rows, size, Rc::clone(visible))))
     }
 
     /// The map `(B, C, H, W)`, exactly zero at hidden positions.
     pub fn into_map(self) -> Tensor {
-        self.map()
+        match self.0 {
+            Dense(map) => map,
+            Sparse(rows, size, visible) => scatter(&rows, &visible.at(size)),
+        }
     }
 
     /// Convolution. In sparse mode a kernel sees zeros at hidden positions, and its output is kept at visible ones.
@@ -94,16 +92,34 @@ impl FeatureMap {
     /// # Panics
     /// When the new H and W do not divide into the mask's cells.
     pub fn conv(&self, conv: &Conv2d) -> Self {
-        let pointwise = conv.kernel() == 1 && conv.padding == 0 && conv.groups == 1;
-        let Some(visible) = self.visible.as_ref().filter(|_| pointwise) else {
-            return self.gathered(&conv.forward(&self.map()));
+        self.conv_by(conv, None)
+    }
+
+    /// The same in one of the two ways, or in the cheaper one: for tests and benchmarks, as the results are equal. A 1×1
+    /// convolution and a dense map have one way only, and so has a device without kernels.
+    ///
+    /// # Panics
+    /// As [`conv`](Self::conv).
+    pub fn conv_by(&self, conv: &Conv2d, way: Option<Way>) -> Self {
+        let (rows, size, visible) = match &self.0 {
+            Dense(map) => return Self::dense(&conv.forward(map)),
+            Sparse(rows, size, visible) => (rows, *size, visible),
         };
-        let (mut rows, mut size) = self.rows(visible);
-        if conv.stride > 1 {
-            rows = rows.index_select(0, &visible.every(conv.stride, size));
-            size = ((size.0 - 1) / conv.stride + 1, (size.1 - 1) / conv.stride + 1);
+        if conv.is_pointwise() && conv.stride == 1 {
+            return self.with(rows.linear(&conv.weight.flatten(1, -1), conv.bias.as_ref()));
         }
-        self.with(Values::Rows(rows.linear(&conv.weight.flatten(1, -1), conv.bias.as_ref()), size))
+        let window = Window::of(conv);
+        let next = (window.side(size.0), window.side(size.1));
+        let (from, to) = (visible.at(size), visible.at(next));
+        let way = match has_kernels(rows) && Way::Gathered.takes(conv) {
+            true => way.unwrap_or_else(|| Way::cheaper(conv, &to)),
+            false => Way::WholeMap,
+        };
+        let rows = match way {
+            Way::Gathered => conv::conv(rows, conv, &from, &to),
+            Way::WholeMap => gather(&conv.forward(&scatter(rows, &from)), &to),
+        };
+        FeatureMap(Sparse(rows, next, Rc::clone(visible)))
     }
 
     /// Max-pool. In sparse mode a window sees zeros at hidden positions, and its output is kept at visible ones.
@@ -111,7 +127,21 @@ impl FeatureMap {
     /// # Panics
     /// When the new H and W do not divide into the mask's cells.
     pub fn max_pool(&self, kernel: i64, stride: i64, padding: i64) -> Self {
-        self.gathered(&self.map().max_pool2d([kernel; 2], [stride; 2], [padding; 2], [1, 1], false))
+        let pool = |map: &Tensor| map.max_pool2d([kernel; 2], [stride; 2], [padding; 2], [1, 1], false);
+        let [kernel, stride, padding] = [kernel, stride, padding].map(|x| x as usize);
+        let window = Window { kernel, stride, padding };
+        match &self.0 {
+            Dense(map) => Self::dense(&pool(map)),
+            Sparse(rows, size, visible) => {
+                let (from, next) = (visible.at(*size), (window.side(size.0), window.side(size.1)));
+                let to = visible.at(next);
+                let rows = match has_kernels(rows) {
+                    true => pool::max_pool(rows, window, &from, &to),
+                    false => gather(&pool(&scatter(rows, &from)), &to),
+                };
+                FeatureMap(Sparse(rows, next, Rc::clone(visible)))
+            }
+        }
     }
 
     /// Batch norm or layer norm, see [`batch_norm`](Self::batch_norm) and [`layer_norm`](Self::layer_norm).
@@ -131,20 +161,45 @@ impl FeatureMap {
     /// # Errors
     /// When there is a single position to take the variance of.
     pub fn batch_norm(&self, norm: &BatchNorm, train: bool) -> Result<Self> {
-        let Some(visible) = &self.visible else {
-            let map = self.map();
-            ensure!(
-                !train || map.numel() as i64 > map.size()[1],
-                "batch norm cannot train on a single position: raise optimizer.batch_size or data.size"
-            );
-            return Ok(self.with(Values::Map(norm.forward(&map, train))));
+        self.check_positions(train)?;
+        Ok(self.with(norm.forward(self.values(), train)))
+    }
+
+    /// ReLU of [`batch_norm`](Self::batch_norm), in one pass over memory.
+    ///
+    /// # Errors
+    /// Those of [`batch_norm`](Self::batch_norm).
+    pub fn batch_norm_relu(&self, norm: &BatchNorm, train: bool) -> Result<Self> {
+        self.check_positions(train)?;
+        Ok(self.with(norm.forward_relu(self.values(), train)))
+    }
+
+    /// ReLU of the sum of [`batch_norm`](Self::batch_norm) and a shortcut of the same shape and the same visible cells, in
+    /// one pass over memory: the end of a residual block.
+    ///
+    /// # Errors
+    /// Those of [`batch_norm`](Self::batch_norm).
+    pub fn batch_norm_add_relu(&self, norm: &BatchNorm, shortcut: &Self, train: bool) -> Result<Self> {
+        self.check_positions(train)?;
+        Ok(self.with(norm.forward_add_relu(self.values(), shortcut.values(), train)))
+    }
+
+    fn check_positions(&self, train: bool) -> Result<()> {
+        let positions = match &self.0 {
+            Dense(map) => map.numel() as i64 / map.size()[1].max(1),
+            Sparse(rows, ..) => rows.size()[0],
         };
-        let (rows, size) = self.rows(visible);
-        ensure!(
-            !train || rows.size()[0] > 1,
-            "batch norm cannot train on a single visible position: raise optimizer.batch_size or show more cells"
-        );
-        Ok(self.with(Values::Rows(norm.forward(&rows, train), size)))
+        if train && positions < 2 {
+            match self.0 {
+                Dense(_) => bail!(
+                    "batch norm cannot train on a single position: raise optimizer.batch_size or data.size"
+                ),
+                Sparse(..) => bail!(
+                    "batch norm cannot train on a single visible position: raise optimizer.batch_size or show more cells"
+                ),
+            }
+        }
+        Ok(())
     }
 
     /// Layer norm over the channels of each position.
@@ -154,12 +209,10 @@ impl FeatureMap {
 
     /// What `operation` makes of the channels of each position: it takes `(…, C)` to `(…, C')`, and mixes no positions.
     pub fn each_position(&self, operation: impl FnOnce(&Tensor) -> Tensor) -> Self {
-        let Some(visible) = &self.visible else {
-            let last = operation(&self.map().permute([0, 2, 3, 1]));
-            return self.with(Values::Map(last.permute([0, 3, 1, 2])));
-        };
-        let (rows, size) = self.rows(visible);
-        self.with(Values::Rows(operation(&rows), size))
+        match &self.0 {
+            Dense(map) => self.with(operation(&map.permute([0, 2, 3, 1])).permute([0, 3, 1, 2])),
+            Sparse(rows, ..) => self.with(operation(rows)),
+        }
     }
 
     /// Stochastic depth (Huang et al., arXiv 1603.09382) for the branch of a residual block: with probability `rate`,
@@ -170,58 +223,39 @@ impl FeatureMap {
         let factors = |batch: i64, x: &Tensor| {
             Tensor::empty([batch], (x.kind(), x.device())).bernoulli_float_(keep) / keep
         };
-        self.with(match (&self.values, &self.visible) {
-            (Values::Rows(rows, size), Some(visible)) => {
+        self.with(match &self.0 {
+            Sparse(rows, size, visible) => {
                 let level = visible.at(*size);
                 let of_rows = factors(level.batch, rows).index_select(0, &level.images());
-                Values::Rows(rows * of_rows.unsqueeze(-1), *size)
+                rows * of_rows.unsqueeze(-1)
             }
-            (Values::Map(map) | Values::Rows(map, _), _) => {
-                Values::Map(map * factors(map.size()[0], map).view([-1, 1, 1, 1]))
-            }
+            Dense(map) => map * factors(map.size()[0], map).view([-1, 1, 1, 1]),
         })
     }
 
     /// max(x, 0).
     pub fn relu(&self) -> Self {
-        self.with(match &self.values {
-            Values::Map(map) => Values::Map(map.relu()),
-            Values::Rows(rows, size) => Values::Rows(rows.relu(), *size),
-        })
+        self.with(self.values().relu())
     }
 
     /// The sum of two maps of the same shape and the same visible cells.
     pub fn add(&self, other: &Self) -> Self {
-        self.with(match (&self.values, &other.values) {
-            (Values::Rows(a, size), Values::Rows(b, _)) => Values::Rows(a + b, *size),
-            _ => Values::Map(self.map() + other.map()),
-        })
+        self.with(self.values() + other.values())
     }
 
-    fn map(&self) -> Tensor {
-        match (&self.values, &self.visible) {
-            (Values::Rows(rows, size), Some(visible)) => visible.at(*size).scatter(rows),
-            (Values::Map(values) | Values::Rows(values, _), _) => values.shallow_clone(),
+    /// The numbers as they are kept: two maps of the same shape and the same visible cells keep theirs alike.
+    fn values(&self) -> &Tensor {
+        match &self.0 {
+            Dense(values) | Sparse(values, ..) => values,
         }
     }
 
-    fn rows(&self, visible: &Visible) -> (Tensor, Size) {
-        match &self.values {
-            Values::Rows(rows, size) => (rows.shallow_clone(), *size),
-            Values::Map(map) => (visible.at(size_of(map)).gather(map), size_of(map)),
-        }
-    }
-
-    /// The result `map` of an operation, as far as it is visible.
-    fn gathered(&self, map: &Tensor) -> Self {
-        self.with(match &self.visible {
-            None => Values::Map(map.shallow_clone()),
-            Some(visible) => Values::Rows(visible.at(size_of(map)).gather(map), size_of(map)),
+    /// Other numbers at the same positions.
+    fn with(&self, values: Tensor) -> Self {
+        FeatureMap(match &self.0 {
+            Dense(_) => Dense(values),
+            Sparse(_, size, visible) => Sparse(values, *size, Rc::clone(visible)),
         })
-    }
-
-    fn with(&self, values: Values) -> Self {
-        FeatureMap { values, visible: self.visible.clone() }
     }
 }
 

@@ -1,13 +1,20 @@
-//! Convolution, pooling and normalisation over the visible cells of a masked image.
+//! Convolution, pooling and normalisation over the visible cells of a masked image, for the price of what is visible.
 //!
 //! A [`FeatureMap`] is dense, or sparse: then it stands for zero at every hidden position, and its operations see and
 //! make visible positions only. A network written once over [`FeatureMap`] runs both ways with the same parameters.
 //!
-//! How visible positions are stored and computed is this crate's own affair: networks touch tensors only when they
-//! enter ([`FeatureMap::images`]) and leave ([`FeatureMap::into_map`]).
+//! A sparse map is kept as the rows of its visible positions, `(N, C)`. Norms, ReLU, sums and 1×1 convolutions are those
+//! of the rows. A wider convolution copies what its windows see into a panel and multiplies that with the weights
+//! (`conv`); where nearly everything is visible, libtorch's convolution of the whole map is cheaper, and [`Way`] chooses
+//! that. Networks touch tensors only when they enter ([`FeatureMap::images`]) and leave ([`FeatureMap::into_map`]).
 
+mod canvas;
+mod conv;
 mod feature_map;
+mod pool;
 mod visible;
+mod way;
 
 pub use feature_map::FeatureMap;
 pub use visible::Visible;
+pub use way::Way;

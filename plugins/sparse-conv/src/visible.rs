@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use jepa_plugin_api::{Result, ensure};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The visible cells of a batch, bool `(B, 1, f, f)`. A layer of higher resolution repeats each cell (nearest
 /// neighbour); what is derived for a resolution is kept for the other layers of that resolution.
@@ -13,7 +14,6 @@ use tch::{Kind, Tensor};
 pub struct Visible {
     cells: Tensor,
     levels: RefCell<BTreeMap<Size, Rc<Level>>>,
-    strides: RefCell<BTreeMap<(Size, i64), Rc<Tensor>>>,
 }
 
 /// Height and width of a map.
@@ -22,14 +22,44 @@ pub(crate) type Size = (i64, i64);
 /// The visible positions at one resolution.
 #[derive(Debug)]
 pub(crate) struct Level {
-    /// Bool `(B, 1, H, W)`: true where visible.
-    pub mask: Tensor,
     /// i64 `(N)`: the visible positions, rising, in the order (B, H, W).
     pub positions: Tensor,
     /// B.
     pub batch: i64,
     /// H and W.
     pub size: Size,
+    /// The same for kernels on the CPU.
+    pub places: Arc<Places>,
+}
+
+/// Where the N visible positions of a batch of maps are; empty for a mask on another device.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    pub height: usize,
+    pub width: usize,
+    /// Row and column in its image for each position, in the order (B, H, W).
+    pub at: Vec<(u32, u32)>,
+    /// The number of the first position of each image, and N: B + 1 numbers.
+    pub starts: Vec<usize>,
+}
+
+impl Places {
+    fn new(positions: &Tensor, batch: i64, size: Size) -> Self {
+        let (height, width) = (size.0 as usize, size.1 as usize);
+        let positions = Vec::<i64>::try_from(positions).expect("positions are a vector of i64");
+        let area = height * width;
+        let at = positions.iter().map(|position| {
+            let within = *position as usize % area;
+            ((within / width) as u32, (within % width) as u32)
+        });
+        let start = |image: i64| positions.partition_point(|position| *position < image * area as i64);
+        Places { height, width, at: at.collect(), starts: (0..=batch).map(start).collect() }
+    }
+
+    /// B.
+    pub fn images(&self) -> usize {
+        self.starts.len() - 1
+    }
 }
 
 impl Visible {
@@ -49,8 +79,7 @@ impl Visible {
             "the mask shows no cell of any of the {} images: lower the share of hidden cells",
             shape[0]
         );
-        let (levels, strides) = Default::default();
-        Ok(Visible { cells: cells.shallow_clone(), levels, strides })
+        Ok(Visible { cells: cells.shallow_clone(), levels: RefCell::default() })
     }
 
     /// Checks that a map of this shape divides into the mask's cells.
@@ -77,45 +106,24 @@ impl Visible {
             );
             let mask = self.cells.to_kind(Kind::Uint8).upsample_nearest2d([height, width], None, None);
             let positions = mask.flatten(0, -1).nonzero().flatten(0, -1);
-            Rc::new(Level { mask: mask.to_kind(Kind::Bool), positions, batch: cells[0], size })
+            let places = match positions.device() {
+                Device::Cpu => Places::new(&positions, cells[0], size),
+                _ => Places::default(),
+            };
+            Rc::new(Level { positions, batch: cells[0], size, places: Arc::new(places) })
         };
         Rc::clone(self.levels.borrow_mut().entry(size).or_insert_with(build))
-    }
-
-    /// i64 `(N')`: for each visible position of the map that has every `stride`-th row and column of one of `size`,
-    /// its number among the visible positions of the latter.
-    pub(crate) fn every(&self, stride: i64, size: Size) -> Rc<Tensor> {
-        let build = || {
-            let fine = self.at(size);
-            let (height, width) = size;
-            let number = fine.mask.flatten(0, -1).cumsum(0, Kind::Int64) - 1;
-            let map = number.view([fine.batch, height, width]);
-            let map = map.slice(1, None, None, stride).slice(2, None, None, stride);
-            let coarse = self.at((map.size()[1], map.size()[2]));
-            Rc::new(map.flatten(0, -1).index_select(0, &coarse.positions))
-        };
-        Rc::clone(self.strides.borrow_mut().entry((size, stride)).or_insert_with(build))
     }
 }
 
 impl Level {
-    /// The values `(N, C)` at visible positions of a map `(B, C, H, W)`.
-    pub fn gather(&self, map: &Tensor) -> Tensor {
-        let channels = map.size()[1];
-        map.permute([0, 2, 3, 1]).reshape([-1, channels]).index_select(0, &self.positions)
+    /// The share of all positions that is visible.
+    pub fn share(&self) -> f64 {
+        self.positions.size()[0] as f64 / (self.batch * self.size.0 * self.size.1) as f64
     }
 
     /// i64 `(N)`: of which image of the batch each visible position is.
     pub fn images(&self) -> Tensor {
         self.positions.divide_scalar_mode(self.size.0 * self.size.1, "floor")
-    }
-
-    /// The map `(B, C, H, W)`, channels last in memory, with `rows` `(N, C)` at visible positions and zero elsewhere.
-    pub fn scatter(&self, rows: &Tensor) -> Tensor {
-        let (height, width) = self.size;
-        let channels = rows.size()[1];
-        let zeros = Tensor::zeros([self.batch * height * width, channels], (rows.kind(), rows.device()));
-        let map = zeros.index_copy(0, &self.positions, rows);
-        map.view([self.batch, height, width, channels]).permute([0, 3, 1, 2])
     }
 }

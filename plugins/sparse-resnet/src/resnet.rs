@@ -108,6 +108,10 @@ impl ConvNorm {
     fn forward(&self, x: &FeatureMap, train: bool) -> Result<FeatureMap> {
         x.conv(&self.conv).batch_norm(&self.norm, train)
     }
+
+    fn forward_relu(&self, x: &FeatureMap, train: bool) -> Result<FeatureMap> {
+        x.conv(&self.conv).batch_norm_relu(&self.norm, train)
+    }
 }
 
 /// x ← ReLU(x + branch(x)), with a 1×1 convolution on the shortcut where the shape changes.
@@ -143,15 +147,15 @@ impl Residual {
 
     fn forward(&self, x: &FeatureMap, train: bool) -> Result<FeatureMap> {
         let (last, first) = self.branch.split_last().expect("a branch has at least two layers");
-        let mut y = first[0].forward(x, train)?.relu();
+        let mut y = first[0].forward_relu(x, train)?;
         for layer in &first[1..] {
-            y = layer.forward(&y, train)?.relu();
+            y = layer.forward_relu(&y, train)?;
         }
-        let y = last.forward(&y, train)?;
-        Ok(match &self.downsample {
-            None => y.add(x).relu(),
-            Some(shortcut) => y.add(&shortcut.forward(x, train)?).relu(),
-        })
+        let y = y.conv(&last.conv);
+        match &self.downsample {
+            None => y.batch_norm_add_relu(&last.norm, x, train),
+            Some(shortcut) => y.batch_norm_add_relu(&last.norm, &shortcut.forward(x, train)?, train),
+        }
     }
 }
 
@@ -231,7 +235,7 @@ impl Backbone for ResNet {
 
     fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
         let images = FeatureMap::images(images, mask, self.info.downsample)?;
-        let mut x = self.stem.forward(&images, train)?.relu();
+        let mut x = self.stem.forward_relu(&images, train)?;
         if self.max_pool {
             x = x.max_pool(3, 2, 1);
         }

@@ -1,0 +1,33 @@
+//! Whether a convolution is cheaper over visible positions alone or over the whole map.
+
+use jepa_plugin_api::nn::Conv2d;
+
+use crate::visible::Level;
+
+/// How a convolution of visible positions is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// What the windows of visible outputs see is gathered, and multiplied with the weights.
+    Gathered,
+    /// libtorch convolves the whole map, and what is hidden is dropped.
+    WholeMap,
+}
+
+impl Way {
+    /// Whether it can compute this convolution: gathered ones are plain, or depthwise with a stride of 1.
+    pub(crate) fn takes(self, conv: &Conv2d) -> bool {
+        let depthwise =
+            conv.groups == conv.weight.size()[0] && conv.weight.size()[1] == 1 && conv.stride == 1;
+        self == Way::WholeMap || conv.groups == 1 || depthwise
+    }
+
+    /// The one that takes less time, by a model of what `cargo bench -p jepa-tests --bench sparse_conv` has measured: what
+    /// a gathered convolution takes rises with the share of outputs that is visible. Shown everything, it would take 1.1
+    /// times as long as libtorch's, and longer where the numbers that it copies are multiplied with few channels' weights.
+    /// The side of a cell has no influence. A model and no stopwatch, as a run must make the same choices when it is
+    /// resumed.
+    pub(crate) fn cheaper(conv: &Conv2d, to: &Level) -> Self {
+        let copying = if conv.groups == 1 { 10.0 / conv.weight.size()[0] as f64 } else { 0.0 };
+        if to.share() * (1.1 + copying) < 1.0 { Way::Gathered } else { Way::WholeMap }
+    }
+}
