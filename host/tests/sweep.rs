@@ -131,7 +131,7 @@ fn what_cannot_be_run_is_refused_with_advice() {
             format!(
                 "method: random\nparameters: {{a: {{distribution: unifrom, min: 0, max: 1}}}}\n{command}"
             ),
-            "unknown variant `unifrom`",
+            "unknown variant `unifrom`: did you mean uniform?",
         ),
         (
             format!("method: random\nparameters: {{a: {{values: [1], probabilities: [0.5]}}}}\n{command}"),
@@ -180,11 +180,49 @@ fn what_cannot_be_run_is_refused_with_advice() {
             ),
             "parameters.a.b is there twice",
         ),
-        (format!("method: grid\n{one}{command}run_caps: 3\n"), "unknown field `run_caps`"),
+        (
+            format!("method: grid\n{one}{command}run_caps: 3\n"),
+            "line 4 column 1, `run_caps: 3`: unknown field `run_caps`: did you mean run_cap?",
+        ),
         (format!("method: grid\n{one}{command}metric: [\n"), "line"),
     ];
     for (text, expected) in cases {
         let why = parse(&text).expect_err(&text);
         assert!(why.contains(expected), "{text}\n{why}");
+        assert!(!why.contains('\n') && !why.contains("error:"), "it is said once: {why}");
     }
+}
+
+#[test]
+fn rounded_values_have_no_more_places_than_their_step() {
+    let parameters = json!({ "p": { "distribution": "q_uniform", "min": 0.1, "max": 0.55, "q": 0.1 } });
+    let distribution = &with_parameters("grid", &parameters).parameters["p"];
+    assert_eq!(json!(distribution.grid().unwrap()).to_string(), "[0.1,0.2,0.3,0.4,0.5]");
+    let drawn: Vec<String> =
+        (1..100).map(|p| distribution.quantile(f64::from(p) / 100.0).to_string()).collect();
+    assert!(drawn.iter().all(|value| value.len() == 3), "{drawn:?}");
+}
+
+#[test]
+fn what_was_probably_meant_otherwise_is_said() {
+    let doubts = |parameter: Value, metric: Value| {
+        let definition = json!({
+            "method": "random", "parameters": { "p": parameter }, "metric": metric, "command": ["${args_no_hyphens}"],
+        });
+        parse(&definition.to_string()).unwrap().doubts().join("; ")
+    };
+    let log = |min: f64, max: f64| json!({ "distribution": "log_uniform", "min": min, "max": max });
+    let loss = || json!({ "name": "train/loss" });
+    assert!(
+        doubts(log(1e-4, 0.1), loss()).contains("parameters.p: min and max of log_uniform are exponents")
+    );
+    assert!(doubts(log(1e-4, 0.1), loss()).contains("use log_uniform_values"));
+    for sound in [log(-9.2, -2.3), log(0.0, 5.0), log(3.0, 6.0)] {
+        assert_eq!(doubts(sound, loss()), "");
+    }
+    let one = || json!({ "value": 1 });
+    assert!(doubts(one(), json!({ "name": "eval/knn_top1" })).contains("did you mean goal: maximize?"));
+    assert!(doubts(one(), json!({ "name": "val/loss", "goal": "maximize" })).contains("goal: minimize?"));
+    assert_eq!(doubts(one(), json!({ "name": "eval/knn_top1", "goal": "maximize" })), "");
+    assert_eq!(doubts(one(), json!({ "name": "train/data_wait" })), "");
 }

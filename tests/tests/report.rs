@@ -127,6 +127,7 @@ fn a_page_tells_where_the_time_of_a_step_goes() {
         }
     });
     let share = "25.00\u{a0}%";
+    says(&page, &["style=\"width:100.00%\""]);
     says(&page, &["Time of a step", &format!("of a step&#39;s 40.0 ms, wait for data {share}")]);
     says(
         &page,
@@ -223,7 +224,13 @@ fn a_page_has_the_first_and_the_latest_views_inside() {
     assert_eq!(shown, 4, "three at the first step, and the target at the latest");
     says(
         &page,
-        &["First, step 0", "Latest, step 6", "context, step 0", "target at step 0: 8 images in a row"],
+        &[
+            "show different images",
+            "First, step 0",
+            "Latest, step 6",
+            "context, step 0",
+            "target at step 0: 8 images in a row",
+        ],
     );
     says(
         &page,

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 
 use jepa_tests::real::{Room, Running, TINY_BACKBONE, TINY_SIMCLR, binary, demo_images, setting};
 use serde_json::{Value, json};
@@ -85,11 +86,43 @@ fn every_combination_is_tried_and_the_best_one_comes_first() {
     let again = room.run(sweep(&[])).expect(0);
     assert!(!again.stderr.contains("begins"), "{}", again.stderr);
     assert!(again.stdout.starts_with("trial ") && again.stdout.lines().count() == 5, "{}", again.stdout);
+    assert!(again.stderr.contains("all 4 trials have ended before"), "{}", again.stderr);
+    // One page tells of all trials, and of what they try.
+    let told = room.run(["report", "runs/sweep", "--features", "0"]).expect(0);
+    assert_eq!(told.stdout, "runs/sweep/report.html\n");
+    let page = fs::read_to_string(room.file("runs/sweep/report.html")).unwrap();
+    for part in ["<h1>Sweep sweep: 4 trials</h1>", ">optimizer.lr</th>", ">seed</th>", "trial-0004/version_0"]
+    {
+        assert!(page.contains(part), "{part}");
+    }
     // Another definition does not mix with it.
     define(&room, 7, json!({}));
     room.run(sweep(&[]))
         .expect(2)
         .error_says(&["runs/sweep holds the trials of another definition (command)", "--dir"]);
+}
+
+#[test]
+fn trials_that_run_at_a_time_share_the_cores_unless_somebody_says_how() {
+    let cores = thread::available_parallelism().unwrap().get();
+    let loaders = |room: &Room| {
+        let config = fs::read_to_string(room.file("runs/sweep/trial-0001/version_0/config.toml")).unwrap();
+        let (_, data) = config.split_once("[data]").unwrap();
+        let line = data.lines().find(|line| line.starts_with("threads = ")).unwrap();
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    let room = Room::new();
+    define(&room, 2, json!({}));
+    room.run(sweep(&["--parallel", "2", "--count", "1"])).expect(0);
+    assert!(loaders(&room).contains("threads = 1 # from command line"), "{}", loaders(&room));
+
+    let room = Room::new();
+    define(&room, 2, json!({}));
+    let definition = fs::read_to_string(room.file("sweep.yaml")).unwrap();
+    fs::write(room.file("sweep.yaml"), definition.replace("\"data.threads=1\",", "")).unwrap();
+    room.run(sweep(&["--parallel", "2", "--count", "1"])).expect(0);
+    let share = format!("threads = {} # from environment JEPA_DATA__THREADS", (cores / 2).max(1));
+    assert!(loaders(&room).contains(&share), "{}", loaders(&room));
 }
 
 #[test]
@@ -157,6 +190,14 @@ fn a_trial_that_is_behind_is_stopped_early() {
     let of = |key: &str| trials.iter().map(|trial| trial[key].clone()).collect::<Vec<_>>();
     assert_eq!(of("trial"), ["trial-0001", "trial-0002"]);
     assert_eq!(of("standing"), ["interrupted", "stopped"]);
+    let listed = room.run(["ls", "runs/sweep"]).expect(0).stdout;
+    let line =
+        |trial: &str| listed.lines().find(|line| line.starts_with(trial)).unwrap_or_default().to_owned();
+    assert!(line("trial-0001").contains("interrupted"), "{listed}");
+    assert!(line("trial-0002").contains("stopped early") && listed.contains("was needed"), "{listed}");
+    room.run(["report", "runs/sweep", "--features", "0"]).expect(0);
+    let page = fs::read_to_string(room.file("runs/sweep/report.html")).unwrap();
+    assert!(page.contains("The sweep stopped the run early"));
     assert!(trials[1]["why"].as_str().unwrap().contains("was needed"), "{}", trials[1]);
     let checkpoints = room.file("runs/sweep/trial-0002/version_0/checkpoints");
     assert!(
@@ -169,17 +210,29 @@ fn a_trial_that_is_behind_is_stopped_early() {
 fn a_target_that_is_reached_ends_the_sweep() {
     let room = Room::new();
     define(&room, 3, json!({ "metric": { "name": "train/loss", "target": 1e9 } }));
-    room.run(sweep(&[])).expect(0);
+    let none = room.run(sweep(&["--count", "0"])).expect(0);
+    assert!(none.stderr.contains("--count 0: no trial begins"), "{}", none.stderr);
+    let ended = room.run(sweep(&[])).expect(0);
+    assert!(ended.stderr.contains("the target is reached, 1.00e9 of train/loss"), "{}", ended.stderr);
     assert_eq!(standing(&room).len(), 1);
 }
 
 #[test]
 fn trials_that_fail_are_told_and_can_be_tried_again() {
     let room = Room::new();
-    define(&room, 3, json!({ "parameters": { "optimiser.lr": { "values": [1, 2, 3, 4, 5] } } }));
+    let files: Vec<String> = (1..=5).map(|number| format!("gone{number}.h5")).collect();
+    define(&room, 3, json!({ "parameters": { "data.val": { "values": files } } }));
     let ended = room.run(sweep(&[])).expect(1);
-    ended.error_says(&["3 trials in a row have failed", "optimizer", "output.log", "--retry"]);
+    ended.error_says(&["3 trials in a row have failed", "gone3.h5", "output.log", "--retry"]);
     assert_eq!(standing(&room).len(), 3);
+    // A trial that has not come to be a run was not interrupted.
+    let trial = room.file("runs/sweep/trial-0003/trial.json");
+    let text = fs::read_to_string(&trial).unwrap();
+    let mut failed: Value = serde_json::from_str(&text).unwrap();
+    failed["end"] = Value::Null;
+    fs::write(&trial, failed.to_string()).unwrap();
+    assert!(standing(&room).iter().any(|trial| trial["standing"] == "not_started"));
+    fs::write(&trial, text).unwrap();
     // Without --retry they are left alone.
     let again = room.run(sweep(&["--count", "1"])).expect(1);
     again.error_says(&["4 of 4 trials have failed"]);
@@ -189,6 +242,17 @@ fn trials_that_fail_are_told_and_can_be_tried_again() {
     define(&room, 3, json!({ "parameters": { "optimizer.lr": { "values": [0.1, 0.01] } } }));
     room.run(sweep(&[])).expect(0);
     assert_eq!(standing(&room).len(), 2);
+}
+
+#[test]
+fn failed_trials_count_among_those_that_there_may_be() {
+    let room = Room::new();
+    let more = json!({ "parameters": { "data.val": { "values": ["gone1.h5", "gone2.h5", "gone3.h5"] } }, "run_cap": 2 });
+    define(&room, 3, more);
+    room.run(sweep(&[])).expect(1).error_says(&["2 of 2 trials have failed"]);
+    let again = room.run(sweep(&[])).expect(1);
+    assert!(!again.stderr.contains("begins"), "{}", again.stderr);
+    again.error_says(&["2 of 2 trials have failed"]);
 }
 
 #[test]
@@ -223,6 +287,14 @@ fn a_trial_that_is_missing_is_tried() {
 fn mistakes_are_refused_before_anything_runs() {
     let room = Room::new();
     room.run(sweep(&[])).expect(2).error_says(&["sweep.yaml: No such file"]);
+    define(&room, 3, json!({}));
+    room.run(sweep(&["--leaderboard"])).expect(2).error_says(&["runs/sweep holds no sweep", "--dir"]);
+    fs::create_dir_all(room.file("other/demo")).unwrap();
+    room.run(sweep(&["--leaderboard", "--dir=other"])).expect(2).error_says(&["other holds no sweep"]);
+    room.run(sweep(&["--dir", "other"])).expect(2).error_says(&["other holds demo, and no sweep", "--dir"]);
+    room.run(sweep(&["--gpus", "0,first"])).expect(2).error_says(&["--gpus", "\"first\" is no CUDA device"]);
+    let blind = room.start_in(&[("CUDA_VISIBLE_DEVICES", "-1")], sweep(&["--gpus", "0"]));
+    blind.wait().expect(2).error_says(&["--gpus"]);
     let random = json!({ "method": "random", "parameters": { "seed": { "min": 1, "max": 9 } } });
     define(&room, 3, random);
     room.run(sweep(&[])).expect(2).error_says(&["does not end by itself", "run_cap", "--count"]);
@@ -237,5 +309,20 @@ fn mistakes_are_refused_before_anything_runs() {
         3,
         json!({ "program": "/nowhere/jepa-host", "command": ["${program}", "${args_no_hyphens}"] }),
     );
-    room.run(sweep(&["--dir", "else"])).expect(1).error_says(&["cannot start /nowhere/jepa-host"]);
+    for more in [["--dir", "else"], ["--dry-run", "--count=1"]] {
+        room.run(sweep(&more)).expect(2).error_says(&["trial-0001", "cannot start /nowhere/jepa-host"]);
+    }
+    define(&room, 3, json!({ "parameters": { "optimiser.lr": { "values": [1, 2] } } }));
+    for more in [["--dir", "else"], ["--dry-run", "--count=1"]] {
+        let ended = room.run(sweep(&more)).expect(2);
+        ended.error_says(&["trial-0001 cannot begin", "optimiser.lr", "optimizer.lr"]);
+        assert!(!ended.stderr.contains("begins"), "{}", ended.stderr);
+    }
+    assert!(!room.file("else/trial-0001").exists());
+    // Relative paths are those of the folder in which a sweep is started.
+    let command = ["${program}", "--plugin", "simclr", "--config", "a.toml", "${args_no_hyphens}"];
+    define(&room, 3, json!({ "command": command }));
+    let folder = room.path().canonicalize().unwrap();
+    let ended = room.run(sweep(&["--dry-run"])).expect(2);
+    ended.error_says(&["a.toml", "asked in", folder.to_str().unwrap()]);
 }

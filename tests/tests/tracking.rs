@@ -77,9 +77,16 @@ fn wandb_has_every_record_offline() {
     ];
     let environment = [("JEPA_WANDB_CORE", wandb_core()), ("WANDB_RUN_GROUP", "sizes".to_owned())];
     let environment: Vec<_> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    room.start_in(&environment, arguments(12, &wandb)).wait().expect(0);
+    let ended = room.start_in(&environment, arguments(12, &wandb)).wait().expect(0);
 
     let [session] = sessions(&room.file(RUN)).try_into().expect("one session");
+    let synced = |text: &str| text.contains("wandb sync ") && text.contains("/wandb/offline-run-*-");
+    assert!(synced(&ended.stderr), "{}", ended.stderr);
+    let offline = ["track", "replay", RUN, "--to", "wandb", "track.wandb.mode=offline"];
+    let replayed = room.start_in(&environment, offline).wait().expect(0).stdout;
+    let count = records(&room.file(RUN)).len();
+    assert!(replayed.starts_with(&format!("0 records of {RUN} sent to ")), "{replayed}");
+    assert!(replayed.contains(&format!(", which had {count} already")) && synced(&replayed), "{replayed}");
     let [run] = of_kind(&session, "run")[..] else { panic!("one run: {session:#?}") };
     assert_eq!(run["project"], "cells");
     assert_eq!(run["run_group"], "sizes");
@@ -182,9 +189,28 @@ fn a_run_reaches_the_server_through_errors_and_a_resume() {
     assert_history(&server.told().history, &room.file(RUN));
     assert_eq!(server.told().history.len(), 16);
 
+    // Who says never does not go on with what is there.
+    let before = server.told().history.len();
+    let never = ["track", "replay", RUN, "--to", "wandb", "track.wandb.resume=never"];
+    let refused = room.start_in(&environment, never).wait().expect(1);
+    refused.error_says(&["W&B refuses the run"]);
+    assert_eq!(server.told().history.len(), before);
+
     // The key is nowhere on the disk.
     let search = Command::new("grep").args(["-rl", KEY]).arg(room.path()).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&search.stdout), "");
+}
+
+#[test]
+fn a_run_without_records_leaves_nothing_in_trackers() {
+    let room = Room::new();
+    room.run(arguments(1, &[])).expect(0);
+    fs::write(room.file(RUN).join("metrics.jsonl"), "").unwrap();
+    for to in ["wandb", "tensorboard"] {
+        let arguments = ["track", "replay", RUN, "--to", to, "track.wandb.mode=offline"];
+        room.run(arguments).expect(2).error_says(&[RUN, "has no records"]);
+    }
+    assert!(!room.file(RUN).join("wandb").exists());
 }
 
 #[test]

@@ -165,7 +165,7 @@ impl Line {
 fn metric_named(wanted: &str, lines: &[Line]) -> Result<String, Usage> {
     let short = COLUMNS.iter().find(|(name, _)| name.eq_ignore_ascii_case(wanted));
     let wanted = short.map_or(wanted, |(_, metric)| metric);
-    let known: BTreeSet<&str> = lines.iter().flat_map(|line| line.best.keys().map(String::as_str)).collect();
+    let known: BTreeSet<&str> = lines.iter().flat_map(|line| line.last.keys().map(String::as_str)).collect();
     if known.contains(wanted) || short.is_some() {
         return Ok(wanted.to_owned());
     }

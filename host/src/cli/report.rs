@@ -13,12 +13,13 @@ use serde_json::json;
 use super::exit::Usage;
 use super::output::{Format, print, print_text};
 use super::session::SavedArgs;
-use crate::checkpoint::replace_file;
+use crate::checkpoint::{find_run, replace_file};
 use crate::config::Config;
 use crate::data::Dataset;
 use crate::eval::{evaluation_view, extract, feature_loader};
 use crate::plugin::PluginSources;
-use crate::report::{FeatureMap, Report, SavedRun, serve};
+use crate::report::{FeatureMap, Report, SavedRun, SweepOfTrials, serve};
+use crate::sweep::read_sweep;
 use crate::track::METRICS_FILE;
 
 /// The name of a page that is written into its run.
@@ -27,10 +28,10 @@ const REPORT_FILE: &str = "report.html";
 /// Write runs as one HTML page: a verdict, curves, probes, settings, provenance; it opens without a network
 #[derive(Debug, Args)]
 pub(super) struct ReportArgs {
-    /// Run directories: runs/<name> (its newest version) or a version; several are compared
-    #[arg(value_name = "RUN", required = true)]
+    /// Run directories: runs/<name> (its newest version) or a version; several are compared, and all trials of a sweep
+    #[arg(value_name = "RUN|SWEEP", required = true)]
     runs: Vec<PathBuf>,
-    /// The file to write; by default report.html in the directory of the run, or here for several
+    /// The file to write; by default report.html in the directory of the run or the sweep, or here for several
     #[arg(long, short, value_name = "FILE", conflicts_with = "serve")]
     out: Option<PathBuf>,
     /// Map the features of so many held-out images, and show nearest neighbours; 0 leaves that out
@@ -46,9 +47,9 @@ pub(super) struct ReportArgs {
 
 impl ReportArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
-        let runs = self.runs.iter().map(|path| SavedRun::find(path)).collect::<Result<Vec<_>, _>>()?;
+        let (runs, sweep) = self.find()?;
         if let Some(address) = &self.serve {
-            return self.serve(address, &runs);
+            return self.serve(address, &runs, sweep);
         }
         for run in &runs {
             for damage in &run.damage {
@@ -56,17 +57,42 @@ impl ReportArgs {
             }
         }
         let features = runs.iter().map(|run| self.features_of(run, sources)).collect();
-        let out = match (&self.out, runs.as_slice()) {
-            (Some(out), _) => out.clone(),
-            (None, [run]) => run.path.join(REPORT_FILE),
-            (None, _) => REPORT_FILE.into(),
+        let out = match (&self.out, runs.as_slice(), self.runs.as_slice()) {
+            (Some(out), _, _) => out.clone(),
+            (None, _, [directory]) if sweep.is_some() => directory.join(REPORT_FILE),
+            (None, [run], _) => run.path.join(REPORT_FILE),
+            (None, _, _) => REPORT_FILE.into(),
         };
-        let report = Report { runs, features, live: false };
+        let report = Report { runs, features, sweep, live: false };
         let page = report.html();
         replace_file(&out, page.as_bytes()).with_context(|| format!("cannot write {}", out.display()))?;
         let names: Vec<&str> = report.runs.iter().map(|run| run.name.as_str()).collect();
         let result = json!({ "file": out, "bytes": page.len(), "runs": names });
         print(self.format, &result, |_, to| writeln!(to, "{}", out.display()))
+    }
+
+    /// The runs that are meant; and the sweep, if they are the trials of a single one.
+    fn find(&self) -> anyhow::Result<(Vec<SavedRun>, Option<SweepOfTrials>)> {
+        let (mut runs, mut sweep) = (Vec::new(), None);
+        for path in &self.runs {
+            let Some((definition, trials)) = read_sweep(path)? else {
+                runs.push(SavedRun::find(path)?);
+                continue;
+            };
+            let folders = trials.iter().map(|trial| path.join(trial.name()));
+            // A trial that has not come to be a run has nothing to report.
+            let begun = folders.filter_map(|folder| find_run(&folder).ok());
+            let before = runs.len();
+            runs.extend(begun.map(|run| SavedRun::read(&run)));
+            if runs.len() == before {
+                return Err(
+                    Usage(format!("no trial of the sweep in {} has begun yet", path.display())).into()
+                );
+            }
+            let parameters = definition.varied().map(str::to_owned).collect();
+            sweep = Some(SweepOfTrials { name: definition.name, parameters });
+        }
+        Ok((runs, sweep.filter(|_| self.runs.len() == 1)))
     }
 
     /// What the encoder of `run` makes of held-out images, or why that cannot be told.
@@ -84,7 +110,7 @@ impl ReportArgs {
         })
     }
 
-    fn serve(&self, address: &str, runs: &[SavedRun]) -> anyhow::Result<()> {
+    fn serve(&self, address: &str, runs: &[SavedRun], sweep: Option<SweepOfTrials>) -> anyhow::Result<()> {
         let address: SocketAddr = address.parse().map_err(|_| {
             Usage(format!(
                 "--serve {address} is no address: give one such as 127.0.0.1:6007, with port 0 for any"
@@ -103,7 +129,7 @@ impl ReportArgs {
             let runs: Vec<SavedRun> = paths.iter().map(|path| SavedRun::read(path)).collect();
             let left_out = "The map of features is left out of a page that is served: `jepa-host report` without --serve draws it.";
             let features = runs.iter().map(|_| Err(left_out.to_owned())).collect();
-            Report { runs, features, live: true }.html()
+            Report { runs, features, sweep: sweep.clone(), live: true }.html()
         };
         let stamp = || {
             let state = |path: &&Path| {

@@ -1,6 +1,5 @@
 //! `jepa-host sweep`: the YAML of a W&B sweep, run on this machine.
 
-use std::collections::BTreeSet;
 use std::env;
 use std::io::{self, Write};
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -9,13 +8,14 @@ use std::thread;
 
 use anyhow::Context as _;
 use clap::Args;
-use serde_json::Value;
 
 use super::exit::Usage;
 use super::output::{Format, NOTHING, print, print_columns, print_text};
-use crate::report::format::value_of;
+use crate::config::Device;
+use crate::device::choose;
+use crate::report::format::{in_figures, value_of};
 use crate::sweep::{
-    Definition, Leaderboard, Point, Resources, Row, Scheduler, Search, Standing, SweepDir, Trial,
+    Definition, Leaderboard, Point, Resources, Row, Scheduler, Search, Standing, SweepDir, Trial, rehearse,
 };
 use crate::track::console;
 use crate::train::Signals;
@@ -34,7 +34,12 @@ Examples:
 
 The file is one of `wandb sweep`: method grid or random, parameters, metric, early_terminate, run_cap, command. No
 account is needed. A trial is a run in DIR/trial-0001, and so on; running the same command again goes on where the
-sweep stopped. A script as program must `exec` jepa-host, which is told to end by SIGTERM.";
+sweep stopped. Relative paths, those in FILE too, begin in the folder that the sweep is started in. A script as program
+must `exec` jepa-host with all of its arguments: before the first trial it is asked with --print-config whether it takes
+them, and SIGTERM tells it to end.
+
+Trials that run at a time share the cores: each one computes (trainer.threads) and loads images (data.threads) with its
+share, unless FILE, its configuration or the environment (OMP_NUM_THREADS, JEPA_DATA__THREADS) says otherwise.";
 
 /// Try settings: run the YAML of a W&B sweep on this machine, without W&B
 #[derive(Debug, Args)]
@@ -49,7 +54,7 @@ pub(super) struct SweepArgs {
     /// Begin at most so many trials now; run_cap of FILE is how many there may be in all
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// Run so many trials at a time, whose compute threads share the cores [default: 1, or one for each of --gpus]
+    /// Run so many trials at a time, which share the cores [default: 1, or one for each of --gpus]
     #[arg(long, value_name = "N")]
     parallel: Option<NonZeroUsize>,
     /// Deal trials to these CUDA devices
@@ -76,8 +81,12 @@ impl SweepArgs {
     pub fn run(self) -> anyhow::Result<()> {
         let definition = Definition::read(&self.file)?;
         let directory = self.directory(&definition)?;
+        self.check_gpus()?;
         if self.leaderboard {
             return self.print(&Leaderboard::read(&directory, &definition)?);
+        }
+        for doubt in definition.doubts() {
+            tracing::warn!("{}: {doubt}", self.file.display());
         }
         let search = Search::new(&definition, self.seed).map_err(Usage)?;
         let total = [search.len(), definition.run_cap.map(NonZeroU64::get)].into_iter().flatten().min();
@@ -90,6 +99,9 @@ impl SweepArgs {
                 self.file.display()
             ))
             .into());
+        }
+        if !self.gpus.is_empty() {
+            choose(Device::Cuda(None)).context("--gpus")?;
         }
         let signals = Signals::install(ON_SIGNAL).context("cannot take over signals")?;
         let held = SweepDir::open(&directory, &definition, &self.file)?;
@@ -104,8 +116,11 @@ impl SweepArgs {
         let ended = scheduler.run(&signals);
         bar.finish_and_clear();
         let board = Leaderboard::read(&directory, &definition);
-        let printed =
-            board.as_ref().map_err(|error| anyhow::anyhow!("{error}")).and_then(|board| self.print(board));
+        let printed = match &board {
+            Ok(board) if board.trials.is_empty() && ended.is_err() => Ok(()),
+            Ok(board) => self.print(board),
+            Err(error) => Err(anyhow::anyhow!("{error}")),
+        };
         if let (Err(error), true) = (&printed, ended.is_err()) {
             tracing::warn!("no leaderboard: {error:#}");
         }
@@ -134,11 +149,30 @@ impl SweepArgs {
         }
     }
 
+    /// Whether `--gpus` names devices as CUDA does.
+    fn check_gpus(&self) -> Result<(), Usage> {
+        let is_device = |gpu: &&String| {
+            gpu.parse::<u32>().is_ok() || ["GPU-", "MIG-"].iter().any(|prefix| gpu.starts_with(prefix))
+        };
+        match self.gpus.iter().find(|gpu| !is_device(gpu)) {
+            Some(gpu) => Err(Usage(format!(
+                "--gpus: {gpu:?} is no CUDA device: give numbers such as 0,1, or names such as GPU-…"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn resources(&self) -> Resources {
         let parallel = self.parallel.map_or(self.gpus.len().max(1), NonZeroUsize::get);
         let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let set = env::var("OMP_NUM_THREADS").ok().and_then(|threads| threads.parse().ok());
-        Resources { parallel, gpus: self.gpus.clone(), threads: set.unwrap_or((cores / parallel).max(1)) }
+        let share = (cores / parallel).max(1);
+        Resources {
+            parallel,
+            gpus: self.gpus.clone(),
+            threads: set.unwrap_or(share),
+            loaders: (parallel > 1).then_some(share),
+        }
     }
 
     fn print_commands(
@@ -150,10 +184,10 @@ impl SweepArgs {
     ) -> anyhow::Result<()> {
         let count = [total, self.count].into_iter().flatten().min().unwrap_or(SAMPLE);
         let threads = self.resources().threads;
+        let trial =
+            |number| Some(Trial::new(number + 1, search.trial(number)?, definition, directory, threads));
         print_text(|out| {
-            for number in 0..count {
-                let Some(parameters) = search.trial(number) else { break };
-                let trial = Trial::new(number + 1, parameters, definition, directory, threads);
+            for trial in (0..count).map_while(trial) {
                 writeln!(out, "{}", trial.command.join(" "))?;
             }
             match total {
@@ -161,7 +195,11 @@ impl SweepArgs {
                 Some(total) => writeln!(out, "and {} more", total - count),
                 None => writeln!(out, "and so on without an end"),
             }
-        })
+        })?;
+        if let Some(first) = trial(0) {
+            rehearse(&first)?;
+        }
+        Ok(())
     }
 
     fn print(&self, board: &Leaderboard) -> anyhow::Result<()> {
@@ -170,21 +208,19 @@ impl SweepArgs {
 }
 
 fn print_table(board: &Leaderboard, out: &mut dyn Write) -> io::Result<()> {
-    let names: BTreeSet<&str> =
-        board.trials.iter().flat_map(|row| row.parameters.keys().map(String::as_str)).collect();
     let mut head = vec!["trial".to_owned(), "status".to_owned()];
     if let Some(metric) = &board.metric {
         head.extend([metric.clone(), "at step".to_owned(), "last".to_owned()]);
     }
-    head.extend(names.iter().map(|name| (*name).to_owned()));
+    head.extend(board.varied.iter().cloned());
     let rows = board.trials.iter().map(|row| {
         let lines = row.why.iter().cloned().collect();
-        (cells(row, board.metric.as_deref(), &names), lines)
+        (cells(row, board.metric.as_deref(), &board.varied), lines)
     });
     print_columns(head, &rows.collect::<Vec<_>>(), out)
 }
 
-fn cells(row: &Row, metric: Option<&str>, names: &BTreeSet<&str>) -> Vec<String> {
+fn cells(row: &Row, metric: Option<&str>, names: &[String]) -> Vec<String> {
     let mut cells = vec![row.trial.clone(), row.standing.text().to_owned()];
     if let Some(metric) = metric {
         let value =
@@ -193,10 +229,7 @@ fn cells(row: &Row, metric: Option<&str>, names: &BTreeSet<&str>) -> Vec<String>
         cells.push(row.best.map_or(NOTHING.to_owned(), |best| best.step.to_string()));
         cells.push(value(row.last));
     }
-    cells.extend(names.iter().map(|name| match row.parameters.get(*name) {
-        Some(Value::String(text)) => text.clone(),
-        Some(value) => value.to_string(),
-        None => NOTHING.to_owned(),
-    }));
+    let parameter = |name: &String| row.parameters.get(name).map_or(NOTHING.to_owned(), in_figures);
+    cells.extend(names.iter().map(parameter));
     cells
 }

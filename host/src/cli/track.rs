@@ -7,13 +7,14 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
+use super::exit::Usage;
 use super::output::{Format, print, print_text};
 use super::trackers::wandb;
 use crate::checkpoint::{RunDir, find_run};
 use crate::config::{Layers, WandbMode};
 use crate::track::tensorboard::TensorBoard;
 use crate::track::wandb::{Wandb, WandbRun};
-use crate::track::{METRICS_FILE, Record, Tracker, replay};
+use crate::track::{METRICS_FILE, Record, Replayed, Tracker, replay};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum TrackCommand {
@@ -74,15 +75,26 @@ impl TrackCommand {
 impl ReplayArgs {
     fn run(self) -> anyhow::Result<()> {
         let path = find_run(&self.run)?;
+        let metrics = path.join(METRICS_FILE);
+        // Nothing should be left of a tracker that gets nothing.
+        if std::fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
+            return Err(Usage(format!("{} has no records: there is nothing to send", path.display())).into());
+        }
         // While a run trains it feeds its trackers itself.
         let run = RunDir::open(&path)?;
         let tracker: Box<dyn Tracker> = match self.to {
             To::Tensorboard => Box::new(TensorBoard::new(run.path())),
             To::Wandb => Box::new(Wandb::new(self.wandb(&run)?)),
         };
-        let records = replay(&path.join(METRICS_FILE), tracker, 0)?;
-        let report = json!({ "run": path, "records": records });
-        print(self.format, &report, |_, out| writeln!(out, "{records} records of {} sent", path.display()))
+        let replayed = replay(&metrics, tracker, 0)?;
+        let mut report = json!(replayed);
+        report["run"] = json!(path);
+        print(self.format, &report, |_, out| {
+            let Replayed { records, known, place, advice } = &replayed;
+            let had = if *known > 0 { format!(", which had {known} already") } else { String::new() };
+            writeln!(out, "{records} records of {} sent to {place}{had}", path.display())?;
+            advice.iter().try_for_each(|advice| writeln!(out, "{advice}"))
+        })
     }
 
     fn wandb(&self, run: &RunDir) -> anyhow::Result<WandbRun> {

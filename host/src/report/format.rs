@@ -1,5 +1,6 @@
 //! Numbers, spans and dates as papers and people write them. The page's script has the same rules for charts.
 
+use serde_json::Value;
 use time::OffsetDateTime;
 
 /// How the values of a metric are written.
@@ -54,6 +55,15 @@ pub fn number(value: f64) -> String {
             None => count(value.round() as i64),
             Some((whole, rest)) => format!("{}.{rest}", with_commas(whole)),
         }
+    }
+}
+
+/// A parameter of a trial: numbers that are no whole ones with four significant digits.
+pub fn in_figures(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Number(value) if value.is_f64() => value.as_f64().map_or_else(String::new, number),
+        value => value.to_string(),
     }
 }
 

@@ -18,8 +18,8 @@ mod views;
 
 pub use features::FeatureMap;
 pub use list::find_runs;
-pub use page::Report;
+pub use page::{Report, SweepOfTrials};
 pub use run::{SavedRun, Status};
 pub use serve::serve;
-pub use settings::Setting;
+pub use settings::{Setting, parse as parse_settings};
 pub use verdict::{Finding, Tone, findings};

@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::charts::Charts;
 use super::features::FeatureMap;
-use super::format::{count, date, name_of, number, percent, span, value_of};
+use super::format::{count, date, in_figures, name_of, number, percent, plural, span, value_of};
 use super::html::{self, Cell, Table, letter, text};
 use super::run::{SavedRun, Status};
 use super::step_time::step_time;
@@ -25,6 +25,15 @@ const SCRIPT: &str = include_str!("page.js");
 
 const NOTHING: &str = "–";
 
+/// What a page says of the sweep whose trials it shows.
+#[derive(Clone, Debug)]
+pub struct SweepOfTrials {
+    /// What it is called.
+    pub name: String,
+    /// The parameters in which trials differ.
+    pub parameters: Vec<String>,
+}
+
 /// Everything that a page shows.
 #[derive(Debug)]
 pub struct Report {
@@ -32,6 +41,8 @@ pub struct Report {
     pub runs: Vec<SavedRun>,
     /// For each run what its encoder makes of images, or a sentence why that is not there.
     pub features: Vec<Result<FeatureMap, String>>,
+    /// The sweep that the runs are trials of.
+    pub sweep: Option<SweepOfTrials>,
     /// Whether the page asks where it came from for news.
     pub live: bool,
 }
@@ -81,9 +92,10 @@ impl Report {
     }
 
     fn title(&self) -> String {
-        match self.runs.as_slice() {
-            [run] => run.name.clone(),
-            runs => format!("{} runs", runs.len()),
+        match (&self.sweep, self.runs.as_slice()) {
+            (Some(sweep), runs) => format!("Sweep {}: {}", sweep.name, plural(runs.len() as u64, "trial")),
+            (None, [run]) => run.name.clone(),
+            (None, runs) => format!("{} runs", runs.len()),
         }
     }
 
@@ -117,7 +129,10 @@ impl Report {
                 }
                 out.push_str("</dl>\n");
             }
-            runs => out.push_str(&overview(runs).html()),
+            runs => {
+                let parameters = self.sweep.as_ref().map_or(&[][..], |sweep| sweep.parameters.as_slice());
+                out.push_str(&overview(runs, parameters).html());
+            }
         }
         out.push_str("</header>\n");
     }
@@ -165,15 +180,17 @@ impl Report {
         let row = |run: &SavedRun, metric: &str| {
             let values: Vec<(u64, f64)> =
                 run.series(metric).map(|(record, value)| (record.step, value)).collect();
-            let (Some(first), Some(last), Some(best)) = (values.first(), values.last(), run.best(metric))
-            else {
-                return vec![Cell::Number(NOTHING.to_owned()); 4];
+            let figure = |value: Option<f64>| {
+                Cell::Number(value.map_or(NOTHING.to_owned(), |value| value_of(metric, value)))
             };
-            let figure = |value: f64| Cell::Number(value_of(metric, value));
-            vec![figure(first.1), figure(best.1), Cell::Number(count(best.0 as i64)), figure(last.1)]
+            let (best_step, best) = run.best(metric).unzip();
+            let best_step = best_step.map_or(NOTHING.to_owned(), |step| count(step as i64));
+            let of = |end: Option<&(u64, f64)>| figure(end.map(|(_, value)| *value));
+            vec![of(values.first()), figure(best), Cell::Number(best_step), of(values.last())]
         };
         let columns = [("first", true), ("best", true), ("at step", true), ("final", true)];
-        let caption = "First, best and final figures of each probe, on held-out images";
+        let caption =
+            "First, best and final figures of each probe, on held-out images; the best one is of training";
         self.by_metric(caption, &metrics, &columns, &row)
     }
 
@@ -449,8 +466,9 @@ fn facts(run: &SavedRun) -> Vec<(&'static str, String)> {
     facts
 }
 
-fn overview(runs: &[SavedRun]) -> Table {
-    let columns = [
+/// The runs, with those `parameters` of a sweep in which they differ.
+fn overview(runs: &[SavedRun], parameters: &[String]) -> Table {
+    let mut columns = vec![
         ("run", false),
         ("status", false),
         ("method", false),
@@ -466,7 +484,11 @@ fn overview(runs: &[SavedRun]) -> Table {
         let setting = |key: &str| Cell::Text(run.setting(key).unwrap_or(NOTHING).to_owned());
         let last =
             |metric: &str| Cell::Number(run.last(metric).map_or(NOTHING.to_owned(), |v| value_of(metric, v)));
-        vec![
+        let parameter = |name: &String| {
+            let value = run.trial.as_ref().and_then(|trial| trial.parameters.get(name));
+            Cell::Number(value.map_or(NOTHING.to_owned(), in_figures))
+        };
+        let mut cells = vec![
             Cell::Run(place, run.name.clone()),
             Cell::Text(run.status.text().to_owned()),
             setting("method.name"),
@@ -477,8 +499,11 @@ fn overview(runs: &[SavedRun]) -> Table {
             last("eval/knn_top1"),
             last("train/loss"),
             Cell::Number(wall_time(run).map_or(NOTHING.to_owned(), span)),
-        ]
+        ];
+        cells.splice(2..2, parameters.iter().map(parameter));
+        cells
     };
+    columns.splice(2..2, parameters.iter().map(|name| (name.as_str(), true)));
     let rows = runs.iter().enumerate().map(row).collect();
     Table::new("The runs, with their last figures", &columns, rows)
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::settings::{self, Setting};
 use crate::checkpoint::{self, CheckpointError, RunDir, find_run};
+use crate::sweep::{End, Trial, trial_of};
 use crate::track::{METRICS_FILE, Record, lower_is_better};
 
 /// How a run stands.
@@ -23,6 +24,8 @@ pub enum Status {
     Done,
     /// Somebody stopped it, or it was killed.
     Interrupted,
+    /// Its sweep stopped it: other trials were better when they had come as far.
+    Stopped,
     /// NaN, or features that have become the same.
     Diverged,
     /// An error ended it.
@@ -38,6 +41,7 @@ impl Status {
             Status::Running => "running",
             Status::Done => "done",
             Status::Interrupted => "interrupted",
+            Status::Stopped => "stopped early",
             Status::Diverged => "diverged",
             Status::Failed => "failed",
             Status::Damaged => "damaged",
@@ -66,6 +70,8 @@ pub struct SavedRun {
     pub settings: Vec<Setting>,
     /// `provenance.json`: one entry for each time that the run was started or resumed.
     pub sessions: Vec<Value>,
+    /// The trial of a sweep that it is.
+    pub trial: Option<Trial>,
     /// Optimizer steps that it is meant to take.
     pub total_steps: Option<u64>,
     /// Seconds since 1970 of the last sign of life.
@@ -104,6 +110,10 @@ impl SavedRun {
             damage.push(error.to_string());
             None
         });
+        let trial = trial_of(path).unwrap_or_else(|error| {
+            damage.push(error.to_string());
+            None
+        });
         let mut run = SavedRun {
             name: name_of(path),
             path: path.to_owned(),
@@ -114,6 +124,7 @@ impl SavedRun {
             damage,
             settings,
             sessions,
+            trial,
             total_steps: None,
             updated: None,
         };
@@ -164,10 +175,11 @@ impl SavedRun {
         self.series(metric).next_back().map(|(_, value)| value)
     }
 
-    /// The best value of `metric` and the step that it belongs to; the earliest of equal ones.
+    /// The best value of `metric` that training has come to, and the step that it belongs to; the earliest of equal ones.
     pub fn best(&self, metric: &str) -> Option<(u64, f64)> {
         let sign = if lower_is_better(metric) { -1.0 } else { 1.0 };
-        let all = self.series(metric).map(|(record, value)| (record.step, value));
+        let all =
+            self.series(metric).map(|(record, value)| (record.step, value)).filter(|(step, _)| *step > 0);
         all.reduce(|best, next| if sign * next.1 > sign * best.1 { next } else { best })
     }
 
@@ -206,15 +218,20 @@ impl SavedRun {
         if self.records.is_empty() && self.settings.is_empty() {
             return (Status::Damaged, None);
         }
+        let stopped = self.trial.as_ref().and_then(|trial| trial.end.as_ref());
+        let stopped = stopped.filter(|end| matches!(end, End::Stopped { .. })).and_then(End::why);
         let end = self.sessions.last().and_then(|session| session.get("end"));
         let error = end.and_then(|end| end.get("error")?.as_str()).map(str::to_owned);
         let status = match end.and_then(|end| end.get("exit_code")?.as_u64()) {
             Some(0) => Status::Done,
             Some(5) => Status::Diverged,
+            Some(130 | 143) if stopped.is_some() => return (Status::Stopped, stopped),
             Some(130 | 143) => Status::Interrupted,
             Some(_) => Status::Failed,
             // Killed; or of a version that did not note the end.
             None if self.total_steps.is_some_and(|total| self.step() >= total) => Status::Done,
+            // A trial that does not end in time is killed.
+            None if stopped.is_some() => return (Status::Stopped, stopped),
             None => Status::Interrupted,
         };
         (status, error)

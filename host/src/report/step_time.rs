@@ -17,11 +17,12 @@ pub fn step_time(runs: &[SavedRun]) -> Option<String> {
     if means.iter().all(Option::is_none) {
         return None;
     }
+    let slowest = means.iter().flatten().map(|seconds| seconds.iter().sum::<f64>()).fold(0.0, f64::max);
     let mut out = String::new();
     for (place, (run, seconds)) in runs.iter().zip(&means).enumerate() {
         let name = if runs.len() > 1 { format!("{}: ", html::run(place, &run.name)) } else { String::new() };
         match seconds {
-            Some(seconds) => bar(&mut out, &name, &run.name, seconds),
+            Some(seconds) => bar(&mut out, &name, &run.name, seconds, slowest),
             None => {
                 let _ = writeln!(out, "<p>{name}not measured.</p>");
             }
@@ -49,7 +50,8 @@ fn means(run: &SavedRun) -> Option<Seconds> {
     (seconds.iter().sum::<f64>() > 0.0).then_some(seconds)
 }
 
-fn bar(out: &mut String, caption: &str, run: &str, seconds: &Seconds) {
+/// A bar whose length says how the step compares with the `slowest` run's.
+fn bar(out: &mut String, caption: &str, run: &str, seconds: &Seconds, slowest: f64) {
     let whole: f64 = seconds.iter().sum();
     let parts = || Part::ALL.into_iter().zip(seconds).enumerate();
     let words: Vec<String> =
@@ -57,8 +59,9 @@ fn bar(out: &mut String, caption: &str, run: &str, seconds: &Seconds) {
     let label = format!("{run}: of a step's {} ms, {}", milliseconds(whole), words.join(", "));
     let _ = write!(
         out,
-        "<figure class=\"step\"><figcaption>{caption}{} ms a step</figcaption><div class=\"parts\" role=\"img\" aria-label=\"{}\">",
+        "<figure class=\"step\"><figcaption>{caption}{} ms a step</figcaption><div class=\"parts\" role=\"img\" style=\"width:{:.2}%\" aria-label=\"{}\">",
         milliseconds(whole),
+        100.0 * whole / slowest,
         text(&label)
     );
     for (color, (_, s)) in parts() {

@@ -32,8 +32,9 @@ const WAIT: f64 = 0.10;
 const GAIN: f64 = 0.01;
 /// eval/spread below which features are crowded; 1 is everywhere.
 const CROWDED: f64 = 0.05;
-/// A share of dimensions that RankMe should reach.
+/// A share of dimensions that RankMe should reach, and of their square root, which is more where there are few.
 const NARROW: f64 = 0.02;
+const NARROW_ROOT: f64 = 0.5;
 
 /// Everything that there is to say, what is worst first.
 pub fn findings(run: &SavedRun) -> Vec<Finding> {
@@ -70,6 +71,12 @@ fn progress(run: &SavedRun, all: &mut Vec<Finding>) {
         Status::Interrupted => {
             say(all, Tone::Wrong, "The run is unfinished", format!("It stopped at {at}.{go_on}"))
         }
+        Status::Stopped => say(
+            all,
+            Tone::Watch,
+            "The sweep stopped the run early",
+            format!("It ended at {at}{error}.{go_on}"),
+        ),
         Status::Diverged => say(all, Tone::Wrong, "The run diverged", format!("It ended at {at}{error}.")),
         Status::Failed => say(all, Tone::Wrong, "The run failed", format!("It ended at {at}{error}.{go_on}")),
         Status::Damaged => {
@@ -231,11 +238,11 @@ fn collapse(run: &SavedRun, all: &mut Vec<Finding>) {
             format!("{figures}; the spread began at {}.", number(first)),
         );
     } else if let (Some(rankme), Some(d)) = (rankme, dimensions)
-        && rankme < (NARROW * d).max(2.0)
+        && rankme < (NARROW * d).max(NARROW_ROOT * d.sqrt())
     {
         say(all, Tone::Watch, "Features fill few dimensions", format!("{figures}."));
     } else {
-        say(all, Tone::Well, "Features fill their space", format!("{figures}."));
+        say(all, Tone::Well, "Features are spread out", format!("{figures}."));
     }
 }
 
@@ -321,6 +328,7 @@ mod tests {
             damage: Vec::new(),
             settings: Vec::new(),
             sessions: Vec::new(),
+            trial: None,
             total_steps: Some(90),
             updated: None,
         }
@@ -364,6 +372,14 @@ mod tests {
         assert_eq!(said(&sound_but("train/data_wait", 0.3, 0.3), Tone::Watch), ["Training waits for data"]);
         assert_eq!(said(&sound_but("train/loss", 4.0, 4.1), Tone::Watch), ["The loss does not fall"]);
         assert_eq!(said(&sound_but("eval/spread", 0.2, 0.001), Tone::Wrong), ["Features have collapsed"]);
+        let few = |rankme: f64| {
+            let mut metrics = SOUND.to_vec();
+            // Of 36 dimensions.
+            metrics.retain(|(name, _, _)| *name != "eval/std");
+            metrics.extend([("eval/std", 0.4 / 6.0, 0.4 / 6.0), ("eval/rankme", rankme, rankme)]);
+            said(&run(&metrics), Tone::Watch)
+        };
+        assert_eq!((few(2.3), few(9.0)), (vec!["Features fill few dimensions".to_owned()], vec![]));
         let killed = SavedRun { status: Status::Interrupted, total_steps: Some(200), ..run(&SOUND) };
         assert_eq!(said(&killed, Tone::Wrong), ["The run is unfinished"]);
     }

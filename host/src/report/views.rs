@@ -46,7 +46,7 @@ pub fn views(runs: &[SavedRun]) -> String {
     if out.is_empty() {
         return "<p>The records have no images.</p>\n".to_owned();
     }
-    out.push_str("<p class=\"note\">The rows of a step have the same images of one batch, as the method takes them or hides parts of them.</p>\n");
+    out.push_str("<p class=\"note\">The rows of a step have the same images of one batch, as the method takes them or hides parts of them. Each step has a batch of its own, so that the first and the latest show different images.</p>\n");
     out
 }
 

@@ -12,6 +12,9 @@ use super::distribution::Distribution;
 use super::error::SweepError;
 use super::hyperband::Hyperband;
 use super::search::Search;
+use crate::config::nearest;
+use crate::report::format::{Kind, kind_of};
+use crate::track::lower_is_better;
 
 /// A sweep: what to run, which settings to try, and what is good.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,6 +78,21 @@ pub enum Goal {
     Maximize,
 }
 
+impl Metric {
+    /// Where the goal is against what the name says.
+    fn doubt(&self) -> Option<String> {
+        let goal = match self.goal {
+            Goal::Minimize if kind_of(&self.name) == Kind::Percent && !self.name.ends_with("data_wait") => {
+                "maximize"
+            }
+            Goal::Maximize if lower_is_better(&self.name) => "minimize",
+            _ => return None,
+        };
+        let against = if goal == "maximize" { "minimize (which is the default)" } else { "maximize" };
+        Some(format!("metric: the goal for {} is {against}: did you mean goal: {goal}?", self.name))
+    }
+}
+
 impl Goal {
     /// `value` in the sense that less is better.
     pub fn cost(self, value: f64) -> f64 {
@@ -126,7 +144,8 @@ impl Definition {
     /// # Errors
     /// What is wrong, and what to do.
     pub fn parse(text: &str, name: &str) -> Result<Self, String> {
-        let entries: Entries = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        let entries: Entries =
+            serde_saphyr::from_str(text).map_err(|error| quoted(&advised(&error.to_string()), text))?;
         let method = match entries.method.as_str() {
             "grid" => Method::Grid,
             "random" => Method::Random,
@@ -172,6 +191,24 @@ impl Definition {
         Ok(definition)
     }
 
+    /// The parameters that trials can differ in.
+    pub fn varied(&self) -> impl Iterator<Item = &str> {
+        let varied = self.parameters.iter().filter(|(_, distribution)| !distribution.is_constant());
+        varied.map(|(name, _)| name.as_str())
+    }
+
+    /// What can be run, and is probably not what was meant.
+    pub fn doubts(&self) -> Vec<String> {
+        let of_parameter = |(name, distribution): (&String, &Distribution)| {
+            Some(format!("parameters.{name}: {}", distribution.doubt()?))
+        };
+        self.parameters
+            .iter()
+            .filter_map(of_parameter)
+            .chain(self.metric.as_ref().and_then(Metric::doubt))
+            .collect()
+    }
+
     /// The keys in which another definition is another sweep.
     pub fn differences(&self, other: &Definition) -> Vec<&'static str> {
         let same = [
@@ -184,6 +221,36 @@ impl Definition {
         ];
         same.into_iter().filter(|(_, same)| !same).map(|(key, _)| key).collect()
     }
+}
+
+/// `error` with the line of `text` that it names, where that is short.
+fn quoted(error: &str, text: &str) -> String {
+    const SHORT: usize = 80;
+    let line = || {
+        let (place, why) = error.split_once(": ")?;
+        let number: usize = place.strip_prefix("line ")?.split(' ').next()?.parse().ok()?;
+        let line = text.lines().nth(number.checked_sub(1)?)?.trim();
+        (line.chars().count() <= SHORT).then(|| format!("{place}, `{line}`: {why}"))
+    };
+    line().unwrap_or_else(|| error.to_owned())
+}
+
+/// The parser's first line, without the excerpt that says it once more, and with the nearest one of the names that are
+/// expected in place of all.
+pub(super) fn advised(error: &str) -> String {
+    let line = error.lines().next().unwrap_or_default();
+    let line = line.strip_prefix("error: ").unwrap_or(line);
+    let close = || {
+        let (head, expected) = line.split_once(", expected ")?;
+        let given = head.split_once("unknown ")?.1.split('`').nth(1)?;
+        let names = expected.strip_prefix("one of ").unwrap_or(expected);
+        let names = names
+            .split([',', ' '])
+            .map(|name| name.trim_matches('`'))
+            .filter(|name| !["", "or"].contains(name));
+        Some(format!("{head}: did you mean {}?", nearest(given, names)?))
+    };
+    close().unwrap_or_else(|| line.to_owned())
 }
 
 /// Takes up the parameters in `entries`, whose names begin with `prefix`.

@@ -21,6 +21,7 @@ use super::error::SweepError;
 use super::search::Parameters;
 use crate::checkpoint::{find_run, replace_file};
 use crate::files::hold;
+use crate::report::format::number;
 
 const DEFINITION: &str = "sweep.yaml";
 const TRIAL: &str = "trial.json";
@@ -77,6 +78,21 @@ pub enum End {
     },
 }
 
+impl End {
+    /// Why a trial ended before its last step.
+    pub fn why(&self) -> Option<String> {
+        match self {
+            End::Done => None,
+            End::Diverged { error } | End::Failed { error } => Some(error.clone()),
+            End::Stopped { iteration, value, threshold } => Some(format!(
+                "{} after {iteration} values of the metric, where {} was needed",
+                number(*value),
+                number(*threshold)
+            )),
+        }
+    }
+}
+
 impl Trial {
     /// A trial of the sweep in `directory` that has not begun. Its command says, after what `definition` says, where
     /// its run lies, and that it goes on where it stopped.
@@ -89,7 +105,7 @@ impl Trial {
     ) -> Self {
         let mut command = render(definition, &parameters);
         command.push(format!("run.dir={}", json!(directory)));
-        command.push(format!("run.name={}", name(number)));
+        command.push(format!("run.name={}", name_of(number)));
         if !command.iter().any(|word| word.starts_with("--resume")) {
             command.extend(["--resume", "auto"].map(str::to_owned));
         }
@@ -98,11 +114,11 @@ impl Trial {
 
     /// What it is called.
     pub fn name(&self) -> String {
-        name(self.number)
+        name_of(self.number)
     }
 }
 
-fn name(number: u64) -> String {
+fn name_of(number: u64) -> String {
     format!("{PREFIX}{number:04}")
 }
 
@@ -110,13 +126,17 @@ impl SweepDir {
     /// Makes the directory, or takes up the one that is there, for the sweep that the file `source` defines.
     ///
     /// # Errors
-    /// [`SweepError::Another`] when it holds another sweep; [`SweepError::Busy`] while another process has it.
+    /// [`SweepError::Another`] when it holds another sweep, [`SweepError::Occupied`] when it holds something else;
+    /// [`SweepError::Busy`] while another process has it.
     pub fn open(path: &Path, definition: &Definition, source: &Path) -> Result<Self, SweepError> {
+        let kept = path.join(DEFINITION);
+        if let (false, Some(folder)) = (kept.exists(), folder_in(path)) {
+            return Err(SweepError::Occupied { path: path.to_owned(), folder });
+        }
         fs::create_dir_all(path).map_err(io_error("cannot be created", path))?;
         let lock_path = path.join(LOCK);
         let lock = hold(&lock_path).map_err(io_error("cannot be opened", &lock_path))?;
         let lock = lock.ok_or_else(|| SweepError::Busy { path: path.to_owned() })?;
-        let kept = path.join(DEFINITION);
         if kept.exists() {
             let differences = Definition::read(&kept)?.differences(definition);
             if !differences.is_empty() && !forget_trials(path)? {
@@ -166,6 +186,26 @@ impl SweepDir {
     }
 }
 
+/// The sweep in `path`, and its trials by number; none when there is no sweep.
+///
+/// # Errors
+/// A definition, a directory or a trial that cannot be read.
+pub fn read_sweep(path: &Path) -> Result<Option<(Definition, Vec<Trial>)>, SweepError> {
+    let kept = path.join(DEFINITION);
+    if !kept.exists() {
+        return Ok(None);
+    }
+    Ok(Some((Definition::read(&kept)?, read_trials(path)?)))
+}
+
+/// The trial whose run `run`, a version, is; none of a run outside a sweep.
+///
+/// # Errors
+/// A trial that cannot be read.
+pub fn trial_of(run: &Path) -> Result<Option<Trial>, SweepError> {
+    run.parent().map_or(Ok(None), read_trial)
+}
+
 /// The trials of the sweep in `path` by number.
 ///
 /// # Errors
@@ -173,27 +213,34 @@ impl SweepDir {
 pub fn read_trials(path: &Path) -> Result<Vec<Trial>, SweepError> {
     let mut trials = Vec::new();
     for entry in fs::read_dir(path).map_err(io_error("cannot be read", path))? {
-        let folder = entry.map_err(io_error("cannot be read", path))?.path();
-        let file = folder.join(TRIAL);
-        let text = match fs::read(&file) {
-            Ok(text) => text,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-                continue;
-            }
-            Err(error) => return Err(io_error("cannot be read", &file)(error)),
-        };
-        let trial: Trial = serde_json::from_slice(&text).map_err(|why| SweepError::Io {
-            action: "is no trial; delete this file, and its run goes on as a trial of the same number",
-            path: file,
-            why: why.to_string(),
-        })?;
-        // A copy that somebody has made is no trial.
-        if trial.number > 0 && folder.ends_with(trial.name()) {
-            trials.push(trial);
-        }
+        trials.extend(read_trial(&entry.map_err(io_error("cannot be read", path))?.path())?);
     }
     trials.sort_by_key(|trial| trial.number);
     Ok(trials)
+}
+
+fn read_trial(folder: &Path) -> Result<Option<Trial>, SweepError> {
+    let file = folder.join(TRIAL);
+    let text = match fs::read(&file) {
+        Ok(text) => text,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(io_error("cannot be read", &file)(error)),
+    };
+    let trial: Trial = serde_json::from_slice(&text).map_err(|why| SweepError::Io {
+        action: "is no trial; delete this file, and its run goes on as a trial of the same number",
+        path: file,
+        why: why.to_string(),
+    })?;
+    // A copy that somebody has made is no trial.
+    Ok(Some(trial).filter(|trial| trial.number > 0 && folder.ends_with(trial.name())))
+}
+
+/// The name of a folder in `path`, where there is one.
+fn folder_in(path: &Path) -> Option<String> {
+    let mut folders = fs::read_dir(path).ok()?.flatten().filter(|entry| entry.path().is_dir());
+    Some(folders.next()?.file_name().to_string_lossy().into_owned())
 }
 
 /// Removes the trials in `path` if none of them has come to be a run: then nothing is lost. Returns whether it was so.

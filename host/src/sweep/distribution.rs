@@ -4,6 +4,9 @@ use serde::Deserialize;
 use serde_json::{Map, Number, Value, json};
 use statrs::distribution::{Beta, ContinuousCDF as _, Normal};
 
+use super::definition::advised;
+use crate::report::format::number as in_figures;
+
 /// A parameter of a sweep, with W&B's names and meanings. Where a name begins with q, the number is rounded to a multiple
 /// of `q`, and is a whole one if `q` is.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -131,9 +134,32 @@ impl Distribution {
             entry.insert("distribution".to_owned(), json!("categorical_w_probabilities"));
         }
         let distribution: Self =
-            serde_json::from_value(Value::Object(entry)).map_err(|error| error.to_string())?;
+            serde_json::from_value(Value::Object(entry)).map_err(|error| advised(&error.to_string()))?;
         distribution.check()?;
         Ok(distribution)
+    }
+
+    /// Whether it has one value only.
+    pub(super) fn is_constant(&self) -> bool {
+        match self {
+            Self::Constant { .. } => true,
+            Self::Categorical { values } | Self::CategoricalWProbabilities { values, .. } => {
+                values.len() == 1
+            }
+            _ => false,
+        }
+    }
+
+    /// What was probably meant otherwise: bounds that are exponents, and look like the values themselves.
+    pub(super) fn doubt(&self) -> Option<String> {
+        let (Self::LogUniform { min, max } | Self::QLogUniform { min, max, .. }) = self else { return None };
+        let [from, to, from_exp, to_exp] = [*min, *max, min.exp(), max.exp()].map(in_figures);
+        (*min > 0.0 && (*min < 0.1 || *max <= 1.0 || *max > 30.0)).then(|| {
+            format!(
+                "min and max of log_uniform are exponents, and give values from {from_exp} to {to_exp}: for values from \
+                 {from} to {to} use log_uniform_values"
+            )
+        })
     }
 
     fn check(&self) -> Result<(), String> {
@@ -199,7 +225,7 @@ impl Distribution {
     pub fn quantile(&self, p: f64) -> Value {
         if let Some((unrounded, q)) = self.unrounded() {
             let value = unrounded.quantile(p).as_f64().unwrap_or(f64::NAN);
-            return number((value / float(q)).round_ties_even() * float(q), q.is_i64());
+            return decimal((value / float(q)).round_ties_even() * float(q), &[q]);
         }
         let between = |min: f64, max: f64| min + p * (max - min);
         let normal = |mu, sigma| Normal::new(mu, sigma).expect("it was checked").inverse_cdf(p);
@@ -225,7 +251,7 @@ impl Distribution {
             Self::Beta { a, b } => Beta::new(*a, *b).expect("it was checked").inverse_cdf(p),
             _ => unreachable!("rounded ones are done"),
         };
-        number(value, false)
+        json!(value)
     }
 
     /// All values in order, where there are not too many to try one by one. Those of `q_uniform` begin at `min` and
@@ -238,10 +264,10 @@ impl Distribution {
                 Some((*min..=*max).map(|value| json!(value)).collect())
             }
             Self::QUniform { min, max, q } => {
-                let whole = [min, max, q].iter().all(|number| number.is_i64());
                 let count = ((float(max) - float(min)) / float(q)).ceil().max(0.0) as i64;
-                (count < LARGEST_GRID)
-                    .then(|| (0..count).map(|i| number(float(min) + i as f64 * float(q), whole)).collect())
+                (count < LARGEST_GRID).then(|| {
+                    (0..count).map(|i| decimal(float(min) + i as f64 * float(q), &[min, q, max])).collect()
+                })
             }
             _ => None,
         }
@@ -257,6 +283,14 @@ fn float(number: &Number) -> f64 {
     number.as_f64().expect("a JSON number is a float, too")
 }
 
-fn number(value: f64, whole: bool) -> Value {
-    if whole { json!(value as i64) } else { json!(value) }
+/// `value`, made of `parts`, with no more decimal places than they have: 0.3 and not 0.30000000000000004. A whole number
+/// if they are.
+fn decimal(value: f64, parts: &[&Number]) -> Value {
+    if parts.iter().all(|part| part.is_i64()) {
+        return json!(value as i64);
+    }
+    let places =
+        |part: &&Number| float(part).to_string().split_once('.').map_or(0, |(_, places)| places.len());
+    let places = parts.iter().map(places).max().unwrap_or(0);
+    json!(format!("{value:.places$}").parse().unwrap_or(value))
 }

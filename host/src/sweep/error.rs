@@ -34,6 +34,24 @@ pub enum SweepError {
         /// The keys that differ.
         differences: String,
     },
+    /// A directory that holds something else than a sweep.
+    #[error(
+        "{} holds {folder}, and no sweep: name another directory with --dir, or another name in the file", path.display()
+    )]
+    Occupied {
+        /// The directory.
+        path: PathBuf,
+        /// A folder in it.
+        folder: String,
+    },
+    /// A directory without a sweep.
+    #[error(
+        "{} holds no sweep: without --leaderboard, one begins there; --dir names another directory", path.display()
+    )]
+    NoSweep {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A directory in which another process runs this sweep.
     #[error("another process runs the sweep in {}", path.display())]
     Busy {
@@ -49,6 +67,18 @@ pub enum SweepError {
         path: PathBuf,
         /// Why it failed.
         why: String,
+    },
+    /// A program that does not take the parameters.
+    #[error("{trial} cannot begin: {why}. It was asked in {} for `{command} --print-config`", folder.display())]
+    Refused {
+        /// The trial.
+        trial: String,
+        /// Its program's last words, or why there is no program.
+        why: String,
+        /// Where relative paths begin.
+        folder: PathBuf,
+        /// The program and its arguments.
+        command: String,
     },
     /// A trial that has nothing to be compared by.
     #[error(

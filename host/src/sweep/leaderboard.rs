@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::definition::Definition;
-use super::directory::{End, Trial, read_trials};
+use super::directory::{End, Trial, read_sweep};
 use super::error::SweepError;
 use super::search::Parameters;
 use super::series::{Point, Series, best, is_held};
+use crate::checkpoint::find_run;
 
 /// The trials of a sweep, best first, as their files have them.
 #[derive(Clone, Debug, Serialize)]
@@ -17,6 +18,9 @@ pub struct Leaderboard {
     pub sweep: String,
     /// What they are compared by.
     pub metric: Option<String>,
+    /// The parameters that trials differ in.
+    #[serde(skip)]
+    pub varied: Vec<String>,
     /// The trials. Those without a value come last.
     pub trials: Vec<Row>,
 }
@@ -56,6 +60,8 @@ pub enum Standing {
     Failed,
     /// It is gone on with when the sweep is run again.
     Interrupted,
+    /// It has not come to be a run.
+    NotStarted,
 }
 
 impl Standing {
@@ -68,6 +74,7 @@ impl Standing {
             Standing::Diverged => "diverged",
             Standing::Failed => "failed",
             Standing::Interrupted => "interrupted",
+            Standing::NotStarted => "not started",
         }
     }
 }
@@ -76,8 +83,10 @@ impl Leaderboard {
     /// The trials in `directory`.
     ///
     /// # Errors
-    /// When they cannot be read.
+    /// [`SweepError::NoSweep`]; and when they cannot be read.
     pub fn read(directory: &Path, definition: &Definition) -> Result<Self, SweepError> {
+        let (_, trials) =
+            read_sweep(directory)?.ok_or_else(|| SweepError::NoSweep { path: directory.to_owned() })?;
         let (metric, goal) = (definition.metric.as_ref(), definition.goal());
         let row = |trial: &Trial| {
             let path = directory.join(trial.name());
@@ -92,15 +101,16 @@ impl Leaderboard {
                 last: series.points().last().copied(),
                 parameters: trial.parameters.clone(),
                 path,
-                why: trial.end.as_ref().and_then(reason),
+                why: trial.end.as_ref().and_then(End::why),
             }
         };
-        let mut trials: Vec<Row> = read_trials(directory)?.iter().map(row).collect();
+        let mut trials: Vec<Row> = trials.iter().map(row).collect();
         let cost = |row: &Row| row.best.map_or(f64::INFINITY, |best| goal.cost(best.value));
         trials.sort_by(|a, b| cost(a).total_cmp(&cost(b)));
         Ok(Leaderboard {
             sweep: definition.name.clone(),
             metric: metric.map(|metric| metric.name.clone()),
+            varied: definition.varied().map(str::to_owned).collect(),
             trials,
         })
     }
@@ -113,16 +123,7 @@ fn standing(trial: &Trial, folder: &Path) -> Standing {
         Some(End::Diverged { .. }) => Standing::Diverged,
         Some(End::Failed { .. }) => Standing::Failed,
         None if is_held(folder) => Standing::Running,
-        None => Standing::Interrupted,
-    }
-}
-
-fn reason(end: &End) -> Option<String> {
-    match end {
-        End::Done => None,
-        End::Diverged { error } | End::Failed { error } => Some(error.clone()),
-        End::Stopped { iteration, value, threshold } => Some(format!(
-            "{value:.4} after {iteration} values of the metric, where {threshold:.4} was needed"
-        )),
+        None if find_run(folder).is_ok() => Standing::Interrupted,
+        None => Standing::NotStarted,
     }
 }

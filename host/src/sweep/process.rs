@@ -31,6 +31,15 @@ pub(super) fn start(words: &[String], variables: &[(&str, String)], output: File
     command.spawn()
 }
 
+/// The last error in what a program has printed, else its last line.
+pub(super) fn last_words(output: &[u8]) -> String {
+    let output = String::from_utf8_lossy(output);
+    let mut lines = output.lines().rev().map(str::trim).filter(|line| !line.is_empty());
+    let last = lines.next().unwrap_or("nothing at all");
+    let error = std::iter::once(last).chain(lines).find_map(|line| line.strip_prefix("error: "));
+    error.unwrap_or(last).to_owned()
+}
+
 /// Sends `signal` to `child`, which has not been waited for, and to all that it has started.
 pub(super) fn signal(child: &Child, signal: libc::c_int) {
     // SAFETY: kill takes numbers only. The child has not been waited for, so that its group's number is its own.

@@ -17,9 +17,12 @@ use super::directory::{End, SweepDir, Trial};
 use super::error::SweepError;
 use super::hyperband::Verdict;
 use super::process;
+use super::rehearsal::rehearse;
 use super::search::Search;
 use super::series::{Point, Series, best, is_held, names_in};
 use crate::config::nearest;
+use crate::report::Setting;
+use crate::report::format::number;
 use crate::train::{Signals, TrainError};
 
 /// How often processes are looked at.
@@ -42,6 +45,8 @@ pub struct Resources {
     pub gpus: Vec<String>,
     /// Compute threads of a trial, unless its settings say otherwise.
     pub threads: usize,
+    /// Threads that load a trial's images, unless its settings say otherwise; none leaves that to the trial.
+    pub loaders: Option<usize>,
 }
 
 /// A sweep that goes on until every trial has ended.
@@ -62,6 +67,8 @@ pub struct Scheduler {
     ended_well: bool,
     ended_from_outside: usize,
     told_to_wait: bool,
+    /// What trials get in their environment, once the program has shown that it takes the parameters.
+    variables: Option<Vec<(&'static str, String)>>,
     bar: ProgressBar,
 }
 
@@ -127,6 +134,7 @@ impl Scheduler {
             ended_well: false,
             ended_from_outside: 0,
             told_to_wait: false,
+            variables: None,
             bar,
         };
         for number in scheduler.trials.keys().copied().collect::<Vec<_>>() {
@@ -182,7 +190,14 @@ impl Scheduler {
         for known in self.trials.values().filter(|known| known.unkept) {
             self.directory.keep(&known.trial)?;
         }
+        if self.trouble.is_none() {
+            self.tell_end();
+        }
         match (self.trouble.take(), self.ended_from_outside) {
+            // A Ctrl-C at the terminal ends the rehearsal, too.
+            (Some(_), _) if let Some(signal) = signals.pending() => {
+                Err(TrainError::Stopped { signal }.into())
+            }
             (Some(trouble), _) => Err(trouble),
             (None, 0) => Ok(()),
             (None, count) => Err(SweepError::Unfinished { count }.into()),
@@ -241,20 +256,18 @@ impl Scheduler {
         // The command is made anew: the directory may have another name by now.
         let Trial { parameters, threads, .. } = known.trial.clone();
         known.trial = Trial::new(number, parameters, &self.definition, self.directory.path(), threads);
+        let mut variables = match &self.variables {
+            Some(variables) => variables.clone(),
+            None => {
+                self.variables.insert(variables(&known.trial, &self.definition, &self.resources)?).clone()
+            }
+        };
+        variables.push(("OMP_NUM_THREADS", known.trial.threads.to_string()));
         self.directory.keep(&known.trial)?;
         let log = self.directory.log(&known.trial);
         let output = File::options().create(true).append(true).open(&log);
         let output = output.with_context(|| format!("cannot open {}", log.display()))?;
         let words_from = output.metadata().map_or(0, |file| file.len());
-        let mut variables = vec![("OMP_NUM_THREADS", known.trial.threads.to_string())];
-        let Definition { name, entity, project, .. } = &self.definition;
-        let for_wandb = [
-            ("WANDB_RUN_GROUP", Some(name)),
-            ("WANDB_ENTITY", entity.as_ref()),
-            ("WANDB_PROJECT", project.as_ref()),
-        ];
-        let unset = for_wandb.into_iter().filter(|(name, _)| env::var_os(name).is_none());
-        variables.extend(unset.filter_map(|(name, value)| Some((name, value?.clone()))));
         if let Some(gpu) = self.resources.gpus.iter().cycle().nth(slot) {
             variables.push(("CUDA_VISIBLE_DEVICES", gpu.clone()));
         }
@@ -291,7 +304,10 @@ impl Scheduler {
         let goal = self.definition.goal();
         let Some(known) = self.trials.get_mut(&running.number) else { return };
         let (name, log) = (known.trial.name(), self.directory.log(&known.trial));
-        let words = || last_words(&fs::read(&log).unwrap_or_default(), running.words_from);
+        let words = || {
+            let output = fs::read(&log).unwrap_or_default();
+            process::last_words(output.get(running.words_from as usize..).unwrap_or_default())
+        };
         let from_outside = matches!(status.signal(), Some(libc::SIGINT | libc::SIGTERM | libc::SIGKILL));
         let end = match (status.code(), running.verdict) {
             (Some(0), _) => End::Done,
@@ -428,6 +444,24 @@ impl Scheduler {
         target.zip(self.best()).is_some_and(|(target, best)| goal.cost(best.value) <= goal.cost(target))
     }
 
+    /// Says why no further trial begins, where that is not plain to see.
+    fn tell_end(&self) {
+        let count = self.trials.len();
+        if self.has_reached_target()
+            && let (Some(metric), Some(best)) = (&self.definition.metric, self.best())
+        {
+            let (value, target) = (number(best.value), metric.target.map(number).unwrap_or_default());
+            tracing::info!(
+                "the target is reached, {target} of {}, with {value}: no further trial begins",
+                metric.name
+            );
+        } else if self.left == 0 && !self.trials.values().any(|known| known.begun) {
+            tracing::info!("--count 0: no trial begins");
+        } else if !self.trials.values().any(|known| known.begun) {
+            tracing::info!("all {count} trials have ended before: there is nothing left to do");
+        }
+    }
+
     fn show(&self) {
         self.bar.set_position(self.trials.values().filter(|known| known.trial.end.is_some()).count() as u64);
         let running = self.running.iter().map(|running| {
@@ -442,18 +476,31 @@ impl Scheduler {
     }
 }
 
+/// What every trial gets in its environment, unless somebody has said otherwise. `first` says what is set.
+fn variables(
+    first: &Trial,
+    definition: &Definition,
+    resources: &Resources,
+) -> Result<Vec<(&'static str, String)>, SweepError> {
+    let settings = rehearse(first)?.unwrap_or_default();
+    let Definition { name, entity, project, .. } = definition;
+    let for_wandb = [
+        ("WANDB_RUN_GROUP", Some(name)),
+        ("WANDB_ENTITY", entity.as_ref()),
+        ("WANDB_PROJECT", project.as_ref()),
+    ];
+    let unset = for_wandb.into_iter().filter(|(name, _)| env::var_os(name).is_none());
+    let mut variables: Vec<_> = unset.filter_map(|(name, value)| Some((name, value?.clone()))).collect();
+    let is_free = |setting: &Setting| setting.key == "data.threads" && !setting.is_chosen();
+    if let Some(loaders) = resources.loaders.filter(|_| settings.iter().any(is_free)) {
+        variables.push(("JEPA_DATA__THREADS", loaders.to_string()));
+    }
+    Ok(variables)
+}
+
 impl Definition {
     /// Which direction is good.
     pub(super) fn goal(&self) -> Goal {
         self.metric.as_ref().map_or(Goal::Minimize, |metric| metric.goal)
     }
-}
-
-/// The last error in what a trial has printed from byte `from` on, else its last line.
-fn last_words(output: &[u8], from: u64) -> String {
-    let output = String::from_utf8_lossy(output.get(from as usize..).unwrap_or_default());
-    let mut lines = output.lines().rev().map(str::trim).filter(|line| !line.is_empty());
-    let last = lines.next().unwrap_or("nothing at all");
-    let error = std::iter::once(last).chain(lines).find_map(|line| line.strip_prefix("error: "));
-    error.unwrap_or(last).to_owned()
 }

@@ -20,11 +20,11 @@ pub struct Point {
     pub step: u64,
 }
 
-/// The best of `points`; the earliest of equal ones.
+/// The best of `points` that training has come to; the earliest of equal ones.
 pub(super) fn best(points: &[Point], goal: Goal) -> Option<Point> {
     let better =
         |best: Point, next: Point| if goal.cost(next.value) < goal.cost(best.value) { next } else { best };
-    points.iter().copied().reduce(better)
+    points.iter().copied().filter(|point| point.step > 0).reduce(better)
 }
 
 /// All values of a metric, as far as a file has been read.

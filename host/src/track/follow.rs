@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
+use serde::Serialize;
+
 use super::Record;
 
 /// The first pause after a failure; each further one is twice as long, up to the longest.
@@ -43,6 +45,14 @@ pub trait Tracker: Send {
         Ok(())
     }
 
+    /// Where the records are, for people.
+    fn place(&self) -> String;
+
+    /// What is left to do for people, once it is closed.
+    fn advice(&self) -> Option<String> {
+        None
+    }
+
     /// The run has ended with this exit code, and every record is logged.
     ///
     /// # Errors
@@ -62,7 +72,7 @@ enum Message {
 pub(super) struct Follower {
     name: &'static str,
     messages: Sender<Message>,
-    ended: Receiver<anyhow::Result<()>>,
+    ended: Receiver<anyhow::Result<Option<String>>>,
     _thread: JoinHandle<()>,
 }
 
@@ -91,11 +101,12 @@ impl Follower {
         let _ = self.messages.try_send(Message::News);
     }
 
-    /// Says that the run has ended, and gives the tracker until `deadline` to take what it lacks.
+    /// Says that the run has ended, and gives the tracker until `deadline` to take what it lacks. Returns what is left to
+    /// do then.
     ///
     /// # Errors
     /// When it does not, or has failed.
-    pub fn finish(self, exit_code: i32, deadline: Instant) -> anyhow::Result<()> {
+    pub fn finish(self, exit_code: i32, deadline: Instant) -> anyhow::Result<Option<String>> {
         let late = || format!("{} did not take all records in time", self.name);
         self.messages.send_deadline(Message::End { exit_code }, deadline).ok().with_context(late)?;
         match self.ended.recv_deadline(deadline) {
@@ -108,15 +119,30 @@ impl Follower {
     }
 }
 
-/// Feeds `tracker` those records of `metrics` that it does not have, and returns their number.
+/// What became of the records of a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Replayed {
+    /// So many were sent.
+    pub records: u64,
+    /// So many were there already.
+    pub known: u64,
+    /// Where they are.
+    pub place: String,
+    /// What is left to do.
+    pub advice: Option<String>,
+}
+
+/// Feeds `tracker` those records of `metrics` that it does not have.
 ///
 /// # Errors
 /// The first failure of the tracker, or of reading the file.
-pub fn replay(metrics: &Path, tracker: Box<dyn Tracker>, exit_code: i32) -> anyhow::Result<u64> {
+pub fn replay(metrics: &Path, tracker: Box<dyn Tracker>, exit_code: i32) -> anyhow::Result<Replayed> {
     let mut feed = Feed::new(metrics.to_owned(), tracker);
     feed.catch_up()?;
+    let place = feed.tracker.place();
     feed.tracker.close(exit_code)?;
-    Ok(feed.logged)
+    let (records, advice) = (feed.logged, feed.tracker.advice());
+    Ok(Replayed { records, known: feed.lines.index - records, place, advice })
 }
 
 /// A tracker, and how far it is.
@@ -134,7 +160,7 @@ impl Feed {
         Feed { lines: Lines::of(metrics), tracker, next: None, logged: 0, failed: false }
     }
 
-    fn until_end(mut self, inbox: &Receiver<Message>) -> anyhow::Result<()> {
+    fn until_end(mut self, inbox: &Receiver<Message>) -> anyhow::Result<Option<String>> {
         let mut pause = FIRST_PAUSE;
         // Until then it rests after a failure, whatever is new.
         let mut resting_until = Instant::now();
@@ -147,7 +173,8 @@ impl Feed {
             };
             if let Message::End { exit_code } = message {
                 self.catch_up()?;
-                return self.tracker.close(exit_code);
+                self.tracker.close(exit_code)?;
+                return Ok(self.tracker.advice());
             }
             if Instant::now() < resting_until {
                 continue;

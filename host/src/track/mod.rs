@@ -17,7 +17,7 @@ use console::Console;
 pub use console::StepReport;
 use examples::write_examples;
 use follow::Follower;
-pub use follow::{Tracker, replay};
+pub use follow::{Replayed, Tracker, replay};
 pub use histogram::Histogram;
 use jepa_plugin_api::ViewSpec;
 use jepa_plugin_api::tch::Tensor;
@@ -112,12 +112,15 @@ impl Trackers {
         let deadline = Instant::now() + patience;
         for follower in self.followers {
             let name = follower.name();
-            if let Err(error) = follower.finish(exit_code, deadline) {
-                let run = self.run.display();
-                tracing::warn!(
-                    "{name}: {error:#}; what is missing is in {run}/{METRICS_FILE}: jepa-host track replay {run} --to {}",
-                    name.to_lowercase().replace('&', "and")
-                );
+            match follower.finish(exit_code, deadline) {
+                Ok(advice) => advice.iter().for_each(|advice| tracing::info!("{name}: {advice}")),
+                Err(error) => {
+                    let run = self.run.display();
+                    tracing::warn!(
+                        "{name}: {error:#}; what is missing is in {run}/{METRICS_FILE}: jepa-host track replay {run} --to {}",
+                        name.to_lowercase().replace('&', "and")
+                    );
+                }
             }
         }
     }

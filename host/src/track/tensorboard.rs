@@ -92,6 +92,10 @@ impl Tracker for TensorBoard {
         self.file.as_mut().context("no event file is open")?.flush().context("cannot write the event file")
     }
 
+    fn place(&self) -> String {
+        format!("TensorBoard's file in {}", self.directory.display())
+    }
+
     fn close(&mut self, _exit_code: i32) -> anyhow::Result<()> {
         self.rest()
     }

@@ -240,10 +240,11 @@ impl Wandb {
         }))
     }
 
-    /// Notes the best values, and says in the summary which are new.
+    /// Notes the best values that training has come to, and says in the summary which are new.
     fn note_best(&mut self, record: &Record) -> Vec<Item> {
         let mut news = Vec::new();
-        for (name, &value) in record.figures.iter().filter(|(name, _)| has_a_best(name)) {
+        let figures = record.figures.iter().filter(|(name, _)| record.step > 0 && has_a_best(name));
+        for (name, &value) in figures {
             let best = self.best.get(name).copied();
             if best.is_none_or(|best| if lower_is_better(name) { value < best } else { value > best }) {
                 self.best.insert(name.clone(), value);
@@ -354,6 +355,22 @@ impl Tracker for Wandb {
         }))?;
         self.console += end as u64 + 1;
         Ok(())
+    }
+
+    fn place(&self) -> String {
+        let WandbRun { entity, project, id, base_url, online, .. } = &self.run;
+        match online {
+            true => {
+                let known = self.session.as_ref().map_or(entity, |session| &session.known.entity);
+                format!("the W&B run {known}/{project}/{id} at {base_url}")
+            }
+            false => self.run.folder().display().to_string(),
+        }
+    }
+
+    fn advice(&self) -> Option<String> {
+        let sessions = || format!("{}/offline-run-*-{}", self.run.folder().display(), self.run.id);
+        (!self.run.online).then(|| format!("wandb sync {} uploads the run", sessions()))
     }
 
     fn close(&mut self, exit_code: i32) -> anyhow::Result<()> {
