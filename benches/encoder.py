@@ -71,7 +71,7 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |")
     print(f"| everything visible | {median('dense'):.3f} s | | {median('ours dense'):.3f} s | {ratio('dense', 'ours dense')} | |")
     for share in args.shares:
-        emulated, ours = f"emulated {share}", f"ours {share}"
+        emulated, ours = f"emulated {share}", f"ours {share:g}"
         print(f"| {share:.0%} visible | {median('dense'):.3f} s | {median(emulated):.3f} s | {median(ours):.3f} s "
               f"| {ratio('dense', ours)} | {ratio(emulated, ours)} |")
 

@@ -64,16 +64,21 @@ struct Function<F> {
 /// `backward` runs without a graph, perhaps on another thread, and again if the graph is kept; what it has captured is
 /// freed after the last time, or at once if no input needs a gradient. Of the tensors that it captures, take
 /// [`detach`](Tensor::detach): a result that is captured as it is would hold itself for ever. What it captures must not
-/// be changed in place before it has run; nothing checks that. A second derivative is an error. `name` is what libtorch's
-/// messages call it. Since 1.1.
+/// be changed in place before it has run; nothing checks that. The gradient that it is given may have any strides: take
+/// [`contiguous`](Tensor::contiguous) for a kernel. Those that it gives have the shapes of the inputs. A second derivative
+/// is an error. `name` is what libtorch's messages call it. Since 1.1.
 ///
 /// # Panics
-/// When `name` has a NUL byte. A panic in `backward`, or another number of gradients than inputs, is an error of the
+/// When `name` has a NUL byte, or `output` is part of a graph already. A panic in `backward`, or another number of gradients than inputs, is an error of the
 /// backward pass.
 pub fn record<F>(name: &str, inputs: &[&Tensor], output: Tensor, backward: F) -> Tensor
 where
     F: Fn(&Tensor) -> Vec<Option<Tensor>> + Send + 'static,
 {
+    assert!(
+        !output.requires_grad(),
+        "the output of {name} was computed with a graph: compute it under no_grad"
+    );
     let name = CString::new(name).expect("the name of a function has no NUL byte");
     let handles: Vec<*mut c_void> = inputs.iter().map(|input| input.as_ptr().cast_mut().cast()).collect();
     let result = [output.as_ptr().cast_mut().cast()];
@@ -114,6 +119,9 @@ pub fn is_recorded(x: &Tensor) -> bool {
 /// Recorded like any cast. Since 1.1.
 pub fn autocast(x: &Tensor) -> Tensor {
     let device = if x.device() == Device::Cpu { 0 } else { 1 };
+    if !matches!(x.kind(), Kind::Float | Kind::Half | Kind::BFloat16) {
+        return x.shallow_clone();
+    }
     // SAFETY: it takes and gives a number.
     match unsafe { jepa_autocast_dtype(device) } {
         5 => x.to_kind(Kind::Half),

@@ -1,4 +1,8 @@
 //! The numbers of a tensor on the CPU, as a slice, for kernels written in Rust. Since 1.1.
+//!
+//! As everywhere in tch, a tensor is a handle, and the compiler does not see when two of them share their numbers: while a
+//! slice lives, its tensor's numbers must not be changed, freed or resized through another handle. A kernel that takes its
+//! slices, computes and returns keeps that rule by itself.
 
 use tch::{Device, Kind, Tensor};
 
@@ -65,8 +69,8 @@ pub fn values<T: Element>(x: &Tensor) -> &[T] {
     check::<T>(x);
     match x.numel() {
         0 => &[],
-        // SAFETY: the tensor has that many numbers of T one after the other, and lives as long as the borrow. tch
-        // lets other handles change them meanwhile; kernels and training loops are the only ones who could, and do not.
+        // SAFETY: the tensor has that many numbers of T one after the other, and lives as long as the borrow. That no
+        // other handle changes them meanwhile is the rule above.
         count => unsafe { std::slice::from_raw_parts(x.data_ptr().cast::<T>(), count) },
     }
 }
@@ -79,7 +83,7 @@ pub fn values_mut<T: Element>(x: &mut Tensor) -> &mut [T] {
     check::<T>(x);
     match x.numel() {
         0 => &mut [],
-        // SAFETY: as above; the only handle is borrowed mutably.
+        // SAFETY: as above, and no other handle reads them.
         count => unsafe { std::slice::from_raw_parts_mut(x.data_ptr().cast::<T>(), count) },
     }
 }

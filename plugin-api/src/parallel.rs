@@ -23,7 +23,7 @@ struct Work<I, F> {
 }
 
 /// Calls `body` with each of `items`, at once on the threads that libtorch computes with, and returns when all are done.
-/// Which thread gets which is not said: for results that do not hang on the number of threads, let the items be the same
+/// Which thread gets which is not said: for results that do not depend on the number of threads, let the items be the same
 /// for any. Since 1.1.
 ///
 /// ```

@@ -1,6 +1,8 @@
 //! Convolution and pooling over visible cells, against libtorch's own in fp64 on the whole map with zeros at what is
 //! hidden: over random masks, sizes, kernels, strides, and channels.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use jepa_host::device::autocast_bf16;
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions, LayerNorm2d};
 use jepa_plugin_api::{Params, tch};
@@ -35,11 +37,11 @@ fn double(x: &Tensor) -> Tensor {
     x.detach().to_kind(Kind::Double)
 }
 
-/// A mask of `cells` `(B, 1, f, f)` that shows something, and some images of which show nothing.
+/// A mask of `cells` `(B, 1, f, f)` that shows something, and of some images nothing.
 fn random_mask(draw: &mut Draw, batch: i64, cells: i64) -> Tensor {
     let share = draw.of(&[0.1, 0.4, 0.6, 1.0]);
     let mask = Tensor::rand([batch, 1, cells, cells], F32).lt(share);
-    let _ = mask.get(0).fill_(1);
+    let _ = mask.get(0).get(0).get(draw.below(cells)).get(draw.below(cells)).fill_(1);
     mask
 }
 
@@ -173,6 +175,28 @@ fn bf16_follows_fp32() {
     let (y16, stem16, depthwise16) = autocast_bf16(true, Device::Cpu, || run(&images)).unwrap();
     assert_eq!(y16.kind(), Kind::BFloat16);
     worst("features", 0, &y16, &y, 0.05);
-    worst("gradient of the stem", 0, &stem16, &stem, 0.1);
-    worst("gradient of the depthwise convolution", 0, &depthwise16, &depthwise, 0.1);
+    worst("gradient of the stem", 0, &stem16, &stem, 0.2);
+    worst("gradient of the depthwise convolution", 0, &depthwise16, &depthwise, 0.2);
+}
+
+#[test]
+fn what_does_not_fit_is_said() {
+    let features = |channels, side| {
+        let map = Tensor::randn([1, channels, side, side], F32);
+        FeatureMap::new(&map, Some(&Tensor::ones([1, 1, 1, 1], (Kind::Bool, Device::Cpu)))).unwrap()
+    };
+    let conv = |inputs, kernel, padding| {
+        let options = ConvOptions { padding, stride: kernel, ..ConvOptions::default() };
+        Conv2d::new(&Params::new(Device::Cpu), inputs, 4, kernel, options)
+    };
+    let said = |what: &dyn Fn()| {
+        let payload = catch_unwind(AssertUnwindSafe(what)).unwrap_err();
+        *payload.downcast::<String>().unwrap()
+    };
+    let message = said(&|| drop(features(4, 4).conv(&conv(8, 2, 0))));
+    assert!(message.contains("features of 4 channels met a convolution that takes 8"), "{message}");
+    let message = said(&|| drop(features(4, 1).conv(&conv(4, 2, 0))));
+    assert!(message.contains("has no room for a kernel of 2"), "{message}");
+    let message = said(&|| drop(features(4, 4).max_pool(2, 2, 2)));
+    assert!(message.contains("pad should be at most half of effective kernel size"), "{message}");
 }

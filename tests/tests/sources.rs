@@ -11,10 +11,7 @@ const UNSAFE: [(&str, &str); 13] = [
     ("plugin-api/src/lib.rs", "`export_plugin!` exports the boundary's two symbols"),
     ("plugin-api/src/autograd.rs", "bindings to host/bridge/autograd.cpp"),
     ("plugin-api/src/parallel.rs", "bindings to host/bridge/parallel.cpp"),
-    (
-        "plugin-api/src/nn/kernel/",
-        "vector instructions, and threads that write to disjoint parts of a tensor",
-    ),
+    ("plugin-api/src/memory.rs", "the numbers of a tensor as a slice"),
     ("host/src/plugin/", "the boundary, on the host's side"),
     ("host/src/device/native.rs", "bindings to host/native"),
     ("host/src/device/cuda.rs", "opens libtorch_cuda before the first CUDA call"),

@@ -1,6 +1,6 @@
 //! Convolution.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::Init;
 use crate::Params;
@@ -75,9 +75,10 @@ impl Conv2d {
         Conv2d { weight, bias, stride, padding, groups }
     }
 
-    /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1.
+    /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1. In memory the result is as libtorch
+    /// makes it: for a 1×1 kernel on the CPU, channels last.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        if self.is_pointwise() && x.dim() == 4 {
+        if self.is_pointwise() && x.dim() == 4 && x.device() == Device::Cpu {
             // A matrix product. Besides, oneDNN's gradient of one with a stride and few channels never returns on a CPU
             // with AVX2 and no AVX-512 (libtorch 2.11).
             let every = |x: Tensor, dimension| x.slice(dimension, None, None, self.stride);

@@ -1,7 +1,7 @@
 //! Batch norm over rows of channels, in one pass with the ReLU and the sum that follow it.
 //!
 //! A network spends much of its time outside convolutions on reading and writing activations. Rows `(N, C)` are taken in
-//! parts that stay in a core's cache; the parts do not hang on the number of threads, nor does the result.
+//! parts that stay in a core's cache; the parts do not depend on the number of threads, nor does the result.
 
 use tch::Tensor;
 
@@ -69,7 +69,7 @@ pub(super) fn train<T: Element>(norm: &BatchNorm, x: &Tensor, then: Then) -> Ten
             })
         }
         _ => {
-            // What a ReLU lets through is told by y > 0; without one, everything.
+            // A ReLU holds back what belongs to y ≤ 0, and as in PyTorch nothing where y is NaN.
             let threshold = if matches!(then, Then::Relu) { 0.0 } else { f32::NEG_INFINITY };
             autograd::record("BatchNorm", &[x, &norm.weight, &norm.bias], y, move |grad| {
                 let grad = grad.contiguous();
@@ -136,9 +136,14 @@ fn moments<T: Element>(x: &[T], channels: usize) -> (Vec<f32>, Vec<f32>) {
     let (first, second) = sums.split_at(channels);
     let of_channel = |((first, second), origin): ((&f64, &f64), &f32)| {
         let mean = first / count;
-        (((f64::from(*origin) + mean) as f32), ((second / count - mean * mean).max(0.0) as f32))
+        (((f64::from(*origin) + mean) as f32), variance(second / count - mean * mean))
     };
     first.iter().zip(second).zip(&origin).map(of_channel).unzip()
+}
+
+/// What rounding has made less than zero is zero; NaN stays so.
+fn variance(difference: f64) -> f32 {
+    if difference < 0.0 { 0.0 } else { difference as f32 }
 }
 
 fn update_running(norm: &BatchNorm, mean: &[f32], var: &[f32], count: i64) {
@@ -158,7 +163,7 @@ fn parts_of<'a, T>(x: &'a [T], affine: &Affine) -> std::slice::Chunks<'a, T> {
     x.chunks(part(affine.scale.len()))
 }
 
-/// Writes to `passed` the gradients for which `y`, a ReLU's result, is positive, and adds them up as [`add_gradients`].
+/// Writes to `passed` the gradients for which `y`, a ReLU's result, is not zero, and adds them up as [`add_gradients`].
 fn sums_of_passed<T: Element>(
     grad: &Tensor,
     y: &Tensor,
@@ -174,7 +179,7 @@ fn sums_of_passed<T: Element>(
         #[inline(always)]
         |(((g, y), x), passed), sums| {
             for ((g, y), passed) in g.iter().zip(y).zip(passed.iter_mut()) {
-                *passed = if y.widen() > 0.0 { *g } else { T::narrow(0.0) };
+                *passed = if y.widen() <= 0.0 { T::narrow(0.0) } else { *g };
             }
             add_gradients(passed, x, affine, f32::NEG_INFINITY, sums);
         },
@@ -295,11 +300,11 @@ fn add_moments<T: Element>(x: &[T], origin: &[f32], sums: &mut [f32]) {
 }
 
 #[inline(always)]
-fn passed<T: Element>(g: T, passes: bool) -> f32 {
-    if passes { g.widen() } else { 0.0 }
+fn passed<T: Element>(g: T, y: f32, threshold: f32) -> f32 {
+    if y <= threshold { 0.0 } else { g.widen() }
 }
 
-/// Adds up g and g · (x − mean), where x · scale + shift is over the threshold.
+/// Adds up g and g · (x − mean), where x · scale + shift is not below the threshold.
 #[inline(always)]
 fn add_gradients<T: Element>(g: &[T], x: &[T], affine: &Affine, threshold: f32, sums: &mut [f32]) {
     let channels = affine.scale.len();
@@ -312,15 +317,15 @@ fn add_gradients<T: Element>(g: &[T], x: &[T], affine: &Affine, threshold: f32, 
         let ((g, h), (x, y)) = (g.split_at(channels), x.split_at(channels));
         for c in 0..channels {
             let (x, y) = (x[c].widen(), y[c].widen());
-            let g = passed(g[c], x.mul_add(scale[c], shift[c]) > threshold);
-            let h = passed(h[c], y.mul_add(scale[c], shift[c]) > threshold);
+            let g = passed(g[c], x.mul_add(scale[c], shift[c]), threshold);
+            let h = passed(h[c], y.mul_add(scale[c], shift[c]), threshold);
             first[c] += g + h;
             second[c] += g.mul_add(x - mean[c], h * (y - mean[c]));
         }
     }
     for (c, (g, x)) in pairs_of_g.remainder().iter().zip(pairs_of_x.remainder()).enumerate() {
         let x = x.widen();
-        let g = passed(*g, x.mul_add(scale[c], shift[c]) > threshold);
+        let g = passed(*g, x.mul_add(scale[c], shift[c]), threshold);
         first[c] += g;
         second[c] += g * (x - mean[c]);
     }
@@ -342,7 +347,7 @@ fn gradient<T: Element>(
     for ((g, x), out) in rows {
         for c in 0..channels {
             let x = x[c].widen();
-            let g = passed(g[c], x.mul_add(scale[c], shift[c]) > threshold);
+            let g = passed(g[c], x.mul_add(scale[c], shift[c]), threshold);
             out[c] = T::narrow(g.mul_add(scale[c], x.mul_add(slope[c], offset[c])));
         }
     }

@@ -9,8 +9,11 @@ use crate::{NormKind, Params, autograd};
 /// Batch norm of maps `(B, C, H, W)` or of vectors `(B, C)`, with PyTorch's ε = 10⁻⁵ and momentum 0.1.
 ///
 /// The biased variance of the batch normalises it, the unbiased one goes into the running variance. Every batch norm
-/// of the host's own plugins, dense or sparse, takes its statistics in [`forward`](Self::forward) and nowhere else: of
-/// the batch on this device, which is all of it while a run has one.
+/// of the host's own plugins, dense or sparse, takes its statistics in the three functions here and nowhere else: of the
+/// batch on this device, which is all of it while a run has one.
+///
+/// On the CPU, training on vectors or on maps in the channels-last format has no second derivative, and what it was given
+/// or has made must not be changed in place before the backward pass.
 ///
 /// ```
 /// use jepa_plugin_api::nn::BatchNorm;
@@ -122,6 +125,9 @@ impl BatchNorm {
     /// On the CPU, for rows of channels in memory: vectors, or maps in the channels-last format.
     fn fused(&self, x: &Tensor, train: bool, then: Then) -> Option<Tensor> {
         let channels = self.weight.size()[0];
+        if x.device() != Device::Cpu || x.dim() < 2 || x.size()[1] != channels || x.numel() == 0 {
+            return None;
+        }
         let as_rows = |x: &Tensor| match x.dim() {
             2 => Some(x.shallow_clone()),
             4 => Some(x.permute([0, 2, 3, 1])).filter(Tensor::is_contiguous).map(|x| x.view([-1, channels])),
@@ -129,13 +135,12 @@ impl BatchNorm {
         };
         let same = |other: &Tensor| other.size() == x.size() && other.kind() == x.kind();
         let rows = as_rows(x).filter(|rows| {
-            let statistics = [&self.weight, &self.bias, &self.running_mean, &self.running_var];
+            let own = [&self.weight, &self.bias, &self.running_mean, &self.running_var];
+            let other = if let Then::AddRelu(other) = then { other } else { x };
+            let with_gradient = [x, other, &self.weight, &self.bias].into_iter().any(autograd::is_recorded);
             rows.is_contiguous()
-                && rows.numel() > 0
-                && rows.size()[1] == channels
-                && x.device() == Device::Cpu
-                && statistics.iter().all(|x| x.kind() == Kind::Float && x.is_contiguous())
-                && (train || ![x, &self.weight, &self.bias].into_iter().any(autograd::is_recorded))
+                && own.iter().all(|x| x.kind() == Kind::Float && x.is_contiguous())
+                && (train || !with_gradient)
         })?;
         let other;
         let then = match then {

@@ -14,7 +14,7 @@ use jepa_plugin_api::{autograd, parallel};
 use tch::{Device, Tensor};
 
 use crate::canvas::{Canvas, Frame, for_element};
-use crate::visible::{Level, Places};
+use crate::visible::{Level, Places, Size};
 
 /// The square that a convolution or a pool looks at.
 #[derive(Clone, Copy, Debug)]
@@ -30,13 +30,22 @@ impl Window {
         Window { kernel, stride, padding }
     }
 
-    /// The side of the map that it makes of one of this side.
-    pub fn side(&self, side: i64) -> i64 {
-        let Window { kernel, stride, padding } = *self;
-        (side + 2 * padding as i64 - kernel as i64) / stride as i64 + 1
+    /// The size of the map that it makes of one of this size.
+    ///
+    /// # Panics
+    /// When that has no room for the kernel.
+    pub fn map_size(&self, (height, width): Size) -> Size {
+        let [kernel, stride, padding] = [self.kernel, self.stride, self.padding].map(|x| x as i64);
+        let room = height.min(width) + 2 * padding;
+        assert!(
+            room >= kernel,
+            "a map of {height} × {width}, with padding {padding}, has no room for a kernel of {kernel}"
+        );
+        ((height + 2 * padding - kernel) / stride + 1, (width + 2 * padding - kernel) / stride + 1)
     }
 
     /// Where the window of an output begins, in its image on a canvas whose border is the padding.
+    #[inline(always)]
     pub fn start(&self, (y, x): (u32, u32), frame: Frame) -> usize {
         (y as usize * frame.pitch + x as usize * frame.channels) * self.stride
     }
@@ -298,8 +307,8 @@ fn depthwise_weight_gradient<T: Element>(
     let canvas = Canvas::paint::<T>(x, from, window.padding);
     let (frame, outputs, kernel) = (canvas.frame(), to.at.len(), window.kernel);
     let (map, grad, channels) = (values::<T>(&canvas.map), values::<T>(grad), frame.channels);
-    // As many parts for any number of threads, so that the sums are the same ones.
-    let part = outputs.div_ceil(16).max(OUTPUTS);
+    // Sums are in f32 within a part of these many outputs, whatever the number of threads.
+    let part = 16 * OUTPUTS;
     let size = kernel * kernel * channels;
     let mut sums = vec![0.0f32; size * outputs.div_ceil(part)];
     parallel::for_each((0..outputs).step_by(part).zip(sums.chunks_mut(size)), |(first, sums)| {
@@ -314,7 +323,7 @@ fn depthwise_weight_gradient<T: Element>(
             },
         );
     });
-    let sums = Tensor::from_slice(&sums).view([-1, size as i64]).sum_dim_intlist(0, false, None);
+    let sums = Tensor::from_slice(&sums).view([-1, size as i64]).sum_dim_intlist(0, false, tch::Kind::Double);
     sums.view([(kernel * kernel) as i64, -1]).tr().to_kind(weight.kind()).reshape(weight.size())
 }
 

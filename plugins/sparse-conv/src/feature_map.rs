@@ -13,6 +13,9 @@ use crate::way::Way;
 use crate::{Visible, pool};
 
 /// The features `(B, C, H, W)` of a batch, all of them or those at visible cells.
+///
+/// On the CPU in sparse mode there is no second derivative, and what an operation was given or has made must not be
+/// changed in place before the backward pass.
 #[derive(Debug)]
 pub struct FeatureMap(Values);
 
@@ -73,7 +76,7 @@ impl FeatureMap {
     /// # Errors
     /// When H × W does not divide into the mask's cells, or the batches differ.
     pub fn sparse(map: &Tensor, visible: &Rc<Visible>) -> Result<Self> {
-        visible.check_shape(&map.size())?;
+        visible.check(map)?;
         let size = size_of(map);
         let rows = gather(&channels_last(map), &visible.at(size));
         Ok(FeatureMap(Sparse(rows, size, Rc::clone(visible))))
@@ -90,13 +93,14 @@ impl FeatureMap {
     /// Convolution. In sparse mode a kernel sees zeros at hidden positions, and its output is kept at visible ones.
     ///
     /// # Panics
-    /// When the new H and W do not divide into the mask's cells.
+    /// When the features have other channels than the convolution takes, or are smaller than its kernel, or the new H and W
+    /// do not divide into the mask's cells.
     pub fn conv(&self, conv: &Conv2d) -> Self {
         self.conv_by(conv, None)
     }
 
-    /// The same in one of the two ways, or in the cheaper one: for tests and benchmarks, as the results are equal. A 1×1
-    /// convolution and a dense map have one way only, and so has a device without kernels.
+    /// The same in one of the two ways, or in the cheaper one: for tests and benchmarks, as the results are equal but for
+    /// rounding. A 1×1 convolution and a dense map have one way only, and so has a device without kernels.
     ///
     /// # Panics
     /// As [`conv`](Self::conv).
@@ -108,8 +112,10 @@ impl FeatureMap {
         if conv.is_pointwise() && conv.stride == 1 {
             return self.with(rows.linear(&conv.weight.flatten(1, -1), conv.bias.as_ref()));
         }
+        let (channels, wanted) = (rows.size()[1], conv.weight.size()[1] * conv.groups);
+        assert!(channels == wanted, "features of {channels} channels met a convolution that takes {wanted}");
         let window = Window::of(conv);
-        let next = (window.side(size.0), window.side(size.1));
+        let next = window.map_size(size);
         let (from, to) = (visible.at(size), visible.at(next));
         let way = match has_kernels(rows) && Way::Gathered.takes(conv) {
             true => way.unwrap_or_else(|| Way::cheaper(conv, &to)),
@@ -125,7 +131,8 @@ impl FeatureMap {
     /// Max-pool. In sparse mode a window sees zeros at hidden positions, and its output is kept at visible ones.
     ///
     /// # Panics
-    /// When the new H and W do not divide into the mask's cells.
+    /// When the padding is over half the kernel, or the map is smaller than the kernel, or the new H and W do not divide
+    /// into the mask's cells.
     pub fn max_pool(&self, kernel: i64, stride: i64, padding: i64) -> Self {
         let pool = |map: &Tensor| map.max_pool2d([kernel; 2], [stride; 2], [padding; 2], [1, 1], false);
         let [kernel, stride, padding] = [kernel, stride, padding].map(|x| x as usize);
@@ -133,9 +140,9 @@ impl FeatureMap {
         match &self.0 {
             Dense(map) => Self::dense(&pool(map)),
             Sparse(rows, size, visible) => {
-                let (from, next) = (visible.at(*size), (window.side(size.0), window.side(size.1)));
+                let (from, next) = (visible.at(*size), window.map_size(*size));
                 let to = visible.at(next);
-                let rows = match has_kernels(rows) {
+                let rows = match has_kernels(rows) && pool::takes(window) {
                     true => pool::max_pool(rows, window, &from, &to),
                     false => gather(&pool(&scatter(rows, &from)), &to),
                 };
@@ -243,7 +250,7 @@ impl FeatureMap {
         self.with(self.values() + other.values())
     }
 
-    /// The numbers as they are kept: two maps of the same shape and the same visible cells keep theirs alike.
+    /// The stored numbers: two maps of the same shape and the same visible cells have theirs in the same layout.
     fn values(&self) -> &Tensor {
         match &self.0 {
             Dense(values) | Sparse(values, ..) => values,

@@ -10,6 +10,11 @@ use crate::canvas::{Canvas, for_element};
 use crate::conv::Window;
 use crate::visible::{Level, Places};
 
+/// Whether the kernels here can compute it; libtorch refuses some of the rest, with its reasons.
+pub(crate) fn takes(window: Window) -> bool {
+    2 * window.padding <= window.kernel && window.kernel.pow(2) <= 256
+}
+
 /// `rows` `(N, C)` to `(N', C)`: a window sees zeros at hidden positions, and nothing beyond the map's edge.
 pub(crate) fn max_pool(rows: &Tensor, window: Window, from: &Level, to: &Level) -> Tensor {
     let (from, to) = (Arc::clone(&from.places), Arc::clone(&to.places));
@@ -21,6 +26,7 @@ pub(crate) fn max_pool(rows: &Tensor, window: Window, from: &Level, to: &Level) 
 }
 
 /// The lines and columns of a window that lie on a map of this side.
+#[inline(always)]
 fn inside(start: u32, window: Window, side: usize) -> std::ops::Range<usize> {
     let first = start as usize * window.stride;
     window.padding.saturating_sub(first)..window.kernel.min(side + window.padding - first)

@@ -82,9 +82,14 @@ impl Visible {
         Ok(Visible { cells: cells.shallow_clone(), levels: RefCell::default() })
     }
 
-    /// Checks that a map of this shape divides into the mask's cells.
-    pub(crate) fn check_shape(&self, map: &[i64]) -> Result<()> {
-        let cells = self.cells.size();
+    /// Checks that a map is where the mask is and divides into its cells.
+    pub(crate) fn check(&self, map: &Tensor) -> Result<()> {
+        let (here, there) = (self.cells.device(), map.device());
+        ensure!(
+            here == there,
+            "the mask of visible cells is on {here:?}, and images or features are on {there:?}"
+        );
+        let (cells, map) = (self.cells.size(), map.size());
         let fits = map.len() == 4 && map[0] == cells[0] && map[2] % cells[2] == 0 && map[3] % cells[3] == 0;
         ensure!(fits, "a mask of {cells:?} cells does not fit images or features of shape {map:?}");
         Ok(())

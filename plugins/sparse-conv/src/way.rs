@@ -14,11 +14,13 @@ pub enum Way {
 }
 
 impl Way {
-    /// Whether it can compute this convolution: gathered ones are plain, or depthwise with a stride of 1.
+    /// Whether it can compute this convolution: gathered ones are plain, or depthwise with a stride of 1, and
+    /// every window touches the map.
     pub(crate) fn takes(self, conv: &Conv2d) -> bool {
         let depthwise =
             conv.groups == conv.weight.size()[0] && conv.weight.size()[1] == 1 && conv.stride == 1;
-        self == Way::WholeMap || conv.groups == 1 || depthwise
+        let inside = conv.padding < conv.kernel();
+        self == Way::WholeMap || inside && (conv.groups == 1 || depthwise)
     }
 
     /// The one that takes less time, by a model of what `cargo bench -p jepa-tests --bench sparse_conv` has measured: what
