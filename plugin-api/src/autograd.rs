@@ -69,8 +69,8 @@ struct Function<F> {
 /// is an error. `name` is what libtorch's messages call it. Since 1.1.
 ///
 /// # Panics
-/// When `name` has a NUL byte, or `output` is part of a graph already. A panic in `backward`, or another number of gradients than inputs, is an error of the
-/// backward pass.
+/// When `name` has a NUL byte, or `output` is part of a graph already. A panic in `backward`, or another number of gradients
+/// than inputs, is an error of the backward pass.
 pub fn record<F>(name: &str, inputs: &[&Tensor], output: Tensor, backward: F) -> Tensor
 where
     F: Fn(&Tensor) -> Vec<Option<Tensor>> + Send + 'static,

@@ -84,10 +84,15 @@ impl Conv2d {
             let every = |x: Tensor, dimension| x.slice(dimension, None, None, self.stride);
             let x = if self.stride == 1 { x.shallow_clone() } else { every(every(x.shallow_clone(), 2), 3) };
             let rows = x.permute([0, 2, 3, 1]).contiguous();
-            return rows.linear(&self.weight.flatten(1, -1), self.bias.as_ref()).permute([0, 3, 1, 2]);
+            return self.pointwise(&rows).permute([0, 3, 1, 2]);
         }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
+    }
+
+    /// Of a 1×1 convolution, what it makes of the channels of each position: `(…, in)` to `(…, out)`. Since 1.1.
+    pub fn pointwise(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight.flatten(1, -1), self.bias.as_ref())
     }
 
     /// Whether an output is made of a single position: a kernel of 1, without padding and groups.

@@ -8,12 +8,16 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use jepa_plugin_api::memory::{self, Element, values, values_mut, vectorized};
+use jepa_plugin_api::memory::{Element, values, values_mut, vectorized};
 use jepa_plugin_api::nn::Conv2d;
 use jepa_plugin_api::{autograd, parallel};
 use tch::{Device, Tensor};
 
 use crate::canvas::{Canvas, Frame, for_element};
+use crate::depthwise::{
+    backward as depthwise_backward, forward as depthwise_forward,
+    weight_gradient as depthwise_weight_gradient,
+};
 use crate::visible::{Level, Places, Size};
 
 /// The square that a convolution or a pool looks at.
@@ -51,7 +55,7 @@ impl Window {
     }
 
     /// The same on the whole canvas, for each of these outputs.
-    fn starts(self, frame: Frame, to: &Places, outputs: Range<usize>) -> impl Iterator<Item = usize> {
+    pub fn starts(self, frame: Frame, to: &Places, outputs: Range<usize>) -> impl Iterator<Item = usize> {
         let mut image = to.starts.partition_point(|start| *start <= outputs.start) - 1;
         outputs.map(move |i| {
             while i >= to.starts[image + 1] {
@@ -67,29 +71,53 @@ impl Window {
     }
 }
 
+/// The outputs of a convolution, at `to`, and the inputs that their windows see, at `from`.
+pub(crate) struct Geometry {
+    pub window: Window,
+    pub from: Arc<Places>,
+    pub to: Arc<Places>,
+}
+
+impl Geometry {
+    /// Of a stride of 1: the inputs, as outputs of the gradient's way back.
+    pub fn reversed(&self) -> Self {
+        Geometry { window: self.window.reversed(), from: Arc::clone(&self.to), to: Arc::clone(&self.from) }
+    }
+
+    /// The canvas that the windows look at, with `rows` at the inputs.
+    pub fn canvas<T: Element>(&self, rows: &Tensor) -> Canvas {
+        Canvas::paint::<T>(rows, &self.from, self.window.padding)
+    }
+}
+
+/// Whether each channel has a kernel of its own, and sees no other.
+pub(crate) fn is_depthwise(conv: &Conv2d) -> bool {
+    conv.groups > 1 && conv.groups == conv.weight.size()[0] && conv.weight.size()[1] == 1
+}
+
 /// `rows` `(N, C)` at the visible positions of one map to `(N', C')` at those of the next.
 pub(crate) fn conv(rows: &Tensor, conv: &Conv2d, from: &Level, to: &Level) -> Tensor {
-    let window = Window::of(conv);
     let (rows, weight) = (autograd::autocast(rows), autograd::autocast(&conv.weight));
     let (x, w) = (rows.detach().contiguous(), weight.detach());
     let (from, to) = (Arc::clone(&from.places), Arc::clone(&to.places));
+    let geometry = Geometry { window: Window::of(conv), from, to };
     let grads = [&rows, &weight].map(autograd::is_recorded);
-    let depthwise = conv.groups > 1;
+    let depthwise = is_depthwise(conv);
 
     let (y, name) = match depthwise {
-        false => (for_element!(x, forward(&x, &w, window, &from, &to)), "SparseConv"),
-        true => (for_element!(x, depthwise_forward(&x, &w, window, &from, &to)), "SparseDepthwiseConv"),
+        false => (for_element!(x, forward(&x, &w, &geometry)), "SparseConv"),
+        true => (for_element!(x, depthwise_forward(&x, &w, &geometry)), "SparseDepthwiseConv"),
     };
     let y = autograd::record(name, &[&rows, &weight], y, move |grad| {
         let grad = grad.contiguous();
-        let of_x = grads[0].then(|| match (depthwise, window.stride) {
-            (true, _) => for_element!(x, depthwise_backward(&grad, &w, window, &from, &to)),
-            (false, 1) => for_element!(x, backward(&grad, &w, window, &from, &to)),
-            (false, _) => for_element!(x, backward_strided(&grad, &w, window, &from, &to)),
+        let of_x = grads[0].then(|| match (depthwise, geometry.window.stride) {
+            (true, _) => for_element!(x, depthwise_backward(&grad, &w, &geometry)),
+            (false, 1) => for_element!(x, backward(&grad, &w, &geometry)),
+            (false, _) => for_element!(x, backward_strided(&grad, &w, &geometry)),
         });
         let of_weight = grads[1].then(|| match depthwise {
-            false => for_element!(x, weight_gradient(&grad, &x, &w, window, (&from, &to))),
-            true => for_element!(x, depthwise_weight_gradient(&grad, &x, &w, window, (&from, &to))),
+            false => for_element!(x, weight_gradient(&grad, &x, &w, &geometry)),
+            true => for_element!(x, depthwise_weight_gradient(&grad, &x, &w, &geometry)),
         });
         vec![of_x, of_weight]
     });
@@ -157,33 +185,21 @@ fn product<T: Element>(canvas: &Canvas, matrix: &Tensor, window: Window, to: &Pl
     y
 }
 
-fn forward<T: Element>(x: &Tensor, weight: &Tensor, window: Window, from: &Places, to: &Places) -> Tensor {
-    let canvas = Canvas::paint::<T>(x, from, window.padding);
-    product::<T>(&canvas, &weight.permute([0, 2, 3, 1]).flatten(1, -1).tr(), window, to)
+fn forward<T: Element>(x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
+    let matrix = weight.permute([0, 2, 3, 1]).flatten(1, -1).tr();
+    product::<T>(&geometry.canvas::<T>(x), &matrix, geometry.window, &geometry.to)
 }
 
 /// The gradient of x for a stride of 1: a convolution of that of y with the weights turned round.
-fn backward<T: Element>(
-    grad: &Tensor,
-    weight: &Tensor,
-    window: Window,
-    from: &Places,
-    to: &Places,
-) -> Tensor {
-    let window = window.reversed();
-    let canvas = Canvas::paint::<T>(grad, to, window.padding);
+fn backward<T: Element>(grad: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
+    let back = geometry.reversed();
     let matrix = weight.flip([2, 3]).permute([2, 3, 0, 1]).flatten(0, 2).contiguous();
-    product::<T>(&canvas, &matrix, window, from)
+    product::<T>(&back.canvas::<T>(grad), &matrix, back.window, &back.to)
 }
 
 /// The gradient of x for any stride: what every output has to say to its window, added up on a canvas.
-fn backward_strided<T: Element>(
-    grad: &Tensor,
-    weight: &Tensor,
-    window: Window,
-    from: &Places,
-    to: &Places,
-) -> Tensor {
+fn backward_strided<T: Element>(grad: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
+    let Geometry { window, from, to } = geometry;
     let channels = weight.size()[1] as usize;
     let line = window.kernel * channels;
     let columns = window.kernel * line;
@@ -223,14 +239,8 @@ fn backward_strided<T: Element>(
     canvas.pick::<T>(from)
 }
 
-fn weight_gradient<T: Element>(
-    grad: &Tensor,
-    x: &Tensor,
-    weight: &Tensor,
-    window: Window,
-    (from, to): (&Places, &Places),
-) -> Tensor {
-    let canvas = Canvas::paint::<T>(x, from, window.padding);
+fn weight_gradient<T: Element>(grad: &Tensor, x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
+    let (canvas, Geometry { window, to, .. }) = (geometry.canvas::<T>(x), geometry);
     let &[outputs, inputs, kernel, _] = weight.size().as_slice() else {
         unreachable!("the weights of a convolution have four dimensions")
     };
@@ -239,7 +249,7 @@ fn weight_gradient<T: Element>(
     // Sums of many bf16 products would lose their last ones.
     let mut sum = Tensor::zeros([outputs, columns as i64], (tch::Kind::Float, Device::Cpu));
     for range in panels(to.at.len(), columns) {
-        let seen = fill::<T>(&mut panel, &canvas, window, to, &range);
+        let seen = fill::<T>(&mut panel, &canvas, *window, to, &range);
         let grad = part(grad, &range).tr();
         let _ = match T::KIND {
             tch::Kind::Float => sum.addmm_(&grad, &seen),
@@ -247,141 +257,4 @@ fn weight_gradient<T: Element>(
         };
     }
     sum.view([outputs, kernel, kernel, inputs]).permute([0, 3, 1, 2]).to_kind(weight.kind())
-}
-
-/// Channels whose sums a depthwise kernel keeps in registers.
-const LANES: usize = 32;
-
-/// `weight` `(C, 1, k, k)` as (k · k, C), in f32.
-fn taps(weight: &Tensor) -> Tensor {
-    weight.flatten(1, -1).tr().to_kind(tch::Kind::Float).contiguous()
-}
-
-fn depthwise_forward<T: Element>(
-    x: &Tensor,
-    weight: &Tensor,
-    window: Window,
-    from: &Places,
-    to: &Places,
-) -> Tensor {
-    depthwise::<T>(&Canvas::paint::<T>(x, from, window.padding), &taps(weight), window, to)
-}
-
-/// The gradient of x, for a stride of 1.
-fn depthwise_backward<T: Element>(
-    grad: &Tensor,
-    weight: &Tensor,
-    window: Window,
-    from: &Places,
-    to: &Places,
-) -> Tensor {
-    let window = window.reversed();
-    depthwise::<T>(&Canvas::paint::<T>(grad, to, window.padding), &taps(&weight.flip([2, 3])), window, from)
-}
-
-/// Outputs that one call of a depthwise kernel makes.
-const OUTPUTS: usize = 64;
-
-fn depthwise<T: Element>(canvas: &Canvas, taps: &Tensor, window: Window, to: &Places) -> Tensor {
-    let (frame, outputs) = (canvas.frame(), to.at.len());
-    let (map, taps, channels) = (values::<T>(&canvas.map), values::<f32>(taps), frame.channels);
-    memory::filled(&[outputs as i64, channels as i64], |y: &mut [T]| {
-        let parts = (0..outputs).step_by(OUTPUTS).zip(y.chunks_mut(OUTPUTS * channels));
-        parallel::for_each(parts, |(first, y)| {
-            let starts: Vec<usize> = window.starts(frame, to, first..first + y.len() / channels).collect();
-            vectorized(
-                #[inline(always)]
-                || correlate(map, &starts, (window.kernel, frame), taps, y),
-            );
-        });
-    })
-}
-
-fn depthwise_weight_gradient<T: Element>(
-    grad: &Tensor,
-    x: &Tensor,
-    weight: &Tensor,
-    window: Window,
-    (from, to): (&Places, &Places),
-) -> Tensor {
-    let canvas = Canvas::paint::<T>(x, from, window.padding);
-    let (frame, outputs, kernel) = (canvas.frame(), to.at.len(), window.kernel);
-    let (map, grad, channels) = (values::<T>(&canvas.map), values::<T>(grad), frame.channels);
-    // Sums are in f32 within a part of these many outputs, whatever the number of threads.
-    let part = 16 * OUTPUTS;
-    let size = kernel * kernel * channels;
-    let mut sums = vec![0.0f32; size * outputs.div_ceil(part)];
-    parallel::for_each((0..outputs).step_by(part).zip(sums.chunks_mut(size)), |(first, sums)| {
-        let starts = window.starts(frame, to, first..(first + part).min(outputs));
-        let grads = grad[first * channels..].chunks_exact(channels);
-        vectorized(
-            #[inline(always)]
-            || {
-                for (start, grad) in starts.zip(grads) {
-                    add_products(map, start, (kernel, frame), grad, sums);
-                }
-            },
-        );
-    });
-    let sums = Tensor::from_slice(&sums).view([-1, size as i64]).sum_dim_intlist(0, false, tch::Kind::Double);
-    sums.view([(kernel * kernel) as i64, -1]).tr().to_kind(weight.kind()).reshape(weight.size())
-}
-
-/// y\[i, c\] = Σ over taps of map\[starts\[i\] + tap, c\] · taps\[tap, c\].
-#[inline(always)]
-fn correlate<T: Element>(
-    map: &[T],
-    starts: &[usize],
-    (kernel, frame): (usize, Frame),
-    taps: &[f32],
-    y: &mut [T],
-) {
-    let Frame { channels, pitch, .. } = frame;
-    for (start, y) in starts.iter().zip(y.chunks_exact_mut(channels)) {
-        let mut c = 0;
-        while c + LANES <= channels {
-            let mut sums = [0.0f32; LANES];
-            for ky in 0..kernel {
-                for kx in 0..kernel {
-                    let seen = &map[start + ky * pitch + kx * channels + c..][..LANES];
-                    let tap = &taps[(ky * kernel + kx) * channels + c..][..LANES];
-                    for lane in 0..LANES {
-                        sums[lane] = seen[lane].widen().mul_add(tap[lane], sums[lane]);
-                    }
-                }
-            }
-            for (y, sum) in y[c..c + LANES].iter_mut().zip(sums) {
-                *y = T::narrow(sum);
-            }
-            c += LANES;
-        }
-        for c in c..channels {
-            let mut sum = 0.0f32;
-            for ky in 0..kernel {
-                for kx in 0..kernel {
-                    let seen = map[start + ky * pitch + kx * channels + c];
-                    sum = seen.widen().mul_add(taps[(ky * kernel + kx) * channels + c], sum);
-                }
-            }
-            y[c] = T::narrow(sum);
-        }
-    }
-}
-
-/// sums\[tap, c\] += map\[start + tap, c\] · grad\[c\].
-#[inline(always)]
-fn add_products<T: Element>(
-    map: &[T],
-    start: usize,
-    (kernel, frame): (usize, Frame),
-    grad: &[T],
-    sums: &mut [f32],
-) {
-    let Frame { channels, pitch, .. } = frame;
-    for (tap, sums) in sums.chunks_exact_mut(channels).enumerate() {
-        let seen = &map[start + tap / kernel * pitch + tap % kernel * channels..][..channels];
-        for c in 0..channels {
-            sums[c] = seen[c].widen().mul_add(grad[c].widen(), sums[c]);
-        }
-    }
 }

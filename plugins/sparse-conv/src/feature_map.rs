@@ -110,7 +110,7 @@ impl FeatureMap {
             Sparse(rows, size, visible) => (rows, *size, visible),
         };
         if conv.is_pointwise() && conv.stride == 1 {
-            return self.with(rows.linear(&conv.weight.flatten(1, -1), conv.bias.as_ref()));
+            return self.with(conv.pointwise(rows));
         }
         let (channels, wanted) = (rows.size()[1], conv.weight.size()[1] * conv.groups);
         assert!(channels == wanted, "features of {channels} channels met a convolution that takes {wanted}");

@@ -10,6 +10,7 @@
 
 mod canvas;
 mod conv;
+mod depthwise;
 mod feature_map;
 mod pool;
 mod visible;

@@ -2,6 +2,7 @@
 
 use jepa_plugin_api::nn::Conv2d;
 
+use crate::conv::is_depthwise;
 use crate::visible::Level;
 
 /// How a convolution of visible positions is computed.
@@ -17,8 +18,7 @@ impl Way {
     /// Whether it can compute this convolution: gathered ones are plain, or depthwise with a stride of 1, and
     /// every window touches the map.
     pub(crate) fn takes(self, conv: &Conv2d) -> bool {
-        let depthwise =
-            conv.groups == conv.weight.size()[0] && conv.weight.size()[1] == 1 && conv.stride == 1;
+        let depthwise = is_depthwise(conv) && conv.stride == 1;
         let inside = conv.padding < conv.kernel();
         self == Way::WholeMap || inside && (conv.groups == 1 || depthwise)
     }
