@@ -115,19 +115,23 @@ pub fn is_recorded(x: &Tensor) -> bool {
     x.requires_grad() && crate::abi::records_graph()
 }
 
-/// `x` as autocast gives it to a matrix product: in its dtype where the host trains in mixed precision, else as it is.
-/// Recorded like any cast. Since 1.1.
-pub fn autocast(x: &Tensor) -> Tensor {
+/// The dtype that autocast gives `x` for a matrix product: its own, unless the host trains in mixed precision. Since 1.1.
+pub fn autocast_kind(x: &Tensor) -> Kind {
     let device = if x.device() == Device::Cpu { 0 } else { 1 };
     if !matches!(x.kind(), Kind::Float | Kind::Half | Kind::BFloat16) {
-        return x.shallow_clone();
+        return x.kind();
     }
     // SAFETY: it takes and gives a number.
     match unsafe { jepa_autocast_dtype(device) } {
-        5 => x.to_kind(Kind::Half),
-        15 => x.to_kind(Kind::BFloat16),
-        _ => x.shallow_clone(),
+        5 => Kind::Half,
+        15 => Kind::BFloat16,
+        _ => x.kind(),
     }
+}
+
+/// `x` in the dtype of [`autocast_kind`]. Recorded like any cast. Since 1.1.
+pub fn autocast(x: &Tensor) -> Tensor {
+    x.to_kind(autocast_kind(x))
 }
 
 extern "C" fn free_data<F>(data: *mut c_void) {

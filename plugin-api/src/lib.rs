@@ -12,6 +12,7 @@ mod augment;
 pub mod autograd;
 mod backbone;
 mod host;
+pub mod matmul;
 pub mod memory;
 mod method;
 pub mod nn;

@@ -3,6 +3,7 @@
 use tch::{Device, Tensor};
 
 use super::Init;
+use super::linear::linear;
 use crate::Params;
 
 /// What [`Conv2d::new`] takes beside the sizes. The default is stride 1, no padding, one group, with bias.
@@ -92,7 +93,7 @@ impl Conv2d {
 
     /// Of a 1×1 convolution, what it makes of the channels of each position: `(…, in)` to `(…, out)`. Since 1.1.
     pub fn pointwise(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight.flatten(1, -1), self.bias.as_ref())
+        linear(x, &self.weight, self.bias.as_ref())
     }
 
     /// Whether an output is made of a single position: a kernel of 1, without padding and groups.

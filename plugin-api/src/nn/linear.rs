@@ -1,9 +1,11 @@
 //! Fully connected layer.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::Init;
-use crate::Params;
+use crate::matmul::{self, Layout, Packed, Rows};
+use crate::memory::{filled, values};
+use crate::{Params, autograd};
 
 /// y = x Wᵀ + b.
 ///
@@ -39,6 +41,66 @@ impl Linear {
 
     /// `(…, in)` to `(…, out)`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        linear(x, &self.weight, self.bias.as_ref())
     }
+}
+
+/// For fewer rows, packing the weights would take longer than it saves.
+const LEAST_ROWS: i64 = 128;
+
+/// `(…, in)` to `(…, out)` with a weight `(out, in)`, or `(out, in, 1, 1)`. On the CPU, in fp32 and with many rows, by
+/// [`matmul`], which then has no second derivative.
+pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let weight = weight.flatten(1, -1);
+    let (outputs, inputs) = weight.size2().expect("flattened to two dimensions");
+    let tensors = [Some(x), Some(&weight), bias].into_iter().flatten();
+    let ours = tensors.clone().all(|x| x.device() == Device::Cpu && x.kind() == Kind::Float)
+        && autograd::autocast_kind(x) == Kind::Float
+        && x.size().last() == Some(&inputs)
+        && x.numel() as i64 >= LEAST_ROWS * inputs
+        && inputs > 0;
+    if !ours {
+        return x.linear(&weight, bias);
+    }
+    let rows = x.detach().contiguous();
+    let kept = weight.detach().contiguous();
+    let y = {
+        let starts = starts(&rows);
+        let packed = Packed::new(values(&kept), &Layout::linear(outputs as usize, inputs as usize));
+        let bias = bias.map(|bias| bias.detach().contiguous());
+        matmul::product(as_rows(&rows, &starts), &packed, bias.as_ref().map(values))
+    };
+    let mut shape = x.size();
+    *shape.last_mut().expect("rows have a dimension") = outputs;
+    let inputs_of_node: Vec<&Tensor> = tensors.collect();
+    let wanted: Vec<bool> = inputs_of_node.iter().map(|x| autograd::is_recorded(x)).collect();
+    autograd::record("Linear", &inputs_of_node, y.view(shape.as_slice()), move |grad| {
+        let grad = grad.contiguous().view([-1, outputs]);
+        let (outputs, inputs) = (outputs as usize, inputs as usize);
+        let of_x = || {
+            let packed = Packed::new(values(&kept), &Layout::linear_transposed(outputs, inputs));
+            matmul::product(as_rows(&grad, &starts(&grad)), &packed, None).view(rows.size().as_slice())
+        };
+        let of_weight = || {
+            filled(&kept.size(), |weight| {
+                let layout = Layout::linear(outputs, inputs);
+                matmul::gradient(as_rows(&rows, &starts(&rows)), values(&grad), &layout, weight);
+            })
+        };
+        let of_bias = || grad.sum_dim_intlist(0, false, Kind::Float);
+        let mut gradients = vec![wanted[0].then(of_x), wanted[1].then(of_weight)];
+        gradients.extend(wanted.get(2).map(|wanted| wanted.then(of_bias)));
+        gradients
+    })
+}
+
+/// Where each row of a contiguous `(…, C)` begins.
+fn starts(x: &Tensor) -> Vec<usize> {
+    let channels = x.size().last().copied().unwrap_or(1) as usize;
+    (0..x.numel()).step_by(channels).collect()
+}
+
+fn as_rows<'a>(x: &'a Tensor, starts: &'a [usize]) -> Rows<'a> {
+    let length = x.size().last().copied().unwrap_or(1) as usize;
+    Rows { values: values(x), starts, pieces: 1, length, pitch: 0 }
 }

@@ -1,23 +1,29 @@
 //! Convolution at visible positions only.
 //!
-//! The neighbourhoods of visible outputs, K = k · k · C numbers each, are copied from a canvas into the rows of a panel,
-//! and a matrix product with the weights makes the outputs of them: all that is computed is visible. A panel holds some
-//! hundred rows and is used again for the next ones, so it stays in the cache, and nothing of it is kept for the backward
-//! pass.
+//! Visible inputs are painted on a canvas, and the windows of visible outputs are multiplied with the weights: all that is
+//! computed is visible. In fp32 the product reads the windows where they lie on the canvas
+//! ([`matmul`](jepa_plugin_api::matmul)); for bf16, whose products libtorch does best, they are copied into a panel of some
+//! hundred rows, which is used again for the next ones and so stays in the cache.
+//!
+//! The gradient of the input is a convolution again, of the gradient of the output with the weights turned round. With a
+//! stride, an input meets every stride-th tap only, and which of them follows from its position: positions are sorted into
+//! stride² phases, and each is a convolution with the taps that it meets.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use jepa_plugin_api::memory::{Element, values, values_mut, vectorized};
+use jepa_plugin_api::matmul::Layout;
+use jepa_plugin_api::memory::{Element, filled, values};
 use jepa_plugin_api::nn::Conv2d;
 use jepa_plugin_api::{autograd, parallel};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::canvas::{Canvas, Frame, for_element};
 use crate::depthwise::{
     backward as depthwise_backward, forward as depthwise_forward,
     weight_gradient as depthwise_weight_gradient,
 };
+use crate::product::{Product, Windows};
 use crate::visible::{Level, Places, Size};
 
 /// The square that a convolution or a pool looks at.
@@ -88,6 +94,17 @@ impl Geometry {
     pub fn canvas<T: Element>(&self, rows: &Tensor) -> Canvas {
         Canvas::paint::<T>(rows, &self.from, self.window.padding)
     }
+
+    /// The windows of the outputs on [`canvas`](Self::canvas).
+    fn windows(&self, frame: Frame) -> Windows {
+        let starts = self.window.starts(frame, &self.to, 0..self.to.at.len()).collect();
+        Windows {
+            starts,
+            lines: self.window.kernel,
+            line: self.window.kernel * frame.channels,
+            pitch: frame.pitch,
+        }
+    }
 }
 
 /// Whether each channel has a kernel of its own, and sees no other.
@@ -98,7 +115,7 @@ pub(crate) fn is_depthwise(conv: &Conv2d) -> bool {
 /// `rows` `(N, C)` at the visible positions of one map to `(N', C')` at those of the next.
 pub(crate) fn conv(rows: &Tensor, conv: &Conv2d, from: &Level, to: &Level) -> Tensor {
     let (rows, weight) = (autograd::autocast(rows), autograd::autocast(&conv.weight));
-    let (x, w) = (rows.detach().contiguous(), weight.detach());
+    let [x, w] = [&rows, &weight].map(|x| x.detach().contiguous());
     let (from, to) = (Arc::clone(&from.places), Arc::clone(&to.places));
     let geometry = Geometry { window: Window::of(conv), from, to };
     let grads = [&rows, &weight].map(autograd::is_recorded);
@@ -110,10 +127,9 @@ pub(crate) fn conv(rows: &Tensor, conv: &Conv2d, from: &Level, to: &Level) -> Te
     };
     let y = autograd::record(name, &[&rows, &weight], y, move |grad| {
         let grad = grad.contiguous();
-        let of_x = grads[0].then(|| match (depthwise, geometry.window.stride) {
-            (true, _) => for_element!(x, depthwise_backward(&grad, &w, &geometry)),
-            (false, 1) => for_element!(x, backward(&grad, &w, &geometry)),
-            (false, _) => for_element!(x, backward_strided(&grad, &w, &geometry)),
+        let of_x = grads[0].then(|| match depthwise {
+            false => for_element!(x, backward(&grad, &w, &geometry)),
+            true => for_element!(x, depthwise_backward(&grad, &w, &geometry)),
         });
         let of_weight = grads[1].then(|| match depthwise {
             false => for_element!(x, weight_gradient(&grad, &x, &w, &geometry)),
@@ -127,134 +143,117 @@ pub(crate) fn conv(rows: &Tensor, conv: &Conv2d, from: &Level, to: &Level) -> Te
     }
 }
 
-/// Numbers in a panel, unless that are too few rows for an efficient product.
-const PANEL: usize = 1 << 19;
-const LEAST_ROWS: usize = 512;
-
-/// The outputs of a panel of K columns each, one after the other.
-fn panels(outputs: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
-    let rows = (PANEL / columns).max(LEAST_ROWS);
-    (0..outputs).step_by(rows).map(move |first| first..(first + rows).min(outputs))
+/// C', C and k.
+fn sides(weight: &Tensor) -> [usize; 3] {
+    let shape = weight.size();
+    [shape[0], shape[1], shape[3]].map(|side| side as usize)
 }
 
-/// An empty panel for [`panels`].
-fn panel<T: Element>(outputs: usize, columns: usize) -> Tensor {
-    let rows = panels(outputs, columns).next().map_or(0, |first| first.len());
-    Tensor::empty([rows as i64, columns as i64], (T::KIND, Device::Cpu))
+/// Where the weights `(C', C, k, k)` are in the product with windows `(k, k, C)`.
+fn layout(weight: &Tensor) -> Layout {
+    let [outputs, inputs, kernel] = sides(weight);
+    let taps = kernel * kernel;
+    Layout { taps: (0..taps).collect(), inner: (inputs, taps), columns: (outputs, inputs * taps) }
 }
 
-fn part(x: &Tensor, range: &Range<usize>) -> Tensor {
-    x.narrow(0, range.start as i64, range.len() as i64)
+fn forward<T: Product>(x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
+    let canvas = geometry.canvas::<T>(x);
+    let windows = geometry.windows(canvas.frame());
+    T::product(values(&canvas.map), &windows, values(weight), &layout(weight))
 }
 
-/// Copies what the windows of some outputs see on the canvas, in the order (ky, kx, C), into the panel's first rows.
-fn fill<T: Element>(
-    panel: &mut Tensor,
-    canvas: &Canvas,
-    window: Window,
-    to: &Places,
-    outputs: &Range<usize>,
-) -> Tensor {
-    let (frame, map) = (canvas.frame(), values::<T>(&canvas.map));
-    let line = window.kernel * frame.channels;
-    let columns = window.kernel * line;
-    // A few rows for each thread at a time.
-    const ROWS: usize = 32;
-    let rows = values_mut::<T>(panel)[..outputs.len() * columns].chunks_mut(ROWS * columns);
-    parallel::for_each(outputs.clone().step_by(ROWS).zip(rows), |(first, rows)| {
-        let starts = window.starts(frame, to, first..first + rows.len() / columns);
-        for (start, row) in starts.zip(rows.chunks_exact_mut(columns)) {
-            for (ky, line) in row.chunks_exact_mut(line).enumerate() {
-                line.copy_from_slice(&map[start + ky * frame.pitch..][..line.len()]);
+fn weight_gradient<T: Product>(grad: &Tensor, x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
+    let canvas = geometry.canvas::<T>(x);
+    let windows = geometry.windows(canvas.frame());
+    filled(&weight.size(), |out| T::gradient(values(&canvas.map), &windows, grad, &layout(weight), out))
+}
+
+/// The inputs, at position (y, x), that meet the taps `first`, `first` + stride, … of the kernel, both ways.
+struct Phase {
+    first: (usize, usize),
+    /// How many taps these are.
+    taps: (usize, usize),
+    /// Where each input's window on the canvas of the outputs' gradients begins.
+    starts: Vec<usize>,
+}
+
+/// The gradient of x. An input at y meets tap t of the output at (y + padding − t) / stride, where that is whole.
+fn backward<T: Product>(grad: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
+    let Geometry { window: Window { kernel, stride, padding }, from, to } = geometry;
+    let [outputs, inputs, _] = sides(weight);
+    let taps_from = |first: usize| kernel.saturating_sub(first).div_ceil(*stride);
+    // The last output that an input meets, and how far such windows reach over the outputs' map.
+    let last = |at: usize, first: usize| (at + padding - first) / stride;
+    let over = |side: usize, outputs: usize| {
+        let of_phase = |first: usize| {
+            let before =
+                (taps_from(first) - 1).saturating_sub(padding.saturating_sub(first).div_ceil(*stride));
+            before.max(last(side - 1 + first, first).saturating_sub(outputs - 1))
+        };
+        (0..*kernel.min(stride)).map(of_phase).max().unwrap_or(0)
+    };
+    let border = over(from.height, to.height).max(over(from.width, to.width));
+    let canvas = Canvas::paint::<T>(grad, to, border);
+    let frame = canvas.frame();
+
+    let mut phases: Vec<Phase> = (0..stride * stride)
+        .map(|i| (i / stride, i % stride))
+        .map(|first| Phase { first, taps: (taps_from(first.0), taps_from(first.1)), starts: Vec::new() })
+        .collect();
+    let mut rows = Vec::with_capacity(from.at.len());
+    for (image, range) in from.starts.windows(2).map(|at| at[0]..at[1]).enumerate() {
+        for &(y, x) in &from.at[range] {
+            let (y, x) = (y as usize, x as usize);
+            let number = (y + padding) % stride * stride + (x + padding) % stride;
+            let phase = &mut phases[number];
+            rows.push((number, phase.starts.len()));
+            let begin = |at: usize, first: usize, taps: usize| last(at, first) + border + 1 - taps;
+            if phase.taps.0 > 0 && phase.taps.1 > 0 {
+                let line = begin(y, phase.first.0, phase.taps.0);
+                let column = begin(x, phase.first.1, phase.taps.1);
+                phase.starts.push(image * frame.area + line * frame.pitch + column * frame.channels);
             }
         }
-    });
-    panel.narrow(0, 0, outputs.len() as i64)
-}
-
-/// What a panel filled through `window` is multiplied with, `(K, C')`, summed up for all of `outputs`.
-fn product<T: Element>(canvas: &Canvas, matrix: &Tensor, window: Window, to: &Places) -> Tensor {
-    let outputs = to.at.len();
-    let [columns, channels] = matrix.size()[..] else { unreachable!("a matrix has two dimensions") };
-    let mut panel = panel::<T>(outputs, columns as usize);
-    let y = Tensor::empty([outputs as i64, channels], (T::KIND, Device::Cpu));
-    for outputs in panels(outputs, columns as usize) {
-        let seen = fill::<T>(&mut panel, canvas, window, to, &outputs);
-        let _ = seen.mm_out(&part(&y, &outputs), matrix);
     }
-    y
-}
-
-fn forward<T: Element>(x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
-    let matrix = weight.permute([0, 2, 3, 1]).flatten(1, -1).tr();
-    product::<T>(&geometry.canvas::<T>(x), &matrix, geometry.window, &geometry.to)
-}
-
-/// The gradient of x for a stride of 1: a convolution of that of y with the weights turned round.
-fn backward<T: Element>(grad: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
-    let back = geometry.reversed();
-    let matrix = weight.flip([2, 3]).permute([2, 3, 0, 1]).flatten(0, 2).contiguous();
-    product::<T>(&back.canvas::<T>(grad), &matrix, back.window, &back.to)
-}
-
-/// The gradient of x for any stride: what every output has to say to its window, added up on a canvas.
-fn backward_strided<T: Element>(grad: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
-    let Geometry { window, from, to } = geometry;
-    let channels = weight.size()[1] as usize;
-    let line = window.kernel * channels;
-    let columns = window.kernel * line;
-    let matrix = weight.permute([0, 2, 3, 1]).flatten(1, -1).contiguous();
-    let mut canvas = Canvas::blank::<T>(from, channels, window.padding);
-    let frame = canvas.frame();
-    let mut images = values_mut::<T>(&mut canvas.map).chunks_mut(frame.area);
-    // Whole images, so that no two threads add to one.
-    let mut first = 0;
-    while first < to.images() {
-        let start = to.starts[first];
-        let fits = |end: &&usize| (**end - start) * columns <= 4 * PANEL;
-        let some = to.starts[first + 1..].iter().take_while(fits).count().max(1);
-        let last = first + some;
-        let said = part(grad, &(start..to.starts[last])).mm(&matrix);
-        let said = values::<T>(&said);
-        parallel::for_each((first..last).zip(images.by_ref().take(some)), |(i, image)| {
-            let outputs = to.starts[i]..to.starts[i + 1];
-            let said = said[(outputs.start - start) * columns..].chunks_exact(columns);
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (at, said) in to.at[outputs].iter().zip(said) {
-                        let start = window.start(*at, frame);
-                        for (ky, said) in said.chunks_exact(line).enumerate() {
-                            for (sum, said) in image[start + ky * frame.pitch..][..line].iter_mut().zip(said)
-                            {
-                                *sum = T::narrow(sum.widen() + said.widen());
-                            }
-                        }
-                    }
-                },
-            );
+    let products: Vec<Option<Tensor>> = phases
+        .into_iter()
+        .map(|phase| {
+            let (lines, columns) = phase.taps;
+            if phase.starts.is_empty() {
+                return None;
+            }
+            let tap = |line: usize, column: usize| {
+                (phase.first.0 + (lines - 1 - line) * stride) * kernel
+                    + phase.first.1
+                    + (columns - 1 - column) * stride
+            };
+            let area = kernel * kernel;
+            let layout = Layout {
+                taps: (0..lines * columns).map(|i| tap(i / columns, i % columns)).collect(),
+                inner: (outputs, inputs * area),
+                columns: (inputs, area),
+            };
+            let windows =
+                Windows { starts: phase.starts, lines, line: columns * outputs, pitch: frame.pitch };
+            Some(T::product(values(&canvas.map), &windows, values(weight), &layout))
+        })
+        .collect();
+    if let [Some(product)] = products.as_slice() {
+        return product.shallow_clone();
+    }
+    let products: Vec<&[T]> =
+        products.iter().map(|product| product.as_ref().map_or(&[][..], |product| values(product))).collect();
+    const ROWS: usize = 256;
+    filled(&[rows.len() as i64, inputs as i64], |out: &mut [T]| {
+        let parts = rows.chunks(ROWS).zip(out.chunks_mut(ROWS * inputs));
+        parallel::for_each(parts, |(rows, out)| {
+            for (&(phase, row), out) in rows.iter().zip(out.chunks_exact_mut(inputs)) {
+                match products[phase].get(row * inputs..(row + 1) * inputs) {
+                    Some(gradient) => out.copy_from_slice(gradient),
+                    // No tap meets it.
+                    None => out.fill(T::default()),
+                }
+            }
         });
-        first = last;
-    }
-    canvas.pick::<T>(from)
-}
-
-fn weight_gradient<T: Element>(grad: &Tensor, x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
-    let (canvas, Geometry { window, to, .. }) = (geometry.canvas::<T>(x), geometry);
-    let &[outputs, inputs, kernel, _] = weight.size().as_slice() else {
-        unreachable!("the weights of a convolution have four dimensions")
-    };
-    let columns = (inputs * kernel * kernel) as usize;
-    let mut panel = panel::<T>(to.at.len(), columns);
-    // Sums of many bf16 products would lose their last ones.
-    let mut sum = Tensor::zeros([outputs, columns as i64], (tch::Kind::Float, Device::Cpu));
-    for range in panels(to.at.len(), columns) {
-        let seen = fill::<T>(&mut panel, &canvas, *window, to, &range);
-        let grad = part(grad, &range).tr();
-        let _ = match T::KIND {
-            tch::Kind::Float => sum.addmm_(&grad, &seen),
-            _ => sum.g_add_(&grad.mm(&seen)),
-        };
-    }
-    sum.view([outputs, kernel, kernel, inputs]).permute([0, 3, 1, 2]).to_kind(weight.kind())
+    })
 }

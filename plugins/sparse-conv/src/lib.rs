@@ -4,8 +4,7 @@
 //! make visible positions only. A network written once over [`FeatureMap`] runs both ways with the same parameters.
 //!
 //! A sparse map is kept as the rows of its visible positions, `(N, C)`. Norms, ReLU, sums and 1×1 convolutions are those
-//! of the rows. A wider convolution copies what its windows see into a panel and multiplies that with the weights
-//! (`conv`); where nearly everything is visible, libtorch's convolution of the whole map is cheaper, and [`Way`] chooses
+//! of the rows. A wider convolution multiplies what its windows see with the weights, and nothing else (`conv`); where nearly everything is visible, libtorch's convolution of the whole map is cheaper, and [`Way`] chooses
 //! that. Networks touch tensors only when they enter ([`FeatureMap::images`]) and leave ([`FeatureMap::into_map`]).
 
 mod canvas;
@@ -13,6 +12,7 @@ mod conv;
 mod depthwise;
 mod feature_map;
 mod pool;
+mod product;
 mod visible;
 mod way;
 

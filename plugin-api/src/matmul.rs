@@ -1,0 +1,464 @@
+//! Matrix products in f32 whose left side is read where it lies. Since 1.1.
+//!
+//! A convolution is a product of windows of a map with the weights. The windows of a channels-last map are pieces of it,
+//! one for each line of the kernel, so a kernel that is told where each begins needs no copy of them: [`Rows`]. The rows of
+//! a matrix are the case of a single piece. The right side, the weights, is packed once for each product: [`Packed`].
+//!
+//! A thread computes a tile of some rows by some vectors of columns in registers, and takes K in blocks whose part of the
+//! right side stays in its cache. Which numbers are added up in which order depends on K alone, or for [`gradient`] on the
+//! number of rows: a result has the same bytes for any number of threads.
+
+use pulp::{Arch, Simd, WithSimd};
+use tch::Tensor;
+
+use crate::memory::{self, Element};
+use crate::parallel;
+
+/// The left side `(M, K)`: row i is `pieces` runs of `length` numbers in `values`, the first of which begins at
+/// `starts[i]`, and each other `pitch` after the one before. Rows may share numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// Where the numbers are.
+    pub values: &'a [f32],
+    /// Where each row begins: M numbers.
+    pub starts: &'a [usize],
+    /// Runs in a row, at least 1.
+    pub pieces: usize,
+    /// Numbers in a run, at least 1; K is `pieces` · `length`.
+    pub length: usize,
+    /// From the beginning of a run to that of the next.
+    pub pitch: usize,
+}
+
+/// Where a matrix `(K, N)` lies in a tensor of weights. Row `t · inner + i` and column n are at `taps[t] + i · inner_stride +
+/// n · column_stride`.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The slow part of K.
+    pub taps: Vec<usize>,
+    /// The fast part of K: how many, and from one to the next.
+    pub inner: (usize, usize),
+    /// N, and from a column to the next.
+    pub columns: (usize, usize),
+}
+
+impl Layout {
+    /// The transpose of a contiguous `(out, in)`: what a linear layer multiplies its input with.
+    pub fn linear(outputs: usize, inputs: usize) -> Self {
+        Layout { taps: vec![0], inner: (inputs, 1), columns: (outputs, inputs) }
+    }
+
+    /// A contiguous `(out, in)` itself: what takes the gradient of a linear layer's output to that of its input.
+    pub fn linear_transposed(outputs: usize, inputs: usize) -> Self {
+        Layout { taps: vec![0], inner: (outputs, inputs), columns: (inputs, 1) }
+    }
+
+    fn depth(&self) -> usize {
+        self.taps.len() * self.inner.0
+    }
+
+    /// The matrix `(K, N)` itself.
+    ///
+    /// # Panics
+    /// When it reaches beyond the weights.
+    pub fn matrix<T: Element>(&self, weights: &[T]) -> Tensor {
+        let (columns, column_stride) = self.columns;
+        memory::filled(&[self.depth() as i64, columns as i64], |matrix: &mut [T]| {
+            for (row, out) in self.rows().zip(matrix.chunks_exact_mut(columns.max(1))) {
+                out.iter_mut().zip(weights[row..].iter().step_by(column_stride)).for_each(|(to, x)| *to = *x);
+            }
+        })
+    }
+
+    /// Writes `matrix` `(K, N)` to where it lies in `weights`. Those of a column must lie together, and those of the next
+    /// behind them.
+    ///
+    /// # Panics
+    /// When there are more weights, or fewer.
+    pub fn write<T: Element>(&self, matrix: &[f32], weights: &mut [T]) {
+        let (columns, column_stride) = self.columns;
+        assert_eq!(columns * column_stride, weights.len(), "weights lie column by column");
+        // Some columns at a time, so that what is read is used while it is in the cache.
+        const COLUMNS: usize = 16;
+        let parts = weights.chunks_mut((COLUMNS * column_stride).max(1)).enumerate();
+        parallel::for_each(parts, |(part, weights)| {
+            let (first, some) = (part * COLUMNS, weights.len() / column_stride);
+            for i in 0..self.inner.0 {
+                for (t, tap) in self.taps.iter().enumerate() {
+                    let from = &matrix[(t * self.inner.0 + i) * columns + first..][..some];
+                    let to = weights[tap + i * self.inner.1..].iter_mut().step_by(column_stride);
+                    to.zip(from).for_each(|(to, x)| *to = T::narrow(*x));
+                }
+            }
+        });
+    }
+
+    /// Where each row of the matrix begins.
+    fn rows(&self) -> impl Iterator<Item = usize> {
+        let (inner, stride) = self.inner;
+        self.taps.iter().flat_map(move |tap| (0..inner).map(move |i| tap + i * stride))
+    }
+}
+
+/// The right side `(K, N)`, in panels of as many columns as a tile has.
+#[derive(Debug)]
+pub struct Packed {
+    /// Panel by panel, each `(K, columns)`; the last is filled up with zeros to whole vectors.
+    values: Vec<f32>,
+    depth: usize,
+    columns: usize,
+}
+
+/// The vectors of this machine.
+#[derive(Clone, Copy)]
+struct Vectors {
+    lanes: usize,
+    /// Columns of a tile.
+    columns: usize,
+}
+
+impl Vectors {
+    #[inline(always)]
+    fn of<S: Simd>() -> Self {
+        let in_tile = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
+        Vectors { lanes: S::F32_LANES, columns: in_tile * S::F32_LANES }
+    }
+
+    fn here() -> Self {
+        struct Here;
+        impl WithSimd for Here {
+            type Output = Vectors;
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) -> Vectors {
+                Vectors::of::<S>()
+            }
+        }
+        Arch::new().dispatch(Here)
+    }
+
+    /// Of so many columns, where each panel begins, and how wide it is in whole vectors.
+    #[inline(always)]
+    fn panels(self, columns: usize) -> impl Iterator<Item = (usize, usize)> {
+        let padded = columns.next_multiple_of(self.lanes);
+        (0..padded).step_by(self.columns).map(move |first| (first, self.columns.min(padded - first)))
+    }
+}
+
+impl Packed {
+    /// Packs the matrix that lies in `weights` like this.
+    ///
+    /// # Panics
+    /// When it reaches beyond them.
+    pub fn new(weights: &[f32], layout: &Layout) -> Self {
+        let (vectors, depth, (columns, column_stride)) = (Vectors::here(), layout.depth(), layout.columns);
+        let mut values = vec![0.0; depth * columns.next_multiple_of(vectors.lanes)];
+        let mut rest = values.as_mut_slice();
+        let panels = vectors.panels(columns).map(|(first, width)| {
+            let (panel, behind) = std::mem::take(&mut rest).split_at_mut(depth * width);
+            rest = behind;
+            (first, width, panel)
+        });
+        parallel::for_each(panels, |(first, width, panel)| {
+            let present = width.min(columns - first);
+            let weights = &weights[first * column_stride..];
+            let (inner, inner_stride) = layout.inner;
+            for i in 0..inner {
+                for (t, tap) in layout.taps.iter().enumerate() {
+                    let from = &weights[tap + i * inner_stride..];
+                    let to = &mut panel[(t * inner + i) * width..][..present];
+                    match column_stride {
+                        1 => to.copy_from_slice(&from[..present]),
+                        _ => {
+                            to.iter_mut().zip(from.iter().step_by(column_stride)).for_each(|(to, x)| *to = *x)
+                        }
+                    }
+                }
+            }
+        });
+        Packed { values, depth, columns }
+    }
+}
+
+/// `(M, N)`: `rows` times `right`, plus a number for each column.
+///
+/// # Panics
+/// When K or N differ, or a row reaches beyond its values.
+pub fn product(rows: Rows, right: &Packed, bias: Option<&[f32]>) -> Tensor {
+    let (count, columns) = (rows.starts.len(), right.columns);
+    assert_eq!(rows.pieces * rows.length, right.depth, "the sides of a matrix product do not match");
+    assert!(bias.is_none_or(|bias| bias.len() == columns), "a bias has a number for each column");
+    let blocks = blocks(rows);
+    memory::filled(&[count as i64, columns as i64], |out| {
+        let some = share(count);
+        let parts = rows.starts.chunks(some).zip(out.chunks_mut((some * columns).max(1)));
+        parallel::for_each(parts, |(starts, out)| {
+            let rows = Rows { starts, ..rows };
+            Arch::new().dispatch(Product { rows, blocks: &blocks, right, bias, out });
+        });
+    })
+}
+
+/// The gradient of the weights: `rows` transposed, times `grad` `(M, N)`, written as by [`Layout::write`].
+///
+/// # Panics
+/// When K, M or the number of weights differ, or a row reaches beyond its values.
+pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) {
+    let (depth, columns) = (layout.depth(), layout.columns.0);
+    assert_eq!(rows.pieces * rows.length, depth, "the sides of a matrix product do not match");
+    assert_eq!(rows.starts.len() * columns, grad.len(), "a gradient has a row for each output");
+    let mut sums = vec![0.0; depth * columns];
+    let some = share(depth);
+    let parts = (0..depth).step_by(some).zip(sums.chunks_mut(some * columns));
+    parallel::for_each(parts, |(first, out)| {
+        Arch::new().dispatch(Gradient { rows, grad, columns, first, out })
+    });
+    layout.write(&sums, weights);
+}
+
+/// Rows for each thread at a time: for a few turns each, and whole tiles.
+fn share(rows: usize) -> usize {
+    let turns = 4 * tch::get_num_threads().max(1) as usize;
+    rows.div_ceil(turns).next_multiple_of(24).min(192)
+}
+
+/// Numbers of K in a block.
+const DEPTH: usize = 256;
+/// Rows that a gradient adds up in registers before it adds them to memory.
+const POSITIONS: usize = 128;
+
+/// A part of K: whole runs, or a part of one.
+#[derive(Clone, Copy)]
+struct Block {
+    /// Where it begins in a row, and in K.
+    offset: usize,
+    k: usize,
+    pieces: usize,
+    length: usize,
+}
+
+fn blocks(rows: Rows) -> Vec<Block> {
+    let Rows { pieces, length, pitch, .. } = rows;
+    if 2 * length <= DEPTH {
+        let together = DEPTH / length;
+        let groups = (0..pieces).step_by(together);
+        let block =
+            |p: usize| Block { offset: p * pitch, k: p * length, pieces: together.min(pieces - p), length };
+        return groups.map(block).collect();
+    }
+    let parts = length.div_ceil(DEPTH);
+    let bound = |part: usize| length * part / parts;
+    let block = |p: usize, part: usize| {
+        let (from, to) = (bound(part), bound(part + 1));
+        Block { offset: p * pitch + from, k: p * length + from, pieces: 1, length: to - from }
+    };
+    (0..pieces).flat_map(|p| (0..parts).map(move |part| block(p, part))).collect()
+}
+
+/// Where a tile goes in `(rows, columns)`.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    columns: usize,
+    first: usize,
+    /// Whether it is written, with the bias, or added to what is there.
+    begins: bool,
+    bias: Option<&'a [f32]>,
+}
+
+/// Calls a function of the number of rows and of vectors in a tile: as many as the registers hold, for a panel of so many
+/// vectors.
+macro_rules! for_tile {
+    ($simd:ident, $vectors:expr, $function:ident $arguments:tt) => {
+        match ($vectors, $simd::REGISTER_COUNT >= 32) {
+            (4, _) => $function::<$simd, 6, 4> $arguments,
+            (3, _) => $function::<$simd, 8, 3> $arguments,
+            (2, true) => $function::<$simd, 8, 2> $arguments,
+            (2, false) => $function::<$simd, 6, 2> $arguments,
+            _ => $function::<$simd, 12, 1> $arguments,
+        }
+    };
+}
+
+struct Product<'a> {
+    rows: Rows<'a>,
+    blocks: &'a [Block],
+    right: &'a Packed,
+    bias: Option<&'a [f32]>,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Product { rows, blocks, right, bias, out } = self;
+        for (i, block) in blocks.iter().enumerate() {
+            for (first, width) in Vectors::of::<S>().panels(right.columns) {
+                let panel = &right.values[first * right.depth..][..width * right.depth];
+                let panel = &panel[block.k * width..][..block.pieces * block.length * width];
+                let target = Target { columns: right.columns, first, begins: i == 0, bias };
+                for_tile!(S, width / S::F32_LANES, rows_of_tiles(simd, rows, *block, panel, target, out));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn rows_of_tiles<S: Simd, const M: usize, const V: usize>(
+    simd: S,
+    rows: Rows,
+    block: Block,
+    panel: &[f32],
+    target: Target,
+    out: &mut [f32],
+) {
+    let Rows { values, starts, pitch, .. } = rows;
+    let (whole, rest) = starts.as_chunks::<M>();
+    let mut out = out.chunks_mut(target.columns);
+    for starts in whole {
+        let sums = tile::<S, M, V>(simd, values, starts, (block, pitch), panel);
+        store(simd, &sums, target, &mut out);
+    }
+    let (fours, rest) = rest.as_chunks::<4>();
+    for starts in fours {
+        let sums = tile::<S, 4, V>(simd, values, starts, (block, pitch), panel);
+        store(simd, &sums, target, &mut out);
+    }
+    for start in rest {
+        let sums = tile::<S, 1, V>(simd, values, &[*start], (block, pitch), panel);
+        store(simd, &sums, target, &mut out);
+    }
+}
+
+/// A block of the product for M rows and V vectors of columns.
+#[inline(always)]
+fn tile<S: Simd, const M: usize, const V: usize>(
+    simd: S,
+    values: &[f32],
+    starts: &[usize; M],
+    (block, pitch): (Block, usize),
+    panel: &[f32],
+) -> [[S::f32s; V]; M] {
+    let mut sums = [[simd.splat_f32s(0.0); V]; M];
+    let (panel, _) = S::as_simd_f32s(panel).0.as_chunks::<V>();
+    for piece in 0..block.pieces {
+        let rows = starts.map(|start| &values[start + block.offset + piece * pitch..][..block.length]);
+        let panel = &panel[piece * block.length..][..block.length];
+        for (k, vectors) in panel.iter().enumerate() {
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                let x = simd.splat_f32s(row[k]);
+                for (sum, vector) in sums.iter_mut().zip(vectors) {
+                    *sum = simd.mul_add_f32s(x, *vector, *sum);
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// Writes a tile to the next rows of the result.
+#[inline(always)]
+fn store<'a, S: Simd, const M: usize, const V: usize>(
+    simd: S,
+    sums: &[[S::f32s; V]; M],
+    target: Target,
+    out: &mut impl Iterator<Item = &'a mut [f32]>,
+) {
+    let Target { columns, first, begins, bias } = target;
+    for (sums, out) in sums.iter().zip(out) {
+        for (v, sum) in sums.iter().enumerate() {
+            let from = first + v * S::F32_LANES;
+            let here = from..columns.min(from + S::F32_LANES);
+            let before = match (begins, bias) {
+                (false, _) => simd.partial_load_f32s(&out[here.clone()]),
+                (true, Some(bias)) => simd.partial_load_f32s(&bias[here.clone()]),
+                (true, None) => simd.splat_f32s(0.0),
+            };
+            simd.partial_store_f32s(&mut out[here], simd.add_f32s(before, *sum));
+        }
+    }
+}
+
+struct Gradient<'a> {
+    rows: Rows<'a>,
+    grad: &'a [f32],
+    columns: usize,
+    /// The first row of `out` in K.
+    first: usize,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Gradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Gradient { rows, grad, columns, first, out } = self;
+        let vectors = Vectors::of::<S>();
+        let mut panel = vec![0.0; POSITIONS * vectors.columns];
+        let positions = rows.starts.chunks(POSITIONS).zip(grad.chunks(POSITIONS * columns));
+        for (i, (starts, grad)) in positions.enumerate() {
+            for (column, width) in vectors.panels(columns) {
+                let present = width.min(columns - column);
+                let lines = panel.chunks_exact_mut(width).zip(grad.chunks_exact(columns));
+                lines.for_each(|(to, grad)| to[..present].copy_from_slice(&grad[column..][..present]));
+                let rows = Rows { starts, ..rows };
+                let target = Target { columns, first: column, begins: i == 0, bias: None };
+                let panel = &panel[..width * starts.len()];
+                for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, rows, panel, first, target, out));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn gradient_tiles<S: Simd, const M: usize, const V: usize>(
+    simd: S,
+    rows: Rows,
+    panel: &[f32],
+    first: usize,
+    target: Target,
+    out: &mut [f32],
+) {
+    let (from, to) = (first, first + out.len() / target.columns);
+    let mut out = out.chunks_mut(target.columns);
+    let mut k = from;
+    while k < to {
+        // A tile reads neighbours, so it does not reach over the end of a run.
+        let (piece, within) = (k / rows.length, k % rows.length);
+        let left = (rows.length - within).min(to - k);
+        let values = &rows.values[piece * rows.pitch + within..];
+        if left >= M {
+            store(simd, &gradient_tile::<S, M, V>(simd, values, rows.starts, panel), target, &mut out);
+            k += M;
+        } else if left >= 4 {
+            store(simd, &gradient_tile::<S, 4, V>(simd, values, rows.starts, panel), target, &mut out);
+            k += 4;
+        } else {
+            store(simd, &gradient_tile::<S, 1, V>(simd, values, rows.starts, panel), target, &mut out);
+            k += 1;
+        }
+    }
+}
+
+/// For M numbers of each row and V vectors of columns, the sum of their products over the rows.
+#[inline(always)]
+fn gradient_tile<S: Simd, const M: usize, const V: usize>(
+    simd: S,
+    values: &[f32],
+    starts: &[usize],
+    panel: &[f32],
+) -> [[S::f32s; V]; M] {
+    let mut sums = [[simd.splat_f32s(0.0); V]; M];
+    let (panel, _) = S::as_simd_f32s(panel).0.as_chunks::<V>();
+    for (start, vectors) in starts.iter().zip(panel) {
+        let numbers: &[f32; M] = values[*start..].first_chunk().expect("a row lies within its values");
+        for (sums, x) in sums.iter_mut().zip(numbers) {
+            let x = simd.splat_f32s(*x);
+            for (sum, vector) in sums.iter_mut().zip(vectors) {
+                *sum = simd.mul_add_f32s(x, *vector, *sum);
+            }
+        }
+    }
+    sums
+}
