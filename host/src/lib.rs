@@ -16,5 +16,6 @@ pub mod plugin;
 pub mod provenance;
 pub mod report;
 pub mod sweep;
+pub mod trace;
 pub mod track;
 pub mod train;

@@ -76,22 +76,30 @@ impl Layout {
     /// # Panics
     /// When there are more weights, or fewer.
     pub fn write<T: Element>(&self, matrix: &[f32], weights: &mut [T]) {
+        let columns = self.columns.0;
+        self.write_rows(|k, first| &matrix[k * columns + first..], weights);
+    }
+
+    /// The same from rows of a matrix: `row(k, n)` begins with the numbers of row k from column n on, a multiple of
+    /// [`TOGETHER`](Self::TOGETHER), and has that many of them, or up to the last column.
+    fn write_rows<'a, T: Element>(&self, row: impl Fn(usize, usize) -> &'a [f32] + Sync, weights: &mut [T]) {
         let (columns, column_stride) = self.columns;
         assert_eq!(columns * column_stride, weights.len(), "weights lie column by column");
-        // Some columns at a time, so that what is read is used while it is in the cache.
-        const COLUMNS: usize = 16;
-        let parts = weights.chunks_mut((COLUMNS * column_stride).max(1)).enumerate();
+        let parts = weights.chunks_mut((Self::TOGETHER * column_stride).max(1)).enumerate();
         parallel::for_each(parts, |(part, weights)| {
-            let (first, some) = (part * COLUMNS, weights.len() / column_stride);
+            let (first, some) = (part * Self::TOGETHER, weights.len() / column_stride);
             for i in 0..self.inner.0 {
                 for (t, tap) in self.taps.iter().enumerate() {
-                    let from = &matrix[(t * self.inner.0 + i) * columns + first..][..some];
+                    let from = &row(t * self.inner.0 + i, first)[..some];
                     let to = weights[tap + i * self.inner.1..].iter_mut().step_by(column_stride);
                     to.zip(from).for_each(|(to, x)| *to = T::narrow(*x));
                 }
             }
         });
     }
+
+    /// Columns that are written at once, so that what is read is used while it is in the cache.
+    const TOGETHER: usize = 8;
 
     /// Where each row of the matrix begins.
     fn rows(&self) -> impl Iterator<Item = usize> {
@@ -206,19 +214,45 @@ pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) 
     let (depth, columns) = (layout.depth(), layout.columns.0);
     assert_eq!(rows.pieces * rows.length, depth, "the sides of a matrix product do not match");
     assert_eq!(rows.starts.len() * columns, grad.len(), "a gradient has a row for each output");
-    let mut sums = vec![0.0; depth * columns];
-    let some = share(depth);
-    let parts = (0..depth).step_by(some).zip(sums.chunks_mut(some * columns));
-    parallel::for_each(parts, |(first, out)| {
-        Arch::new().dispatch(Gradient { rows, grad, columns, first, out })
-    });
-    layout.write(&sums, weights);
+    // In panels, like a packed matrix, each in parts of some rows: a part reads all of its columns of `grad` once.
+    let vectors = Vectors::here();
+    let panels: Vec<(usize, usize)> = vectors.panels(columns).collect();
+    let some = gradient_rows(depth, panels.len());
+    let mut sums = vec![0.0; depth * columns.next_multiple_of(vectors.lanes)];
+    let mut rest = sums.as_mut_slice();
+    let mut parts = Vec::new();
+    for &(column, width) in &panels {
+        let (panel, behind) = std::mem::take(&mut rest).split_at_mut(depth * width);
+        rest = behind;
+        let chunks = panel.chunks_mut(some * width).enumerate();
+        parts.extend(chunks.map(|(i, out)| Gradient {
+            rows,
+            grad,
+            columns,
+            column,
+            width,
+            first: i * some,
+            out,
+        }));
+    }
+    parallel::for_each(parts, |part| Arch::new().dispatch(part));
+    let row = |k: usize, n: usize| {
+        let (column, width) = panels[n / vectors.columns];
+        &sums[column * depth + k * width + (n - column)..]
+    };
+    layout.write_rows(row, weights);
 }
 
 /// Rows for each thread at a time: for a few turns each, and whole tiles.
 fn share(rows: usize) -> usize {
     let turns = 4 * tch::get_num_threads().max(1) as usize;
     rows.div_ceil(turns).next_multiple_of(24).min(192)
+}
+
+/// Rows of a gradient for each thread at a time: many, as all of them use what a panel's columns are copied for.
+fn gradient_rows(depth: usize, panels: usize) -> usize {
+    let parts = (2 * tch::get_num_threads().max(1) as usize).div_ceil(panels.max(1));
+    depth.div_ceil(parts).next_multiple_of(24).min(192)
 }
 
 /// Numbers of K in a block.
@@ -342,7 +376,10 @@ fn tile<S: Simd, const M: usize, const V: usize>(
     let mut sums = [[simd.splat_f32s(0.0); V]; M];
     let (panel, _) = S::as_simd_f32s(panel).0.as_chunks::<V>();
     for piece in 0..block.pieces {
-        let rows = starts.map(|start| &values[start + block.offset + piece * pitch..][..block.length]);
+        let mut rows = [&[][..]; M];
+        for (row, start) in rows.iter_mut().zip(starts) {
+            *row = &values[start + block.offset + piece * pitch..][..block.length];
+        }
         let panel = &panel[piece * block.length..][..block.length];
         for (k, vectors) in panel.iter().enumerate() {
             for (sums, row) in sums.iter_mut().zip(rows) {
@@ -369,21 +406,35 @@ fn store<'a, S: Simd, const M: usize, const V: usize>(
         for (v, sum) in sums.iter().enumerate() {
             let from = first + v * S::F32_LANES;
             let here = from..columns.min(from + S::F32_LANES);
-            let before = match (begins, bias) {
-                (false, _) => simd.partial_load_f32s(&out[here.clone()]),
-                (true, Some(bias)) => simd.partial_load_f32s(&bias[here.clone()]),
-                (true, None) => simd.splat_f32s(0.0),
-            };
-            simd.partial_store_f32s(&mut out[here], simd.add_f32s(before, *sum));
+            let mut sum = *sum;
+            if here.len() < S::F32_LANES {
+                if let Some(bias) = bias.filter(|_| begins) {
+                    sum = simd.add_f32s(sum, simd.partial_load_f32s(&bias[here.clone()]));
+                }
+                if !begins {
+                    sum = simd.add_f32s(sum, simd.partial_load_f32s(&out[here.clone()]));
+                }
+                simd.partial_store_f32s(&mut out[here], sum);
+                continue;
+            }
+            if let Some(bias) = bias.filter(|_| begins) {
+                sum = simd.add_f32s(sum, S::as_simd_f32s(&bias[here.clone()]).0[0]);
+            }
+            let out = &mut S::as_mut_simd_f32s(&mut out[here]).0[0];
+            *out = if begins { sum } else { simd.add_f32s(sum, *out) };
         }
     }
 }
 
+/// Some rows of a panel of the gradient.
 struct Gradient<'a> {
     rows: Rows<'a>,
     grad: &'a [f32],
     columns: usize,
-    /// The first row of `out` in K.
+    /// The panel's first column, and how wide it is.
+    column: usize,
+    width: usize,
+    /// The first row in K.
     first: usize,
     out: &'a mut [f32],
 }
@@ -393,20 +444,21 @@ impl WithSimd for Gradient<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Gradient { rows, grad, columns, first, out } = self;
-        let vectors = Vectors::of::<S>();
-        let mut panel = vec![0.0; POSITIONS * vectors.columns];
+        let Gradient { rows, grad, columns, column, width, first, out } = self;
+        let present = width.min(columns - column);
+        let mut panel = vec![0.0; if present == columns && width == columns { 0 } else { POSITIONS * width }];
         let positions = rows.starts.chunks(POSITIONS).zip(grad.chunks(POSITIONS * columns));
         for (i, (starts, grad)) in positions.enumerate() {
-            for (column, width) in vectors.panels(columns) {
-                let present = width.min(columns - column);
+            let panel = if panel.is_empty() {
+                grad
+            } else {
                 let lines = panel.chunks_exact_mut(width).zip(grad.chunks_exact(columns));
                 lines.for_each(|(to, grad)| to[..present].copy_from_slice(&grad[column..][..present]));
-                let rows = Rows { starts, ..rows };
-                let target = Target { columns, first: column, begins: i == 0, bias: None };
-                let panel = &panel[..width * starts.len()];
-                for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, rows, panel, first, target, out));
-            }
+                &panel[..width * starts.len()]
+            };
+            let rows = Rows { starts, ..rows };
+            let target = Target { columns: width, first: 0, begins: i == 0, bias: None };
+            for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, rows, panel, first, target, out));
         }
     }
 }

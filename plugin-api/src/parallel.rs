@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 // host/bridge/parallel.cpp
@@ -18,13 +19,15 @@ unsafe extern "C" {
 
 struct Work<I, F> {
     items: Vec<Mutex<Option<I>>>,
+    /// The next that nobody has taken.
+    next: AtomicUsize,
     body: F,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 /// Calls `body` with each of `items`, at once on the threads that libtorch computes with, and returns when all are done.
-/// Which thread gets which is not said: for results that do not depend on the number of threads, let the items be the same
-/// for any. Since 1.1.
+/// A thread that is done with one takes the next, in their order, so that none waits for a slower one: for results that do
+/// not depend on the number of threads, let the items be the same for any. Since 1.1.
 ///
 /// ```
 /// let mut squares = [1, 2, 3, 4, 5];
@@ -36,21 +39,21 @@ struct Work<I, F> {
 /// When `body` panics; the rest may have been done then or not.
 pub fn for_each<I: Send, F: Fn(I) + Sync>(items: impl IntoIterator<Item = I>, body: F) {
     let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
-    let (count, panic) = (items.len() as i64, Mutex::new(None));
-    let work = Work { items, body, panic };
+    let threads = items.len().min(tch::get_num_threads().max(1) as usize) as i64;
+    let work = Work { items, next: AtomicUsize::new(0), body, panic: Mutex::new(None) };
     let data = (&raw const work).cast_mut().cast();
     // SAFETY: `run::<I, F>` takes a Work<I, F>, which outlives the call and may be shared between threads.
-    unsafe { jepa_parallel_for(0, count, 1, run::<I, F>, data) };
+    unsafe { jepa_parallel_for(0, threads, 1, run::<I, F>, data) };
     if let Some(payload) = work.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
         resume_unwind(payload);
     }
 }
 
-extern "C" fn run<I: Send, F: Fn(I) + Sync>(data: *mut c_void, from: i64, to: i64) {
+extern "C" fn run<I: Send, F: Fn(I) + Sync>(data: *mut c_void, _: i64, _: i64) {
     // SAFETY: see the call.
     let work = unsafe { &*data.cast_const().cast::<Work<I, F>>() };
     let some = || {
-        for item in &work.items[from as usize..to as usize] {
+        while let Some(item) = work.items.get(work.next.fetch_add(1, Ordering::Relaxed)) {
             let item = item.lock().unwrap_or_else(PoisonError::into_inner).take();
             (work.body)(item.expect("every item is taken once"));
         }

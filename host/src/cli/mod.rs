@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, each of them thin.
 
+mod bench;
 mod check;
 mod data;
 mod doctor;
@@ -41,6 +42,7 @@ Examples:
   jepa-host ls
   jepa-host report runs/demo
   jepa-host sweep examples/sweep.yaml --parallel 2
+  jepa-host bench step --plugin cnn_jepa --config configs/demo.toml
   jepa-host data pack photos/ photos.h5
 
 Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.
@@ -104,6 +106,8 @@ enum Command {
     /// Send a run's records to W&B or TensorBoard, or print them as CSV
     #[command(subcommand)]
     Track(track::TrackCommand),
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Show what is installed and what is missing
     Doctor(doctor::DoctorArgs),
     /// Print a completion script for a shell
@@ -155,7 +159,10 @@ fn explain(mut error: clap::Error) -> clap::Error {
 
 /// Whether a command computes for so long that its threads should give way to other processes.
 fn computes(command: Option<&Command>) -> bool {
-    matches!(command, None | Some(Command::Train(_) | Command::Eval(_) | Command::Embed(_)))
+    matches!(
+        command,
+        None | Some(Command::Train(_) | Command::Eval(_) | Command::Embed(_) | Command::Bench(_))
+    )
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -184,6 +191,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Some(Command::Report(args)) => args.run(&sources),
         Some(Command::Sweep(args)) => args.run(),
         Some(Command::Track(command)) => command.run(),
+        Some(Command::Bench(command)) => command.run(&sources),
         Some(Command::Doctor(args)) => args.run(&sources),
         Some(Command::Completions { shell }) => {
             let mut script = Vec::new();

@@ -26,6 +26,7 @@ use crate::device::{cpu_capability, libtorch};
 use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::{Kind, LoadedPlugin, PluginSources};
 use crate::provenance;
+use crate::trace::Trace;
 use crate::track::METRICS_FILE;
 use crate::track::console::keep_log;
 use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
@@ -51,6 +52,9 @@ pub(super) struct TrainArgs {
     /// Print every setting with its value and where it comes from, and exit
     #[arg(long)]
     print_config: bool,
+    /// Write what each thread does when, for ui.perfetto.dev or chrome://tracing: the first million spans
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Settings, such as optimizer.lr=0.02; they win over everything else
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
@@ -79,81 +83,14 @@ impl TrainArgs {
         }
         let config = session.config();
         tell_of_optimizer(config);
-
-        let device = session.device()?;
-        let train_set = session.open_images("data.train", config.train_file()?)?;
-        let val_set =
-            config.data.val.as_ref().map(|path| session.open_images("data.val", path)).transpose()?;
-
-        if session.needs_labels()? {
-            require_labels(&session.method, &train_set, val_set.as_deref())?;
-        }
-
-        let steps_per_epoch =
-            steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
-        let classes = train_set.classes() as u64;
-        let method = session.build_method(device, classes, train_set.unlabelled() as u64, steps_per_epoch)?;
         let resume = match &self.resume {
             Some(request) => resolve_resume(request, &config.run.dir, config.run_name(&session.method))?,
             None => None,
         };
-        if let (Some(from), None) = (&config.init.from, &resume) {
-            initialise(&method, from)?;
-        }
-        let views = method.views().to_vec();
-        let encoder = method.encoder().to_owned();
-        let mut model = Model::adopt(method, session.registry.find(Kind::Method, &session.method)?.0.name())?;
-        try_encoder(&mut model, config.data.size, device)?;
-        let optimizer = Optimizer::new(&config.optimizer, model.trained());
+        let trace = self.trace.as_deref().map(begin_trace).transpose()?;
+        let Prepared { device, model, optimizer, train, validation, evaluation, mut state } =
+            prepare(&session, Purpose::Training { resumed: resume.is_some() }, trace.clone())?;
 
-        let mut state = State {
-            format: FORMAT,
-            step: 0,
-            epoch: 0,
-            batch_in_epoch: 0,
-            ema_is_ahead: false,
-            seed: config.seed,
-            method: session.method.clone(),
-            backbone: session.backbone.clone(),
-            encoder,
-            best: None,
-            first_eval: None,
-            last_eval: None,
-            judged: Some(0),
-            meters: BTreeMap::new(),
-            metrics_lines: 0,
-            config: serde_json::to_value(config)?,
-            classes,
-            steps_per_epoch,
-            data_fingerprint: train_set.fingerprint()?,
-            plugins: session.registry.plugins().iter().map(LoadedPlugin::record).collect(),
-            host: env!("CARGO_PKG_VERSION").to_owned(),
-            libtorch: libtorch().version,
-            device: match device {
-                tch::Device::Cpu => format!("cpu ({})", cpu_capability()?),
-                _ => "cuda".to_owned(),
-            },
-            threads: tch::get_num_threads() as usize,
-        };
-
-        let train = loader(config, &train_set, views.clone(), true)?;
-        let validation = match &val_set {
-            Some(set) => Some(loader(config, set, views.clone(), false)?),
-            None => None,
-        };
-        let evaluation = match &val_set {
-            Some(val_set) if config.eval.every_epochs > 0 => {
-                let view = evaluation_view(config, &views);
-                Some(Evaluation::new(config, view, &train_set, val_set, session.probes()?)?)
-            }
-            Some(_) => None,
-            None => {
-                tracing::warn!("data.val is not set: no validation loss and no evaluation");
-                None
-            }
-        };
-
-        let runs = &config.run.dir;
         let directory = match resume {
             Some(Resume { run, checkpoint }) => {
                 let directory = RunDir::open(&run)?;
@@ -168,7 +105,7 @@ impl TrainArgs {
                 directory
             }
             None => {
-                let directory = RunDir::create(runs, config.run_name(&session.method))?;
+                let directory = RunDir::create(&config.run.dir, config.run_name(&session.method))?;
                 tracing::info!("run {}", directory.path().display());
                 directory
             }
@@ -177,10 +114,10 @@ impl TrainArgs {
 
         keep_log(directory.path())?;
         let mut trackers = open_trackers(&session, &directory)?;
-        let (config, started) = (session.settings.config, Instant::now());
+        let started = Instant::now();
         let run_path = directory.path().to_owned();
         let resources = Resources {
-            config,
+            config: session.settings.config,
             device,
             model,
             optimizer,
@@ -189,8 +126,9 @@ impl TrainArgs {
             evaluation,
             directory,
             signals,
+            steps_per_epoch: state.steps_per_epoch,
             state,
-            steps_per_epoch,
+            trace: trace.clone(),
         };
         let ended = run(resources, &mut trackers);
         let exit_code = ended.as_ref().err().map_or(0, exit::code);
@@ -198,11 +136,15 @@ impl TrainArgs {
             tracing::warn!("{error:#}");
         }
         trackers.close(exit_code.into(), patience_at_end(exit_code));
+        if let Some(Err(error)) = trace.map(|trace| trace.finish()) {
+            tracing::warn!("--trace: the file is not complete: {error}");
+        }
         let outcome = ended?;
         print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))
     }
 
-    fn session(&self, sources: &PluginSources) -> anyhow::Result<Session> {
+    /// The plugins and settings that were asked for.
+    pub fn session(&self, sources: &PluginSources) -> anyhow::Result<Session> {
         let layers = |file| Layers {
             base: self.base.clone(),
             file,
@@ -221,7 +163,7 @@ impl TrainArgs {
     }
 
     /// A word that is no `key=value` stands where a subcommand might: names the nearest one.
-    fn refuse_words(&self) -> Result<(), Usage> {
+    pub fn refuse_words(&self) -> Result<(), Usage> {
         let Some(word) = self.overrides.iter().find(|word| !word.contains('=')) else { return Ok(()) };
         let cli = super::Cli::command();
         let close = nearest(word, cli.get_subcommands().map(clap::Command::get_name));
@@ -245,6 +187,107 @@ impl TrainArgs {
         Err(Usage(format!("this would not be the same run: {list}. Undo that, or add --allow-changes"))
             .into())
     }
+}
+
+/// What a method is put together for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A run; one that is resumed needs no first weights.
+    Training { resumed: bool },
+    /// Steps that are measured: nothing is evaluated.
+    Measuring,
+}
+
+/// All that training needs, but for a place to write to.
+pub(super) struct Prepared {
+    pub device: tch::Device,
+    pub model: Model,
+    pub optimizer: Optimizer,
+    pub train: Loader,
+    pub validation: Option<Loader>,
+    pub evaluation: Option<Evaluation>,
+    /// Of the beginning.
+    pub state: State,
+}
+
+/// Opens the data and builds the method with what goes with it.
+pub(super) fn prepare(session: &Session, purpose: Purpose, trace: Option<Trace>) -> anyhow::Result<Prepared> {
+    let config = session.config();
+    let device = session.device()?;
+    let train_set = session.open_images("data.train", config.train_file()?)?;
+    let val_set = match &config.data.val {
+        Some(path) if purpose != Purpose::Measuring => Some(session.open_images("data.val", path)?),
+        _ => None,
+    };
+    if session.needs_labels()? {
+        require_labels(&session.method, &train_set, val_set.as_deref())?;
+    }
+
+    let steps_per_epoch =
+        steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
+    let classes = train_set.classes() as u64;
+    let method = session.build_method(device, classes, train_set.unlabelled() as u64, steps_per_epoch)?;
+    if let (Some(from), false) = (&config.init.from, purpose == Purpose::Training { resumed: true }) {
+        initialise(&method, from)?;
+    }
+    let views = method.views().to_vec();
+    let encoder = method.encoder().to_owned();
+    let mut model = Model::adopt(method, session.registry.find(Kind::Method, &session.method)?.0.name())?;
+    try_encoder(&mut model, config.data.size, device)?;
+    let optimizer = Optimizer::new(&config.optimizer, model.trained());
+
+    let state = State {
+        format: FORMAT,
+        step: 0,
+        epoch: 0,
+        batch_in_epoch: 0,
+        ema_is_ahead: false,
+        seed: config.seed,
+        method: session.method.clone(),
+        backbone: session.backbone.clone(),
+        encoder,
+        best: None,
+        first_eval: None,
+        last_eval: None,
+        judged: Some(0),
+        meters: BTreeMap::new(),
+        metrics_lines: 0,
+        config: serde_json::to_value(config)?,
+        classes,
+        steps_per_epoch,
+        data_fingerprint: train_set.fingerprint()?,
+        plugins: session.registry.plugins().iter().map(LoadedPlugin::record).collect(),
+        host: env!("CARGO_PKG_VERSION").to_owned(),
+        libtorch: libtorch().version,
+        device: match device {
+            tch::Device::Cpu => format!("cpu ({})", cpu_capability()?),
+            _ => "cuda".to_owned(),
+        },
+        threads: tch::get_num_threads() as usize,
+    };
+
+    let train = loader(config, &train_set, views.clone(), true, trace)?;
+    let validation = match &val_set {
+        Some(set) => Some(loader(config, set, views.clone(), false, None)?),
+        None => None,
+    };
+    let evaluation = match &val_set {
+        Some(val_set) if config.eval.every_epochs > 0 => {
+            let view = evaluation_view(config, &views);
+            Some(Evaluation::new(config, view, &train_set, val_set, session.probes()?)?)
+        }
+        None if purpose != Purpose::Measuring => {
+            tracing::warn!("data.val is not set: no validation loss and no evaluation");
+            None
+        }
+        _ => None,
+    };
+    Ok(Prepared { device, model, optimizer, train, validation, evaluation, state })
+}
+
+/// The file of `--trace`.
+pub(super) fn begin_trace(path: &Path) -> anyhow::Result<Trace> {
+    Trace::create(path).map_err(|error| Usage(format!("--trace {}: {error}", path.display())).into())
 }
 
 /// What `--print-config` does not show: the peak learning rate after its scaling, and settings that do nothing.
@@ -326,8 +369,15 @@ fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn loader(config: &Config, set: &Arc<Dataset>, views: Vec<ViewSpec>, train: bool) -> anyhow::Result<Loader> {
+fn loader(
+    config: &Config,
+    set: &Arc<Dataset>,
+    views: Vec<ViewSpec>,
+    train: bool,
+    trace: Option<Trace>,
+) -> anyhow::Result<Loader> {
     let options = LoaderOptions {
+        trace,
         batch_size: config.optimizer.batch_size,
         seed: config.seed,
         threads: config.data.threads,

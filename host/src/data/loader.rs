@@ -28,9 +28,11 @@ use tch::Tensor;
 
 use super::augment::{Augmenter, Scratch, check_views};
 use super::batch::BatchMemory;
+use super::clock::{Clock, Work};
 use super::dataset::Dataset;
 use super::decode::{Rgb, decode_into};
 use super::error::DataError;
+use crate::trace::Trace;
 
 /// What the numbers of a keyed generator are for. A view's purpose is `VIEW` plus its position.
 mod purpose {
@@ -74,6 +76,8 @@ pub struct LoaderOptions {
     pub on_error: OnError,
     /// Batches that may be in the making or ready, besides the one that the consumer holds.
     pub prefetch: usize,
+    /// Where the threads write what they do when.
+    pub trace: Option<Trace>,
 }
 
 impl LoaderOptions {
@@ -89,6 +93,7 @@ impl LoaderOptions {
             drop_last: true,
             on_error: OnError::Fail,
             prefetch: 2,
+            trace: None,
         }
     }
 }
@@ -104,6 +109,18 @@ pub struct LoadedBatch {
     pub indices: Vec<u64>,
     /// How many of them replace a corrupt image.
     pub replaced: u64,
+}
+
+impl LoadedBatch {
+    /// The same tensors once more.
+    pub fn shallow_clone(&self) -> LoadedBatch {
+        LoadedBatch {
+            views: self.views.iter().map(Tensor::shallow_clone).collect(),
+            labels: self.labels.shallow_clone(),
+            indices: self.indices.clone(),
+            replaced: self.replaced,
+        }
+    }
 }
 
 /// Makes batches from a data set.
@@ -125,6 +142,7 @@ struct Shared {
     size: u32,
     seed: u64,
     on_error: OnError,
+    clock: Arc<Clock>,
     /// Corrupt images that have been warned of.
     warned: Mutex<HashSet<u64>>,
 }
@@ -138,6 +156,7 @@ impl Loader {
         let views = check_views(&options.views, options.size)?;
         let LoaderOptions { size, batch_size, seed, threads, shuffle, drop_last, on_error, prefetch, .. } =
             options;
+        let clock = Arc::new(Clock::new(options.trace));
         if batch_size == 0 {
             return Err(DataError::Options("the batch size is 0; a batch needs at least one image".into()));
         }
@@ -151,13 +170,18 @@ impl Loader {
         let threads =
             if threads == 0 { thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
         let warned = Mutex::default();
-        let shared = Arc::new(Shared { dataset, views, size, seed, on_error, warned });
+        let shared = Arc::new(Shared { dataset, views, size, seed, on_error, clock, warned });
         Ok(Loader { shared, batch_size, threads, prefetch: prefetch.max(1), shuffle, drop_last })
     }
 
     /// The data set.
     pub fn dataset(&self) -> &Arc<Dataset> {
         &self.shared.dataset
+    }
+
+    /// What its threads have done so far.
+    pub fn clock(&self) -> &Arc<Clock> {
+        &self.shared.clock
     }
 
     /// Number of batches in an epoch, at least 1.
@@ -450,18 +474,24 @@ impl Worker {
             Ok(()) => index,
             Err(reason) => self.fetch_replacement(index, reason)?,
         };
+        let mut lap = shared.clock.start();
         for (number, (view, out)) in shared.views.iter().zip(memory.sample(position)).enumerate() {
             let mut rng = Rng::keyed(shared.seed, self.epoch, index, purpose::VIEW + number as u64);
             view.apply(&self.image, &mut rng, &mut self.scratch, out);
         }
+        lap.end(Work::Augment);
         let label = shared.dataset.labels().map_or(-1, |labels| labels[used as usize]);
         Ok(Made { index: used, label, replaced: used != index })
     }
 
     /// Reads and decodes one image; the inner error is the reason why it does not decode.
     fn fetch(&mut self, index: u64) -> Result<Result<(), String>, DataError> {
+        let mut lap = self.shared.clock.start();
         self.shared.dataset.read_into(index as usize, &mut self.encoded)?;
-        Ok(decode_into(&self.encoded, &mut self.image))
+        lap.end(Work::Read);
+        let decoded = decode_into(&self.encoded, &mut self.image);
+        lap.end(Work::Decode);
+        Ok(decoded)
     }
 
     /// Applies the policy to a corrupt image: an error, or another image in its place.

@@ -7,6 +7,7 @@
 pub mod augment;
 mod batch;
 mod chunked;
+mod clock;
 pub mod color;
 mod dataset;
 pub mod decode;
@@ -25,6 +26,7 @@ mod source;
 mod verify;
 
 pub use augment::check_views;
+pub use clock::{Clock, Work};
 pub use dataset::{Dataset, Layout, Provenance};
 pub use error::DataError;
 pub use features::FeatureFile;

@@ -172,6 +172,9 @@ fn groups(metrics: BTreeSet<&str>) -> Vec<Group> {
                 &["time/optimizer"],
                 &["time/ema"],
                 &["time/log"],
+                &["time/read"],
+                &["time/decode"],
+                &["time/augment"],
             ],
         ),
         // Metrics of methods and of plugins' probes come between, and by name.

@@ -173,6 +173,9 @@ pub fn name_of(metric: &str) -> String {
         "time/optimizer" => "optimizer",
         "time/ema" => "EMA",
         "time/log" => "log",
+        "time/read" => "read, beside the step",
+        "time/decode" => "decode, beside the step",
+        "time/augment" => "augment, beside the step",
         other => other,
     };
     known.to_owned()

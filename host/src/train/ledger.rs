@@ -1,10 +1,16 @@
 //! Where the time of an optimizer step goes, by the host's clock.
 //!
-//! Nothing waits for the device here. On CUDA, kernels run after the call that queued them has come back, so a part has
+//! Nothing waits for the device here, unless [`Ledger::synchronize`] asks for it. On CUDA, kernels run after the call that queued them has come back, so a part has
 //! the time that the host spent in it: one that reads a value, as the loss is read after the forward pass, waits for all
 //! that was queued before it.
 
+use std::sync::Arc;
 use std::time::Instant;
+
+use jepa_plugin_api::tch::{Cuda, Device};
+
+use crate::data::{Clock, Work};
+use crate::trace::Trace;
 
 /// A part of an optimizer step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +36,11 @@ impl Part {
     pub const ALL: [Part; 7] =
         [Part::Wait, Part::Copy, Part::Forward, Part::Backward, Part::Optimizer, Part::Ema, Part::Log];
 
+    /// A word for it.
+    pub fn name(self) -> &'static str {
+        &self.metric()["time/".len()..]
+    }
+
     /// The metric with its mean over steps, in seconds.
     pub fn metric(self) -> &'static str {
         match self {
@@ -44,36 +55,77 @@ impl Part {
     }
 }
 
+/// Seconds by part.
+pub type Seconds = [f64; Part::ALL.len()];
+
 /// Seconds by part, and images, since the last log line of the epoch.
 pub struct Ledger {
     since: Instant,
     lap: Instant,
-    seconds: [f64; Part::ALL.len()],
+    seconds: Seconds,
     steps: u64,
     images: usize,
+    /// Of the last step that is done.
+    last_step: Seconds,
+    /// What the loader's threads do, and had done when this began to count.
+    loader: Arc<Clock>,
+    loader_before: [f64; Work::ALL.len()],
+    trace: Option<Trace>,
+    synchronize: Option<usize>,
 }
 
 impl Ledger {
-    /// An empty one, from now on.
-    pub fn new() -> Self {
+    /// An empty one, from now on. Parts go into `trace` as well, if there is one.
+    pub fn new(loader: Arc<Clock>, trace: Option<Trace>) -> Self {
         let now = Instant::now();
-        Ledger { since: now, lap: now, seconds: [0.0; Part::ALL.len()], steps: 0, images: 0 }
+        Ledger {
+            since: now,
+            lap: now,
+            seconds: Seconds::default(),
+            steps: 0,
+            images: 0,
+            last_step: Seconds::default(),
+            loader_before: loader.seconds(),
+            loader,
+            trace,
+            synchronize: None,
+        }
+    }
+
+    /// Waits for `device` at the end of each part from now on, so that a part has the time of its own kernels: for
+    /// measurements, as it costs speed.
+    pub fn synchronize(&mut self, device: Device) {
+        if let Device::Cuda(number) = device {
+            self.synchronize = Some(number);
+        }
     }
 
     /// Counts from now on.
     pub fn restart(&mut self) {
-        *self = Ledger::new();
+        let now = Instant::now();
+        (self.since, self.lap) = (now, now);
+        (self.seconds, self.steps, self.images) = (Seconds::default(), 0, 0);
+        self.loader_before = self.loader.seconds();
     }
 
     /// A step begins: what came between, such as a checkpoint, is no part of it.
     pub fn start_step(&mut self) {
         self.lap = Instant::now();
+        self.last_step = Seconds::default();
     }
 
     /// The time since the last lap went into `part`.
     pub fn lap(&mut self, part: Part) {
+        if let Some(number) = self.synchronize {
+            Cuda::synchronize(number as i64);
+        }
         let now = Instant::now();
-        self.seconds[part as usize] += (now - self.lap).as_secs_f64();
+        let seconds = (now - self.lap).as_secs_f64();
+        self.seconds[part as usize] += seconds;
+        self.last_step[part as usize] += seconds;
+        if let Some(trace) = &self.trace {
+            trace.span(part.name(), self.lap, now);
+        }
         self.lap = now;
     }
 
@@ -93,10 +145,18 @@ impl Ledger {
         self.seconds[Part::Wait as usize] / self.elapsed()
     }
 
-    /// Each part's seconds per step, by metric name.
+    /// Each part's seconds per step, by metric name: of the step, and of the loader's threads beside it.
     pub fn seconds_per_step(&self) -> impl Iterator<Item = (String, f64)> {
         let steps = self.steps.max(1) as f64;
-        Part::ALL.into_iter().zip(self.seconds).map(move |(part, s)| (part.metric().to_owned(), s / steps))
+        let step = Part::ALL.into_iter().zip(self.seconds).map(|(part, s)| (part.metric(), s));
+        let beside = self.loader.seconds().into_iter().zip(self.loader_before).map(|(now, then)| now - then);
+        let beside = Work::ALL.into_iter().zip(beside).map(|(work, s)| (work.metric(), s));
+        step.chain(beside).map(move |(metric, s)| (metric.to_owned(), s / steps))
+    }
+
+    /// The parts of the last step.
+    pub fn last_step(&self) -> Seconds {
+        self.last_step
     }
 
     fn elapsed(&self) -> f64 {
@@ -113,7 +173,7 @@ mod tests {
 
     #[test]
     fn each_part_has_its_own_time() {
-        let mut ledger = Ledger::new();
+        let mut ledger = Ledger::new(Arc::default(), None);
         for _ in 0..2 {
             sleep(Duration::from_millis(20)); // A checkpoint.
             ledger.start_step();
@@ -127,7 +187,9 @@ mod tests {
         let elapsed = ledger.elapsed();
         assert!(parts[0] >= 0.010 && parts[6] >= 0.005, "{parts:?}");
         assert_eq!(parts[1..6], [0.0; 5]);
-        assert!(parts.iter().sum::<f64>() * 2.0 <= elapsed - 0.040, "{parts:?} in {elapsed}");
+        assert_eq!(parts[7..], [0.0; 3], "no loader");
+        assert!(ledger.last_step()[0] >= 0.010 && ledger.last_step()[0] < parts[0] * 2.0);
+        assert!(parts[..7].iter().sum::<f64>() * 2.0 <= elapsed - 0.040, "{parts:?} in {elapsed}");
         assert!((ledger.data_wait() - 2.0 * parts[0] / elapsed).abs() < 0.01);
     }
 }

@@ -13,9 +13,9 @@ mod schedule;
 mod signal;
 
 pub use error::TrainError;
-pub use ledger::Part;
+pub use ledger::{Part, Seconds};
 pub use model::Model;
 pub use optimizer::{Optimizer, StepSettings};
-pub use run::{Figures, Outcome, Resources, has_diverged, run};
+pub use run::{Figures, Measured, Outcome, Resources, has_diverged, measure, run};
 pub use schedule::{Progress, ema_momentum, learning_rate, steps_per_epoch, weight_decay};
 pub use signal::Signals;

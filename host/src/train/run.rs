@@ -7,16 +7,17 @@ use std::path::PathBuf;
 use jepa_plugin_api::tch::{self, Device, Kind, no_grad};
 use jepa_plugin_api::{Batch, Rng};
 
-use super::ledger::{Ledger, Part};
+use super::ledger::{Ledger, Part, Seconds};
 use super::meter::Meters;
 use super::optimizer::Gradients;
 use super::schedule::{Progress, learning_rate, weight_decay};
 use super::{Model, Optimizer, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
-use crate::data::{Batches, LoadedBatch, Loader};
+use crate::data::{DataError, LoadedBatch, Loader, Work};
 use crate::device::autocast_bf16;
 use crate::eval::{EvalError, Evaluation};
+use crate::trace::Trace;
 use crate::track::{Histogram, StepReport, Trackers};
 
 /// Key of the numbers that libtorch's own generator starts from in each step: dropout, stochastic depth.
@@ -52,6 +53,8 @@ pub struct Resources {
     pub state: State,
     /// Optimizer steps in an epoch, at least 1.
     pub steps_per_epoch: u64,
+    /// Where the parts of each step are written.
+    pub trace: Option<Trace>,
 }
 
 /// How a run ended.
@@ -91,6 +94,61 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
     }
 }
 
+/// What [`measure`] has measured.
+pub struct Measured {
+    /// The parts of each step.
+    pub steps: Vec<Seconds>,
+    /// Seconds of the loader's threads for a step's images, all threads together, as in [`Work::ALL`].
+    pub beside: [f64; Work::ALL.len()],
+    /// Images in a step.
+    pub images: usize,
+}
+
+/// Takes `warmup` steps and then `steps` that are measured, waiting for the device after each part. With `same_batch`, all of
+/// them are of the first batch, and nothing is loaded meanwhile. Nothing is evaluated or saved.
+///
+/// # Errors
+/// Whatever ends a run.
+pub fn measure(
+    resources: Resources,
+    trackers: &mut Trackers,
+    (warmup, steps): (usize, usize),
+    same_batch: bool,
+) -> anyhow::Result<Measured> {
+    let mut run = Run::new(resources, trackers);
+    run.ledger.synchronize(run.device);
+    let loader = run.train.clone();
+    let images = run.config.optimizer.batch_size * run.config.trainer.accumulate;
+    let mut batches: Box<dyn Iterator<Item = Result<LoadedBatch, DataError>>> = match same_batch {
+        true => match loader.batches(0, 0).next() {
+            Some(first) => {
+                let first = first?;
+                Box::new(std::iter::repeat_with(move || Ok(first.shallow_clone())))
+            }
+            None => anyhow::bail!("the pipeline makes no batch"),
+        },
+        false => Box::new((0..).flat_map(move |epoch| loader.batches(epoch, 0))),
+    };
+    let mut measured = Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images };
+    let mut before = run.train.clock().seconds();
+    run.trackers.start(0, (warmup + steps) as u64);
+    for step in 0..warmup + steps {
+        run.check_signals()?;
+        if step == warmup {
+            before = run.train.clock().seconds();
+        }
+        run.step(&mut batches)?;
+        if step >= warmup {
+            measured.steps.push(run.ledger.last_step());
+        }
+    }
+    run.trackers.finish();
+    for ((beside, now), before) in measured.beside.iter_mut().zip(run.train.clock().seconds()).zip(before) {
+        *beside = (now - before) / steps.max(1) as f64;
+    }
+    Ok(measured)
+}
+
 /// Whether `cause` says that the weights are no good any more.
 pub fn has_diverged(cause: &(dyn Error + 'static)) -> bool {
     matches!(cause.downcast_ref(), Some(TrainError::Diverged { .. } | TrainError::Collapsed { .. }))
@@ -127,6 +185,7 @@ impl<'t> Run<'t> {
             warmup_steps: (settings.warmup_epochs * steps_per_epoch as f64).round() as u64,
         };
         Run {
+            ledger: Ledger::new(r.train.clock().clone(), r.trace),
             meters: Meters(r.state.meters.clone()),
             config: r.config,
             device: r.device,
@@ -143,7 +202,6 @@ impl<'t> Run<'t> {
             progress,
             saved: None,
             save_failed: None,
-            ledger: Ledger::new(),
             gradients_checked: false,
         }
     }
@@ -197,7 +255,10 @@ impl<'t> Run<'t> {
     }
 
     /// One optimizer step: EMA, then forward and backward for each of its batches, update.
-    fn step(&mut self, batches: &mut Batches) -> anyhow::Result<()> {
+    fn step(
+        &mut self,
+        batches: &mut dyn Iterator<Item = Result<LoadedBatch, DataError>>,
+    ) -> anyhow::Result<()> {
         let (epoch, step) = (self.state.epoch, self.state.step);
         let accumulate = self.config.trainer.accumulate;
         self.ledger.start_step();

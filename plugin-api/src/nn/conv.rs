@@ -4,7 +4,7 @@ use tch::{Device, Tensor};
 
 use super::Init;
 use super::linear::linear;
-use crate::Params;
+use crate::{Params, autograd};
 
 /// What [`Conv2d::new`] takes beside the sizes. The default is stride 1, no padding, one group, with bias.
 ///
@@ -82,9 +82,8 @@ impl Conv2d {
         if self.is_pointwise() && x.dim() == 4 && x.device() == Device::Cpu {
             // A matrix product. Besides, oneDNN's gradient of one with a stride and few channels never returns on a CPU
             // with AVX2 and no AVX-512 (libtorch 2.11).
-            let every = |x: Tensor, dimension| x.slice(dimension, None, None, self.stride);
-            let x = if self.stride == 1 { x.shallow_clone() } else { every(every(x.shallow_clone(), 2), 3) };
             let rows = x.permute([0, 2, 3, 1]).contiguous();
+            let rows = if self.stride == 1 { rows } else { every(&rows, self.stride) };
             return self.pointwise(&rows).permute([0, 3, 1, 2]);
         }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
@@ -105,4 +104,16 @@ impl Conv2d {
     pub fn kernel(&self) -> i64 {
         self.weight.size()[3]
     }
+}
+
+/// Every `stride`-th position, both ways, of a contiguous `(B, H, W, C)`.
+fn every(x: &Tensor, stride: i64) -> Tensor {
+    let shape = x.size();
+    let sliced = move |x: &Tensor| x.slice(1, None, None, stride).slice(2, None, None, stride);
+    let y = sliced(&x.detach()).contiguous();
+    autograd::record("Every", &[x], y, move |grad| {
+        let all = Tensor::zeros(shape.as_slice(), (grad.kind(), grad.device()));
+        sliced(&all).copy_(grad);
+        vec![Some(all)]
+    })
 }

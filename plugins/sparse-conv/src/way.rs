@@ -24,12 +24,16 @@ impl Way {
     }
 
     /// The one that takes less time, by a model of what `cargo bench -p jepa-tests --bench sparse_conv` has measured: what
-    /// a gathered convolution takes rises with the share of outputs that is visible. Shown everything, it would take 1.1
-    /// times as long as libtorch's, and longer where the numbers that it copies are multiplied with few channels' weights.
-    /// The side of a cell has no influence. A model and no stopwatch, as a run must make the same choices when it is
-    /// resumed.
+    /// a gathered convolution takes is in proportion to the share of outputs that is visible, and if everything is, it takes
+    /// so much longer than libtorch's. The side of a cell has no influence, and channels have little. A model and no
+    /// stopwatch, as a run must make the same choices when it is resumed.
     pub(crate) fn cheaper(conv: &Conv2d, to: &Level) -> Self {
-        let copying = if conv.groups == 1 { 10.0 / conv.weight.size()[0] as f64 } else { 0.0 };
-        if to.share() * (1.1 + copying) < 1.0 { Way::Gathered } else { Way::WholeMap }
+        let of_everything = match (is_depthwise(conv), conv.stride) {
+            (true, _) => 1.35,
+            (false, 1) => 1.2,
+            // libtorch's gradient of the input is slow with a stride.
+            (false, _) => 1.0,
+        };
+        if to.share() * of_everything < 1.0 { Way::Gathered } else { Way::WholeMap }
     }
 }

@@ -1,0 +1,245 @@
+//! `jepa-host bench`: where the time of a training step goes, for these settings on this machine.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use super::exit::Usage;
+use super::output::{Format, print, print_columns};
+use super::session::Session;
+use super::train::{Prepared, Purpose, begin_trace, prepare};
+use crate::checkpoint::RunDir;
+use crate::config::Layers;
+use crate::data::Work;
+use crate::device::peak_resident_bytes;
+use crate::plugin::PluginSources;
+use crate::track::Trackers;
+use crate::train::{Measured, Part, Resources, Signals, measure};
+
+/// Measure training on this machine
+#[derive(Debug, Subcommand)]
+pub(super) enum BenchCommand {
+    Step(StepArgs),
+}
+
+/// Time the parts of a training step
+///
+/// Trains some steps with the settings of a run, and keeps nothing of it. Shown are medians over the steps. On a GPU each
+/// part is waited for, which a run does not do.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  jepa-host bench step --plugin cnn_jepa --config configs/demo.toml
+  jepa-host bench step --plugin byol --config configs/byol_imagenet.toml --trace step.json
+  jepa-host bench step --plugin simclr --config configs/demo.toml --same-batch trainer.threads=1")]
+pub(super) struct StepArgs {
+    /// Plugin to load: a path, a file name (libcnn_jepa.so) or a bare name (cnn_jepa); may be repeated
+    #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
+    plugin: Vec<PathBuf>,
+    /// Configuration in TOML
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Steps that are measured
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Steps before them, which fill the pipeline and the caches
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    warmup: u32,
+    /// Take the first batch again and again: the step alone, with no data pipeline beside it
+    #[arg(long)]
+    same_batch: bool,
+    /// Write what each thread does when, for ui.perfetto.dev or chrome://tracing
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Settings of training, such as optimizer.batch_size=64
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+impl BenchCommand {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
+        match self {
+            BenchCommand::Step(args) => args.run(sources),
+        }
+    }
+}
+
+impl StepArgs {
+    fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
+        let signals = Signals::install("ending after this step").context("cannot take over signals")?;
+        let layers =
+            Layers { file: self.config.clone(), overrides: self.overrides.clone(), ..Layers::default() };
+        let session = Session::open(&self.plugin, layers, sources)?;
+        let trace = self.trace.as_deref().map(begin_trace).transpose()?;
+        let Prepared { device, model, optimizer, train, state, .. } =
+            prepare(&session, Purpose::Measuring, trace.clone())?;
+        let config = &session.settings.config;
+        let of = Setup {
+            method: session.method.clone(),
+            backbone: session.backbone.clone(),
+            size: config.data.size,
+            images: config.optimizer.batch_size * config.trainer.accumulate,
+            precision: serde_json::to_value(config.trainer.precision)?
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
+            device: state.device.clone(),
+            threads: state.threads,
+            warmup: self.warmup,
+            same_batch: self.same_batch,
+        };
+        let folder = Scratch::new()?;
+        let directory = RunDir::create(&folder.0, "bench")?;
+        let mut trackers = Trackers::open(directory.path(), Vec::new())?;
+        let resources = Resources {
+            device,
+            model,
+            optimizer,
+            train,
+            validation: None,
+            evaluation: None,
+            directory,
+            signals,
+            steps_per_epoch: state.steps_per_epoch,
+            state,
+            trace: trace.clone(),
+            config: session.settings.config,
+        };
+        let counts = (self.warmup as usize, self.steps as usize);
+        let measured = measure(resources, &mut trackers, counts, self.same_batch)?;
+        if let Some(trace) = trace {
+            trace.finish().map_err(|error| Usage(format!("--trace: the file is not complete: {error}")))?;
+        }
+        print(self.format, &Report::new(of, &measured), Report::text)
+    }
+}
+
+/// A folder that goes when this does: the loop wants a place for its records.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> anyhow::Result<Self> {
+        let path = std::env::temp_dir().join(format!("jepa-host-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&path).with_context(|| format!("{} cannot be made", path.display()))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What cannot be removed is left to whoever cleans the folder of temporary files.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+struct Setup {
+    method: String,
+    backbone: String,
+    size: usize,
+    images: usize,
+    precision: String,
+    device: String,
+    threads: usize,
+    warmup: u32,
+    same_batch: bool,
+}
+
+/// Seconds of a step: median, and quartiles.
+#[derive(Debug, Serialize)]
+struct Row {
+    part: &'static str,
+    median_s: f64,
+    quartiles_s: [f64; 2],
+}
+
+#[derive(Debug, Serialize)]
+struct Beside {
+    part: &'static str,
+    /// Of all threads together.
+    seconds_per_step: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    #[serde(flatten)]
+    setup: Setup,
+    steps: usize,
+    parts: Vec<Row>,
+    step: Row,
+    images_per_s: f64,
+    loader: Vec<Beside>,
+    peak_resident_bytes: Option<u64>,
+}
+
+impl Report {
+    fn new(setup: Setup, measured: &Measured) -> Self {
+        let row = |part: &'static str, mut seconds: Vec<f64>| {
+            seconds.sort_by(f64::total_cmp);
+            let at = |share: f64| seconds[((seconds.len() - 1) as f64 * share).round() as usize];
+            Row { part, median_s: at(0.5), quartiles_s: [at(0.25), at(0.75)] }
+        };
+        let parts = Part::ALL
+            .map(|part| row(part.name(), measured.steps.iter().map(|step| step[part as usize]).collect()));
+        let step = row("step", measured.steps.iter().map(|step| step.iter().sum()).collect());
+        let beside = Work::ALL.into_iter().zip(measured.beside);
+        Report {
+            steps: measured.steps.len(),
+            parts: parts.into(),
+            images_per_s: measured.images as f64 / step.median_s,
+            step,
+            loader: beside
+                .map(|(work, seconds)| Beside { part: work.name(), seconds_per_step: seconds })
+                .collect(),
+            peak_resident_bytes: peak_resident_bytes(),
+            setup,
+        }
+    }
+
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Setup { method, backbone, size, images, precision, device, threads, warmup, same_batch } =
+            &self.setup;
+        let data = if *same_batch { "one batch again and again" } else { "from the pipeline" };
+        writeln!(
+            out,
+            "{method} with {backbone}, {size} px, {images} images a step ({data}), {precision}, {device}, \
+             {threads} threads: {} steps after {warmup}\n",
+            self.steps
+        )?;
+        let ms = |seconds: f64| format!("{:.2}", seconds * 1e3);
+        let cells = |row: &Row| {
+            let [low, high] = row.quartiles_s.map(ms);
+            let share = format!("{:.1} %", 100.0 * row.median_s / self.step.median_s);
+            (vec![row.part.to_owned(), ms(row.median_s), format!("{low} to {high}"), share], Vec::new())
+        };
+        let rows: Vec<_> = self.parts.iter().chain([&self.step]).map(cells).collect();
+        let head = ["part", "ms", "quartiles", "share"].map(str::to_owned).to_vec();
+        print_columns(head, &rows, out)?;
+        writeln!(out, "\n{:.1} images/s", self.images_per_s)?;
+        if !same_batch {
+            let parts: Vec<String> = self
+                .loader
+                .iter()
+                .map(|part| format!("{} {}", part.part, ms(part.seconds_per_step)))
+                .collect();
+            writeln!(out, "beside the step, on the data threads, ms of all together: {}", parts.join(", "))?;
+            let wait = self.parts[Part::Wait as usize].median_s / self.step.median_s;
+            let verdict = match wait {
+                wait if wait > 0.05 => "the data pipeline is the bottleneck: see data.threads, data pack",
+                _ => "the step is the bottleneck, not the data",
+            };
+            writeln!(out, "{verdict}")?;
+        }
+        match self.peak_resident_bytes {
+            Some(bytes) => writeln!(out, "peak memory {:.2} GiB", bytes as f64 / (1u64 << 30) as f64),
+            None => Ok(()),
+        }
+    }
+}

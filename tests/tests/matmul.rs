@@ -1,0 +1,152 @@
+//! Products that read rows where they lie, against libtorch in fp64; and the layers that use them.
+
+use jepa_plugin_api::matmul::{self, Layout, Packed, Rows};
+use jepa_plugin_api::memory::{filled, values};
+use jepa_plugin_api::nn::{Conv2d, ConvOptions, Linear};
+use jepa_plugin_api::{Params, Rng, tch};
+use tch::{Device, Kind, Tensor};
+
+const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+/// The greatest difference, in units of the greatest value.
+fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
+    let theirs = theirs.to_kind(Kind::Double);
+    let difference = (ours.to_kind(Kind::Double) - &theirs).abs().max();
+    f64::try_from(difference / theirs.abs().max().clamp_min(1e-12)).unwrap()
+}
+
+/// One of the sizes, by keyed randomness.
+fn one_of(rng: &mut Rng, sizes: &[usize]) -> usize {
+    sizes[rng.below(sizes.len() as u64) as usize]
+}
+
+#[test]
+fn products_equal_libtorchs() {
+    for case in 0..150 {
+        let mut rng = Rng::keyed(case, 0, 0, 0);
+        let rows = one_of(&mut rng, &[1, 2, 5, 6, 7, 13, 100, 131, 400]);
+        let columns = one_of(&mut rng, &[1, 3, 8, 16, 17, 31, 33, 48, 64, 65, 100, 200]);
+        let pieces = one_of(&mut rng, &[1, 2, 3, 7]);
+        let length = one_of(&mut rng, &[1, 3, 5, 21, 48, 129, 260, 700]);
+        let pitch = length + one_of(&mut rng, &[0, 1, 9]);
+        tch::manual_seed(case as i64);
+        let map = Tensor::randn([(pieces * pitch + 500) as i64], F32);
+        let starts: Vec<usize> = (0..rows).map(|_| rng.below(500) as usize).collect();
+        let sides = Rows { values: values(&map), starts: &starts, pieces, length, pitch };
+        // The weights of a convolution: (columns, length, pieces).
+        let weights = Tensor::randn([columns, length, pieces].map(|side| side as i64), F32);
+        let layout = Layout {
+            taps: (0..pieces).collect(),
+            inner: (length, pieces),
+            columns: (columns, length * pieces),
+        };
+        let bias = (case % 2 == 0).then(|| Tensor::randn([columns as i64], F32));
+
+        let of_row = |start: &usize| {
+            let run = |piece: usize| map.narrow(0, (start + piece * pitch) as i64, length as i64);
+            Tensor::stack(&(0..pieces).map(run).collect::<Vec<_>>(), 1)
+        };
+        let left = Tensor::stack(&starts.iter().map(of_row).collect::<Vec<_>>(), 0);
+        let left = left.flatten(1, -1).to_kind(Kind::Double);
+        let right = weights.flatten(1, -1).tr().to_kind(Kind::Double);
+        let mut expected = left.mm(&right);
+        if let Some(bias) = &bias {
+            expected += bias.to_kind(Kind::Double);
+        }
+        let what = format!("case {case}: ({rows}, {pieces} · {length}) × (…, {columns})");
+        let packed = Packed::new(values(&weights), &layout);
+        let ours = matmul::product(sides, &packed, bias.as_ref().map(|bias| values(bias)));
+        assert!(error(&ours, &expected) < 2e-6, "{what}: {}", error(&ours, &expected));
+        assert!(layout.matrix::<f32>(values(&weights)).numel() == right.numel(), "{what}");
+
+        let grad = Tensor::randn([rows as i64, columns as i64], F32);
+        let expected = left.tr().mm(&grad.to_kind(Kind::Double)).tr();
+        let ours = filled(&weights.size(), |out| matmul::gradient(sides, values(&grad), &layout, out));
+        assert!(error(&ours.flatten(1, -1), &expected) < 2e-6, "{what}: gradient");
+    }
+}
+
+#[test]
+fn a_product_has_the_same_bytes_for_any_number_of_threads() {
+    tch::manual_seed(1);
+    let (x, w) = (Tensor::randn([1000, 300], F32), Tensor::randn([90, 300], F32));
+    let grad = Tensor::randn([1000, 90], F32);
+    let starts: Vec<usize> = (0..1000).map(|i| i * 300).collect();
+    let layout = Layout::linear(90, 300);
+    let rows = || Rows { values: values(&x), starts: &starts, pieces: 1, length: 300, pitch: 0 };
+    let all = |threads: i32| {
+        tch::set_num_threads(threads);
+        let y = matmul::product(rows(), &Packed::new(values(&w), &layout), None);
+        let of_w = filled(&[90, 300], |out| matmul::gradient(rows(), values(&grad), &layout, out));
+        (y, of_w)
+    };
+    let before = tch::get_num_threads();
+    let one = all(1);
+    for threads in [2, 3, 8] {
+        let several = all(threads);
+        assert!(several.0.equal(&one.0) && several.1.equal(&one.1), "{threads} threads");
+    }
+    tch::set_num_threads(before);
+}
+
+/// `y` and the gradients of `inputs`, for a fixed gradient of y.
+fn with_gradients(y: Tensor, inputs: &[&Tensor]) -> Vec<Tensor> {
+    let weights = Tensor::arange(y.numel() as i64, (y.kind(), Device::Cpu)).view(y.size().as_slice()).sin();
+    let gradients = Tensor::run_backward(&[(&y * weights).sum(y.kind())], inputs, false, false);
+    std::iter::once(y.detach()).chain(gradients).collect()
+}
+
+#[test]
+fn layers_equal_libtorchs() {
+    for (rows, inputs, outputs, bias) in [(128, 33, 20, true), (300, 64, 128, false), (127, 16, 16, true)] {
+        let layer = Linear::new(&Params::new(Device::Cpu), inputs, outputs, bias);
+        let x = Tensor::randn([3, rows, inputs], F32).set_requires_grad(true);
+        let tensors: Vec<&Tensor> = [&x, &layer.weight].into_iter().chain(&layer.bias).collect();
+        let ours = with_gradients(layer.forward(&x), &tensors);
+        let double: Vec<Tensor> =
+            tensors.iter().map(|x| x.detach().to_kind(Kind::Double).set_requires_grad(true)).collect();
+        let y = double[0].linear(&double[1], double.get(2));
+        let theirs = with_gradients(y, &double.iter().collect::<Vec<_>>());
+        for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+            assert!(
+                error(ours, theirs) < 1e-5,
+                "({rows}, {inputs}, {outputs}): {i}: {}",
+                error(ours, theirs)
+            );
+        }
+    }
+    for (side, stride) in [(14, 1), (14, 2), (15, 2), (16, 3)] {
+        let options = ConvOptions { stride, ..ConvOptions::default() };
+        let layer = Conv2d::new(&Params::new(Device::Cpu), 24, 40, 1, options);
+        let x = Tensor::randn([4, 24, side, side], F32).set_requires_grad(true);
+        let bias = layer.bias.as_ref().unwrap();
+        let ours = with_gradients(layer.forward(&x), &[&x, &layer.weight, bias]);
+        let double =
+            [&x, &layer.weight, bias].map(|x| x.detach().to_kind(Kind::Double).set_requires_grad(true));
+        let y = double[0].conv2d(&double[1], Some(&double[2]), [stride; 2], [0; 2], [1; 2], 1);
+        let theirs = with_gradients(y, &[&double[0], &double[1], &double[2]]);
+        for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+            assert!(error(ours, theirs) < 1e-5, "{side} px, stride {stride}: {i}: {}", error(ours, theirs));
+        }
+    }
+}
+
+#[test]
+fn a_frozen_layer_gets_no_gradient_and_costs_none() {
+    let layer = Linear::new(&Params::new(Device::Cpu), 16, 32, true);
+    let _ = layer.weight.set_requires_grad(false);
+    let x = Tensor::randn([256, 16], F32).set_requires_grad(true);
+    layer.forward(&x).sum(Kind::Float).backward();
+    assert!(!layer.weight.grad().defined() && x.grad().defined());
+    assert!(layer.bias.as_ref().unwrap().grad().equal(&Tensor::full([32], 256.0, F32)));
+    assert!(!tch::no_grad(|| layer.forward(&x)).requires_grad());
+}
+
+#[test]
+#[should_panic(expected = "the sides of a matrix product do not match")]
+fn sides_that_do_not_match_are_said() {
+    let x = [0.0; 8];
+    let rows = Rows { values: &x, starts: &[0, 4], pieces: 1, length: 4, pitch: 0 };
+    let packed = Packed::new(&[0.0; 6], &Layout::linear(2, 3));
+    let _ = matmul::product(rows, &packed, None);
+}
