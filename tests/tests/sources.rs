@@ -16,7 +16,7 @@ const UNSAFE: [(&str, &str); 13] = [
     ("host/src/device/native.rs", "bindings to host/native"),
     ("host/src/device/cuda.rs", "opens libtorch_cuda before the first CUDA call"),
     ("host/src/device/libtorch.rs", "asks the dynamic linker where libtorch is"),
-    ("host/src/device/memory.rs", "asks the C library what memory it holds"),
+    ("host/src/device/memory.rs", "asks the C library what memory it holds, and to keep it"),
     ("host/src/data/batch.rs", "threads write to disjoint parts of a batch"),
     ("host/src/sweep/process.rs", "ties a trial's process to its own, and sends it signals"),
     ("tests/src/real.rs", "sends signals to its children"),

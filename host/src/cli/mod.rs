@@ -27,7 +27,7 @@ use serde_json::json;
 
 use self::exit::Usage;
 use crate::config::Config;
-use crate::device::begin_with_calm_threads;
+use crate::device::{begin_with_calm_threads, keep_freed_memory};
 use crate::plugin::{Admission, Lock, PluginSources};
 use crate::track::console::{Verbosity, init_logging};
 
@@ -166,10 +166,11 @@ fn computes(command: Option<&Command>) -> bool {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    if computes(cli.command.as_ref())
-        && let Err(error) = begin_with_calm_threads()
-    {
-        tracing::warn!("compute threads will spin: this program cannot begin anew: {error}");
+    if computes(cli.command.as_ref()) {
+        if let Err(error) = begin_with_calm_threads() {
+            tracing::warn!("compute threads will spin: this program cannot begin anew: {error}");
+        }
+        keep_freed_memory();
     }
     let Common { plugin_dir, plugin_lock, allow_untrusted_plugins: allow_untrusted, .. } = cli.common;
     let lock = plugin_lock.as_deref().map(Lock::read).transpose()?;

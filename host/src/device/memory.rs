@@ -1,4 +1,17 @@
-//! What the allocator has given out.
+//! The C allocator, which libtorch, the host and plugins share: what it keeps, and what it has given out.
+
+/// Lets the allocator keep what is freed, for its next use. Of itself it asks the system for every tensor above some MB, and
+/// gives it back; each time the system clears its pages, which takes a tenth of a training step. To be called once, before
+/// threads begin.
+pub fn keep_freed_memory() {
+    // As long as an allocation is below the first, it comes from what is kept; the second is the most that is.
+    for (what, bytes) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, i32::MAX)] {
+        // SAFETY: it takes numbers, and no other thread allocates yet.
+        if unsafe { libc::mallopt(what, bytes) } == 0 {
+            tracing::debug!("the C library's allocator does not take parameter {what}");
+        }
+    }
+}
 
 /// Bytes that this process holds from the C allocator, which libtorch, the host and plugins share: without what was
 /// given back and waits for its next use, which resident memory counts too.

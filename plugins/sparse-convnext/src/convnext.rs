@@ -78,27 +78,25 @@ impl Architecture {
 }
 
 /// A linear map of the channels of each position.
-struct Pointwise {
-    /// `(out, in)` or `(out, in, 1, 1)`.
-    weight: Tensor,
-    bias: Tensor,
+enum Pointwise {
+    Conv(Conv2d),
+    Linear(Linear),
 }
 
 impl Pointwise {
     fn new(params: &Params, channels_in: i64, channels_out: i64, conv: bool) -> Self {
-        let (weight, bias) = if conv {
-            let conv = Conv2d::new(params, channels_in, channels_out, 1, convolution(1, 0));
-            (conv.weight, conv.bias)
-        } else {
-            let linear = Linear::with_init(params, channels_in, channels_out, true, Init::Normal);
-            (linear.weight, linear.bias)
-        };
-        Pointwise { weight, bias: bias.expect("both were asked for a bias") }
+        match conv {
+            true => Self::Conv(Conv2d::new(params, channels_in, channels_out, 1, convolution(1, 0))),
+            false => Self::Linear(Linear::with_init(params, channels_in, channels_out, true, Init::Normal)),
+        }
     }
 
     /// `(…, in)` to `(…, out)`.
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight.flatten(1, -1), Some(&self.bias))
+        match self {
+            Pointwise::Conv(conv) => conv.pointwise(x),
+            Pointwise::Linear(linear) => linear.forward(x),
+        }
     }
 }
 
