@@ -8,6 +8,7 @@ and how many times faster ours is.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -20,6 +21,7 @@ from peer_step import ResNet, VisibleCells, mask_layers, random_mask
 def arguments():
     parser = argparse.ArgumentParser(description="Times context encoders, forward and backward.")
     parser.add_argument("--ours", required=True, help="the built benchmark `encoder` of jepa-tests")
+    parser.add_argument("--libraries", default="", help="folders that it finds libtorch in, as LD_LIBRARY_PATH has them")
     parser.add_argument("--backbone", choices=("resnet18", "resnet50"), default="resnet50")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
@@ -47,6 +49,7 @@ def main():
     dense = ResNet(args.backbone, "imagenet", 64, None).train()
     emulated = mask_layers(ResNet(args.backbone, "imagenet", 64, None), visible).train()
     images = torch.randn(args.batch, 3, args.size, args.size)
+    environment = os.environ | ({"LD_LIBRARY_PATH": args.libraries} if args.libraries else {})
     command = [args.ours, args.backbone, args.batch, args.size, args.threads, 3, *args.shares]
     rounds = []
     for _ in range(args.rounds):
@@ -55,7 +58,7 @@ def main():
             # Its time does not hang on the share: all is computed.
             visible.mask = random_mask(args.batch, args.size // 32, 1 - share)
             row[f"emulated {share}"] = seconds(emulated, images * visible.at(args.size), 1)
-        ours = json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout)
+        ours = json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, env=environment).stdout)
         row |= {f"ours {name}": times["forward_backward_s"] for name, times in ours.items()}
         rounds.append(row)
 

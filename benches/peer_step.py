@@ -1,11 +1,12 @@
-"""The PyTorch side of the step benchmark: one CNN-JEPA training step, timed.
+"""The PyTorch side of the step benchmark: training steps of a method, timed.
 
-    python peer_step.py --backbone resnet50 --size 224 --batch 8
+    python peer_step.py --method cnn_jepa --backbone resnet50 --size 224 --batch 8
 
-A step is what jepa-host does in one: the target encoder follows by EMA, forward, loss, backward, AdamW. Eager PyTorch
-and timm's own blocks. The context encoder is a masked dense emulation: every convolution and max-pool runs on the
-whole map and its output is multiplied by the mask of visible cells, and batch norm takes the visible positions out,
-normalises them, and puts them back. The input is one random batch, so no time goes into data.
+A step is what jepa-host does in one: the target network, if there is one, follows by EMA, forward, loss, backward, AdamW.
+Eager PyTorch, timm's own blocks, lightly's heads and losses. CNN-JEPA's context encoder is a masked dense emulation: every
+convolution and max-pool runs on the whole map and its output is multiplied by the mask of visible cells, and batch norm
+takes the visible positions out, normalises them, and puts them back. The input is one random batch, so no time goes into
+data.
 
 Prints one JSON object: `step_s`, the seconds of every step from the first on, and what was run.
 """
@@ -13,11 +14,15 @@ Prints one JSON object: `step_s`, the seconds of every step from the first on, a
 import argparse
 import copy
 import json
+import resource
 import time
 
 import timm
 import torch
 import torch.nn.functional as F
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss, VICRegLoss
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, SimCLRProjectionHead
+from lightly.models.modules.heads import VICRegProjectionHead
 from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import nn
 
@@ -29,7 +34,8 @@ ARCHITECTURES = {
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description="Times CNN-JEPA training steps in PyTorch.")
+    parser = argparse.ArgumentParser(description="Times training steps in PyTorch.")
+    parser.add_argument("--method", choices=list(METHODS), default="cnn_jepa")
     parser.add_argument("--backbone", choices=list(ARCHITECTURES), default="resnet50")
     parser.add_argument("--stem", choices=("imagenet", "small"), default="imagenet")
     parser.add_argument("--width", type=int, default=64, help="channels of the stem and of the first stage")
@@ -39,6 +45,7 @@ def arguments():
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of the cells that are hidden")
     parser.add_argument("--channels-last", action="store_true", help="keep images and weights as (B, H, W, C) in memory")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model, with its default settings")
     parser.add_argument("--threads", type=int, default=0, help="threads to compute with; 0: PyTorch's own choice")
     parser.add_argument("--steps", type=int, default=10)
     return parser.parse_args()
@@ -151,19 +158,88 @@ class CnnJepa(nn.Module):
         self.predictor = predictor(backbone.channels)
 
     def forward(self, images, mask):
-        """Predicted and wanted features (B, C, f, f), for a float mask (B, 1, f, f) in which 1 is context."""
+        """The loss, for a float mask (B, 1, f, f) in which 1 is context."""
         self.visible.mask = mask
         context = self.context(images * self.visible.at(images.shape[2]))
         filled = torch.where(mask.bool(), context, self.mask_token.to(context.dtype))
         prediction = self.predictor(filled)
         with torch.no_grad():
             target = self.target(images)
-        return prediction, target
+        return loss_of(prediction, target, mask)
 
-    @torch.no_grad()
-    def update_target(self, momentum):
-        for source, target in zip(self.context.parameters(), self.target.parameters(), strict=True):
-            target.mul_(momentum).add_(source, alpha=1 - momentum)
+    def pairs(self):
+        return [(self.context, self.target)]
+
+
+class Pooled(nn.Module):
+    """A backbone's features (B, C): the mean over its last map."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images):
+        return self.backbone(images).mean((2, 3))
+
+
+class Byol(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.online = nn.Sequential(Pooled(backbone), BYOLProjectionHead(backbone.channels, 1024, 256))
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.predictor = BYOLPredictionHead(256, 1024, 256)
+        self.loss = NegativeCosineSimilarity()
+
+    def forward(self, first, second):
+        predictions = [self.predictor(self.online(view)) for view in (first, second)]
+        with torch.no_grad():
+            targets = [self.target(view) for view in (first, second)]
+        return (self.loss(predictions[0], targets[1]) + self.loss(predictions[1], targets[0])) / 2
+
+    def pairs(self):
+        return [(self.online, self.target)]
+
+
+class TwoViews(nn.Module):
+    """SimCLR and VICReg: both views through one network, and a loss of the two."""
+
+    def __init__(self, backbone, head, loss):
+        super().__init__()
+        self.network, self.loss = nn.Sequential(Pooled(backbone), head), loss
+
+    def forward(self, first, second):
+        return self.loss(self.network(first), self.network(second))
+
+    def pairs(self):
+        return []
+
+
+class Supervised(nn.Module):
+    def __init__(self, backbone, classes=10):
+        super().__init__()
+        self.network = nn.Sequential(Pooled(backbone), nn.Linear(backbone.channels, classes))
+
+    def forward(self, images, labels):
+        return F.cross_entropy(self.network(images), labels)
+
+    def pairs(self):
+        return []
+
+
+METHODS = {
+    "cnn_jepa": CnnJepa,
+    "byol": Byol,
+    "simclr": lambda backbone: TwoViews(backbone, SimCLRProjectionHead(backbone.channels), NTXentLoss(temperature=0.1)),
+    "vicreg": lambda backbone: TwoViews(backbone, VICRegProjectionHead(backbone.channels), VICRegLoss()),
+    "supervised": Supervised,
+}
+
+
+@torch.no_grad()
+def update_targets(model, momentum):
+    for online, target in model.pairs():
+        for source, follower in zip(online.parameters(), target.parameters(), strict=True):
+            follower.mul_(momentum).add_(source, alpha=1 - momentum)
 
 
 def loss_of(prediction, target, mask):
@@ -189,20 +265,22 @@ def main():
     backbone = ResNet(args.backbone, args.stem, args.width, args.depths)
     if args.size % backbone.downsample:
         raise SystemExit(f"--size {args.size} does not divide into cells of {backbone.downsample} px")
-    model = CnnJepa(backbone).train()
-    images = torch.randn(args.batch, 3, args.size, args.size)
+    model = METHODS[args.method](backbone).train()
+    images, others = torch.randn(2, args.batch, 3, args.size, args.size)
     if args.channels_last:
-        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+        model, images, others = (x.to(memory_format=torch.channels_last) for x in (model, images, others))
+    labels = torch.randint(10, (args.batch,))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
+    network = torch.compile(model) if args.compile else model
 
     def step():
         mask = random_mask(args.batch, args.size // backbone.downsample, args.mask_ratio)
-        model.update_target(0.996)
+        inputs = {"cnn_jepa": (images, mask), "supervised": (images, labels)}.get(args.method, (images, others))
+        update_targets(model, 0.996)
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
-            prediction, target = model(images, mask)
-        loss = loss_of(prediction, target, mask)
+            loss = network(*inputs)
         loss.backward()
         optimizer.step()
         return loss.item(), mask.mean().item()
@@ -218,6 +296,7 @@ def main():
         "loss": loss,
         "context_share": context_share,
         "trained_parameters": sum(p.numel() for p in trained),
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -25,7 +25,7 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 from torchvision import transforms as T
 
-from peer_step import CnnJepa, ResNet
+from peer_step import CnnJepa, ResNet, update_targets
 
 SIZE, CELLS, BATCH = 28, 7, 128
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -130,11 +130,7 @@ class SimClr(nn.Module):
 class Jepa(CnnJepa):
     def loss(self, views):
         (images,) = views
-        mask = masks(len(images))
-        prediction, target = self(images, mask)
-        per_cell = F.smooth_l1_loss(F.normalize(prediction, dim=1), F.normalize(target, dim=1), reduction="none")
-        hidden = 1 - mask
-        return (per_cell.sum(1, keepdim=True) * hidden).sum() / (hidden.sum() + 1e-8)
+        return self(images, masks(len(images)))
 
     def encoder(self):
         return self.target
@@ -204,7 +200,7 @@ def main():
         momentum = cosine_schedule(epoch, args.epochs, 0.99, 0.999)
         for views in loader:
             if args.method == "cnn_jepa":
-                model.update_target(momentum)
+                update_targets(model, momentum)
             optimizer.zero_grad()
             model.loss(views).backward()
             optimizer.step()
