@@ -94,8 +94,9 @@ impl StepArgs {
             warmup: self.warmup,
             same_batch: self.same_batch,
         };
-        let folder = Scratch::new()?;
-        let directory = RunDir::create(&folder.0, "bench")?;
+        // The loop wants a place for its records.
+        let folder = tempfile::tempdir().context("no folder can be made for temporary files")?;
+        let directory = RunDir::create(folder.path(), "bench")?;
         let mut trackers = Trackers::open(directory.path(), Vec::new())?;
         let resources = Resources {
             device,
@@ -117,24 +118,6 @@ impl StepArgs {
             trace.finish().map_err(|error| Usage(format!("--trace: the file is not complete: {error}")))?;
         }
         print(self.format, &Report::new(of, &measured), Report::text)
-    }
-}
-
-/// A folder that goes when this does: the loop wants a place for its records.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("jepa-host-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path).with_context(|| format!("{} cannot be made", path.display()))?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What cannot be removed is left to whoever cleans the folder of temporary files.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

@@ -95,15 +95,31 @@ impl Geometry {
         Canvas::paint::<T>(rows, &self.from, self.window.padding)
     }
 
-    /// The windows of the outputs on [`canvas`](Self::canvas).
-    fn windows(&self, frame: Frame) -> Windows {
-        let starts = self.window.starts(frame, &self.to, 0..self.to.at.len()).collect();
-        Windows {
-            starts,
-            lines: self.window.kernel,
-            line: self.window.kernel * frame.channels,
-            pitch: frame.pitch,
+    /// What the windows of the outputs look at, and where each begins: the canvas, or `rows` themselves for windows of a
+    /// single position.
+    fn seen<T: Element>(&self, rows: &Tensor) -> (Tensor, Windows) {
+        if let Some(places) = self.single_positions() {
+            let channels = rows.size()[1] as usize;
+            let starts = places.into_iter().map(|place| place * channels).collect();
+            return (rows.shallow_clone(), Windows { starts, lines: 1, line: channels, pitch: 0 });
         }
+        let canvas = self.canvas::<T>(rows);
+        let (frame, lines) = (canvas.frame(), self.window.kernel);
+        let starts = self.window.starts(frame, &self.to, 0..self.to.at.len()).collect();
+        (canvas.map, Windows { starts, lines, line: lines * frame.channels, pitch: frame.pitch })
+    }
+
+    /// For windows of one position: which of the inputs each output sees, if all of these are visible.
+    fn single_positions(&self) -> Option<Vec<usize>> {
+        let Window { kernel: 1, stride, padding: 0 } = self.window else { return None };
+        let images = self.to.starts.windows(2).zip(&self.from.starts).zip(self.from.starts[1..].iter());
+        let of_image = |((to, from), end): ((&[usize], &usize), &usize)| {
+            let inputs = &self.from.at[*from..*end];
+            let seen = |(y, x): &(u32, u32)| (y * stride as u32, x * stride as u32);
+            let place = |at: &(u32, u32)| inputs.binary_search(&seen(at)).ok().map(|place| from + place);
+            self.to.at[to[0]..to[1]].iter().map(place).collect::<Vec<_>>()
+        };
+        images.flat_map(of_image).collect()
     }
 }
 
@@ -157,15 +173,13 @@ fn layout(weight: &Tensor) -> Layout {
 }
 
 fn forward<T: Product>(x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
-    let canvas = geometry.canvas::<T>(x);
-    let windows = geometry.windows(canvas.frame());
-    T::product(values(&canvas.map), &windows, values(weight), &layout(weight))
+    let (seen, windows) = geometry.seen::<T>(x);
+    T::product(values(&seen), &windows, values(weight), &layout(weight))
 }
 
 fn weight_gradient<T: Product>(grad: &Tensor, x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {
-    let canvas = geometry.canvas::<T>(x);
-    let windows = geometry.windows(canvas.frame());
-    filled(&weight.size(), |out| T::gradient(values(&canvas.map), &windows, grad, &layout(weight), out))
+    let (seen, windows) = geometry.seen::<T>(x);
+    filled(&weight.size(), |out| T::gradient(values(&seen), &windows, grad, &layout(weight), out))
 }
 
 /// The inputs, at position (y, x), that meet the taps `first`, `first` + stride, … of the kernel, both ways.
