@@ -55,7 +55,7 @@ fn products_equal_libtorchs() {
         }
         let what = format!("case {case}: ({rows}, {pieces} · {length}) × (…, {columns})");
         let packed = Packed::new(values(&weights), &layout);
-        let ours = matmul::product(sides, &packed, bias.as_ref().map(|bias| values(bias)));
+        let ours = matmul::product(sides, &packed, bias.as_ref().map(values));
         assert!(error(&ours, &expected) < 2e-6, "{what}: {}", error(&ours, &expected));
         assert!(layout.matrix::<f32>(values(&weights)).numel() == right.numel(), "{what}");
 

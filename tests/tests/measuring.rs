@@ -71,8 +71,10 @@ fn a_run_can_write_a_timeline() {
     let threads: BTreeSet<&str> = named.map(|event| event["args"]["name"].as_str().unwrap()).collect();
     assert_eq!(threads, BTreeSet::from(["data-0", "main"]));
 
-    let last = records(&room.file("runs/simclr/version_0")).pop().unwrap();
+    // The threads work ahead, so there are steps during which they have nothing to do.
+    let records = records(&room.file("runs/simclr/version_0"));
     for part in ["time/read", "time/decode", "time/augment"] {
-        assert!(number(&last[part]) > 0.0, "{last}");
+        let seconds: f64 = records.iter().filter_map(|record| record.get(part)).map(number).sum();
+        assert!(seconds > 0.0, "{part}: {records:?}");
     }
 }
