@@ -5,8 +5,8 @@
 //! a matrix are the case of a single piece. The right side, the weights, is packed once for each product: [`Packed`].
 //!
 //! A thread computes a tile of some rows by some vectors of columns in registers, and takes K in blocks whose part of the
-//! right side stays in its cache. Which numbers are added up in which order depends on K alone, or for [`gradient`] on the
-//! number of rows: a result has the same bytes for any number of threads.
+//! right side stays in its cache. Which numbers are added up in which order depends on K and its pieces, or for [`gradient`]
+//! on the number of rows: a result has the same bytes for any number of threads.
 
 use pulp::{Arch, Simd, WithSimd};
 use tch::Tensor;
@@ -62,6 +62,7 @@ impl Layout {
     /// # Panics
     /// When it reaches beyond the weights.
     pub fn matrix<T: Element>(&self, weights: &[T]) -> Tensor {
+        self.check(weights.len());
         let (columns, column_stride) = self.columns;
         memory::filled(&[self.depth() as i64, columns as i64], |matrix: &mut [T]| {
             for (row, out) in self.rows().zip(matrix.chunks_exact_mut(columns.max(1))) {
@@ -71,23 +72,34 @@ impl Layout {
     }
 
     /// Writes `matrix` `(K, N)` to where it lies in `weights`. Those of a column must lie together, and those of the next
-    /// behind them.
+    /// behind them, and every number must be met once.
     ///
     /// # Panics
     /// When there are more weights, or fewer.
     pub fn write<T: Element>(&self, matrix: &[f32], weights: &mut [T]) {
         let columns = self.columns.0;
-        self.write_rows(|k, first| &matrix[k * columns + first..], weights);
+        self.write_rows(TOGETHER, |k, first| &matrix[k * columns + first..], weights);
     }
 
     /// The same from rows of a matrix: `row(k, n)` begins with the numbers of row k from column n on, a multiple of
-    /// [`TOGETHER`](Self::TOGETHER), and has that many of them, or up to the last column.
-    fn write_rows<'a, T: Element>(&self, row: impl Fn(usize, usize) -> &'a [f32] + Sync, weights: &mut [T]) {
+    /// `together`, and has that many of them, or up to the last column.
+    fn write_rows<'a, T: Element>(
+        &self,
+        together: usize,
+        row: impl Fn(usize, usize) -> &'a [f32] + Sync,
+        weights: &mut [T],
+    ) {
         let (columns, column_stride) = self.columns;
         assert_eq!(columns * column_stride, weights.len(), "weights lie column by column");
-        let parts = weights.chunks_mut((Self::TOGETHER * column_stride).max(1)).enumerate();
+        assert_eq!(
+            self.depth(),
+            column_stride,
+            "a column of weights has a number for each row of the matrix"
+        );
+        self.check(weights.len());
+        let parts = weights.chunks_mut((together * column_stride).max(1)).enumerate();
         parallel::for_each(parts, |(part, weights)| {
-            let (first, some) = (part * Self::TOGETHER, weights.len() / column_stride);
+            let (first, some) = (part * together, weights.len() / column_stride);
             for i in 0..self.inner.0 {
                 for (t, tap) in self.taps.iter().enumerate() {
                     let from = &row(t * self.inner.0 + i, first)[..some];
@@ -98,8 +110,18 @@ impl Layout {
         });
     }
 
-    /// Columns that are written at once, so that what is read is used while it is in the cache.
-    const TOGETHER: usize = 8;
+    /// Panics unless the whole matrix lies in so many weights.
+    fn check(&self, weights: usize) {
+        let (taps, (inner, inner_stride), (columns, column_stride)) =
+            (self.taps.iter().max(), self.inner, self.columns);
+        if let (Some(tap), true, true) = (taps, inner > 0, columns > 0) {
+            let last = tap + (inner - 1) * inner_stride + (columns - 1) * column_stride;
+            assert!(
+                last < weights,
+                "a matrix whose last number is at {last} does not lie in {weights} weights"
+            );
+        }
+    }
 
     /// Where each row of the matrix begins.
     fn rows(&self) -> impl Iterator<Item = usize> {
@@ -107,6 +129,9 @@ impl Layout {
         self.taps.iter().flat_map(move |tap| (0..inner).map(move |i| tap + i * stride))
     }
 }
+
+/// Columns that are written at once, so that what is read is used while it is in the cache.
+const TOGETHER: usize = 8;
 
 /// The right side `(K, N)`, in panels of as many columns as a tile has.
 #[derive(Debug)]
@@ -158,6 +183,7 @@ impl Packed {
     /// # Panics
     /// When it reaches beyond them.
     pub fn new(weights: &[f32], layout: &Layout) -> Self {
+        layout.check(weights.len());
         let (vectors, depth, (columns, column_stride)) = (Vectors::here(), layout.depth(), layout.columns);
         let mut values = vec![0.0; depth * columns.next_multiple_of(vectors.lanes)];
         let mut rest = values.as_mut_slice();
@@ -193,6 +219,7 @@ impl Packed {
 /// When K or N differ, or a row reaches beyond its values.
 pub fn product(rows: Rows, right: &Packed, bias: Option<&[f32]>) -> Tensor {
     let (count, columns) = (rows.starts.len(), right.columns);
+    assert!(rows.pieces > 0 && rows.length > 0, "a row has no numbers");
     assert_eq!(rows.pieces * rows.length, right.depth, "the sides of a matrix product do not match");
     assert!(bias.is_none_or(|bias| bias.len() == columns), "a bias has a number for each column");
     let blocks = blocks(rows);
@@ -212,6 +239,7 @@ pub fn product(rows: Rows, right: &Packed, bias: Option<&[f32]>) -> Tensor {
 /// When K, M or the number of weights differ, or a row reaches beyond its values.
 pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) {
     let (depth, columns) = (layout.depth(), layout.columns.0);
+    assert!(rows.pieces > 0 && rows.length > 0, "a row has no numbers");
     assert_eq!(rows.pieces * rows.length, depth, "the sides of a matrix product do not match");
     assert_eq!(rows.starts.len() * columns, grad.len(), "a gradient has a row for each output");
     // In panels, like a packed matrix, each in parts of some rows: a part reads all of its columns of `grad` once.
@@ -240,13 +268,14 @@ pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) 
         let (column, width) = panels[n / vectors.columns];
         &sums[column * depth + k * width + (n - column)..]
     };
-    layout.write_rows(row, weights);
+    // Within a panel, whose width is a power of two.
+    layout.write_rows(vectors.columns.min(TOGETHER), row, weights);
 }
 
 /// Rows for each thread at a time: for a few turns each, and whole tiles.
 fn share(rows: usize) -> usize {
     let turns = 4 * tch::get_num_threads().max(1) as usize;
-    rows.div_ceil(turns).next_multiple_of(24).min(192)
+    rows.div_ceil(turns).next_multiple_of(24).clamp(24, 192)
 }
 
 /// Rows of a gradient for each thread at a time: many, as all of them use what a panel's columns are copied for.
@@ -513,4 +542,51 @@ fn gradient_tile<S: Simd, const M: usize, const V: usize>(
         }
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The gradient's parts by the vectors of a machine that has none: panels of two columns.
+    #[test]
+    fn narrow_panels_are_written_where_they_belong() {
+        let layout = Layout { taps: vec![0, 1], inner: (3, 2), columns: (5, 6) };
+        let vectors = pulp::Scalar::new().vectorize(Of);
+        assert_eq!((vectors.lanes, vectors.columns), (1, 2));
+        let panels: Vec<(usize, usize)> = vectors.panels(5).collect();
+        assert_eq!(panels, [(0, 2), (2, 2), (4, 1)]);
+        let values: Vec<f32> = (0..40).map(|i| (i * i % 17) as f32).collect();
+        let (starts, grad) = ([0usize, 4, 9], (0..15).map(|i| i as f32 - 7.0).collect::<Vec<f32>>());
+        let rows = Rows { values: &values, starts: &starts, pieces: 2, length: 3, pitch: 7 };
+        let mut sums = [0.0; 6 * 5];
+        for &(column, width) in &panels {
+            let out = &mut sums[column * 6..][..width * 6];
+            let part = Gradient { rows, grad: &grad, columns: 5, column, width, first: 0, out };
+            pulp::Scalar::new().vectorize(part);
+        }
+        let row = |k: usize, n: usize| {
+            let (column, width) = panels[n / 2];
+            &sums[column * 6 + k * width + (n - column)..]
+        };
+        let mut weights = [f32::NAN; 30];
+        layout.write_rows(2, row, &mut weights);
+        for n in 0..5 {
+            for k in 0..6 {
+                let (tap, i) = (k / 3, k % 3);
+                let product = |m: usize| values[starts[m] + tap * 7 + i] * grad[m * 5 + n];
+                let expected: f32 = (0..3).map(product).sum();
+                assert_eq!(weights[n * 6 + i * 2 + tap], expected, "row {k}, column {n}");
+            }
+        }
+    }
+
+    struct Of;
+
+    impl WithSimd for Of {
+        type Output = Vectors;
+        fn with_simd<S: Simd>(self, _: S) -> Vectors {
+            Vectors::of::<S>()
+        }
+    }
 }

@@ -57,7 +57,9 @@ fn products_equal_libtorchs() {
         let packed = Packed::new(values(&weights), &layout);
         let ours = matmul::product(sides, &packed, bias.as_ref().map(values));
         assert!(error(&ours, &expected) < 2e-6, "{what}: {}", error(&ours, &expected));
-        assert!(layout.matrix::<f32>(values(&weights)).numel() == right.numel(), "{what}");
+        // Its rows are in the order of the runs, as those of `sides` are.
+        let runs = weights.permute([2, 1, 0]).reshape([-1, columns as i64]);
+        assert!(layout.matrix::<f32>(values(&weights)).equal(&runs), "{what}");
 
         let grad = Tensor::randn([rows as i64, columns as i64], F32);
         let expected = left.tr().mm(&grad.to_kind(Kind::Double)).tr();
@@ -98,7 +100,7 @@ fn with_gradients(y: Tensor, inputs: &[&Tensor]) -> Vec<Tensor> {
 
 #[test]
 fn layers_equal_libtorchs() {
-    for (rows, inputs, outputs, bias) in [(128, 33, 20, true), (300, 64, 128, false), (127, 16, 16, true)] {
+    for (rows, inputs, outputs, bias) in [(128, 33, 20, true), (300, 64, 128, false), (40, 16, 16, true)] {
         let layer = Linear::new(&Params::new(Device::Cpu), inputs, outputs, bias);
         let x = Tensor::randn([3, rows, inputs], F32).set_requires_grad(true);
         let tensors: Vec<&Tensor> = [&x, &layer.weight].into_iter().chain(&layer.bias).collect();
@@ -140,6 +142,36 @@ fn a_frozen_layer_gets_no_gradient_and_costs_none() {
     assert!(!layer.weight.grad().defined() && x.grad().defined());
     assert!(layer.bias.as_ref().unwrap().grad().equal(&Tensor::full([32], 256.0, F32)));
     assert!(!tch::no_grad(|| layer.forward(&x)).requires_grad());
+}
+
+#[test]
+fn the_result_of_a_layer_may_be_changed_in_place() {
+    let layer = Linear::new(&Params::new(Device::Cpu), 8, 8, true);
+    for shape in [&[256, 8][..], &[4, 64, 8]] {
+        let x = Tensor::randn(shape, F32);
+        let expected = layer.forward(&x).relu();
+        let mut y = layer.forward(&x);
+        let _ = y.relu_();
+        assert!(y.equal(&expected));
+        y.sum(Kind::Float).backward();
+    }
+    assert!(layer.weight.grad().defined());
+}
+
+#[test]
+#[should_panic(expected = "does not lie in 5 weights")]
+fn weights_that_are_missing_are_said() {
+    let _ = Packed::new(&[0.0; 5], &Layout::linear(2, 3));
+}
+
+#[test]
+fn no_rows_make_an_empty_product_and_no_gradient() {
+    let rows = Rows { values: &[], starts: &[], pieces: 1, length: 3, pitch: 0 };
+    let layout = Layout::linear(2, 3);
+    assert_eq!(matmul::product(rows, &Packed::new(&[1.0; 6], &layout), None).size(), [0, 2]);
+    let mut weights = [1.0; 6];
+    matmul::gradient(rows, &[], &layout, &mut weights);
+    assert_eq!(weights, [0.0; 6]);
 }
 
 #[test]

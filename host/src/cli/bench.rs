@@ -7,7 +7,6 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::exit::Usage;
 use super::output::{Format, print, print_columns};
 use super::session::Session;
 use super::train::{Prepared, Purpose, begin_trace, prepare};
@@ -51,7 +50,7 @@ pub(super) struct StepArgs {
     /// Take the first batch again and again: the step alone, with no data pipeline beside it
     #[arg(long)]
     same_batch: bool,
-    /// Write what each thread does when, for ui.perfetto.dev or chrome://tracing
+    /// Write what each thread does when, for ui.perfetto.dev or chrome://tracing; a file that is there is replaced
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// How to print
@@ -113,10 +112,11 @@ impl StepArgs {
             config: session.settings.config,
         };
         let counts = (self.warmup as usize, self.steps as usize);
-        let measured = measure(resources, &mut trackers, counts, self.same_batch)?;
-        if let Some(trace) = trace {
-            trace.finish().map_err(|error| Usage(format!("--trace: the file is not complete: {error}")))?;
+        let measured = measure(resources, &mut trackers, counts, self.same_batch);
+        if let Some(Err(error)) = trace.map(|trace| trace.finish()) {
+            tracing::warn!("--trace: the file is not complete: {error}");
         }
+        let measured = measured?;
         print(self.format, &Report::new(of, &measured), Report::text)
     }
 }
@@ -166,7 +166,10 @@ impl Report {
     fn new(setup: Setup, measured: &Measured) -> Self {
         let row = |part: &'static str, mut seconds: Vec<f64>| {
             seconds.sort_by(f64::total_cmp);
-            let at = |share: f64| seconds[((seconds.len() - 1) as f64 * share).round() as usize];
+            let at = |share: f64| {
+                let place = (seconds.len() - 1) as f64 * share;
+                (seconds[place.floor() as usize] + seconds[place.ceil() as usize]) / 2.0
+            };
             Row { part, median_s: at(0.5), quartiles_s: [at(0.25), at(0.75)] }
         };
         let parts = Part::ALL

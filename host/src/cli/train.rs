@@ -52,7 +52,8 @@ pub(super) struct TrainArgs {
     /// Print every setting with its value and where it comes from, and exit
     #[arg(long)]
     print_config: bool,
-    /// Write what each thread does when, for ui.perfetto.dev or chrome://tracing: the first million spans
+    /// Write what each thread does when, for ui.perfetto.dev or chrome://tracing: the first million spans; a file
+    /// that is there is replaced
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Settings, such as optimizer.lr=0.02; they win over everything else

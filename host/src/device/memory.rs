@@ -1,15 +1,22 @@
 //! The C allocator, which libtorch, the host and plugins share: what it keeps, and what it has given out.
 
+const TUNABLES: &str = "GLIBC_TUNABLES";
+
 /// Lets the allocator keep what is freed, for its next use. Of itself it asks the system for every tensor above some MB, and
-/// gives it back; each time the system clears its pages, which takes a tenth of a training step. To be called once, before
-/// threads begin.
+/// gives it back; each time the system clears its pages, which takes a tenth of a training step. Does nothing where the environment
+/// decides it. To be called once, before threads begin.
 pub fn keep_freed_memory() {
-    // As long as an allocation is below the first, it comes from what is kept; the second is the most that is.
-    for (what, bytes) in [(libc::M_MMAP_THRESHOLD, 1 << 30), (libc::M_TRIM_THRESHOLD, i32::MAX)] {
-        // SAFETY: it takes numbers, and no other thread allocates yet.
-        if unsafe { libc::mallopt(what, bytes) } == 0 {
-            tracing::debug!("the C library's allocator does not take parameter {what}");
-        }
+    let by_user =
+        |name: &str| std::env::var(name).is_ok_and(|value| name != TUNABLES || value.contains("malloc"));
+    if ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", TUNABLES].into_iter().any(by_user) {
+        return;
+    }
+    // SAFETY: it takes numbers, and no other thread allocates yet.
+    let set = |what: i32, bytes: i32| unsafe { libc::mallopt(what, bytes) } != 0;
+    // What is smaller than the first comes from what is kept: older libraries take no more than 32 MiB. The second is the
+    // most that is kept; alone it would do harm, as the first would no longer adapt.
+    if set(libc::M_MMAP_THRESHOLD, 1 << 30) || set(libc::M_MMAP_THRESHOLD, 32 << 20) {
+        set(libc::M_TRIM_THRESHOLD, i32::MAX);
     }
 }
 

@@ -1,8 +1,8 @@
 //! Where the time of an optimizer step goes, by the host's clock.
 //!
-//! Nothing waits for the device here, unless [`Ledger::synchronize`] asks for it. On CUDA, kernels run after the call that queued them has come back, so a part has
-//! the time that the host spent in it: one that reads a value, as the loss is read after the forward pass, waits for all
-//! that was queued before it.
+//! Nothing waits for the device here, unless [`Ledger::synchronize`] asks for it. On CUDA, kernels run after the call that
+//! queued them has come back, so a part has the time that the host spent in it: one that reads a value, as the loss is read
+//! after the forward pass, waits for all that was queued before it.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -116,6 +116,8 @@ pub fn measure(
     same_batch: bool,
 ) -> anyhow::Result<Measured> {
     let mut run = Run::new(resources, trackers);
+    // Pictures belong to a run's first and last steps.
+    (run.config.track.examples, run.config.track.histograms) = (false, false);
     run.ledger.synchronize(run.device);
     let loader = run.train.clone();
     let images = run.config.optimizer.batch_size * run.config.trainer.accumulate;
@@ -133,7 +135,9 @@ pub fn measure(
     let mut before = run.train.clock().seconds();
     run.trackers.start(0, (warmup + steps) as u64);
     for step in 0..warmup + steps {
-        run.check_signals()?;
+        if let Some(signal) = run.signals.pending() {
+            return Err(TrainError::Stopped { signal }.into());
+        }
         if step == warmup {
             before = run.train.clock().seconds();
         }

@@ -77,7 +77,8 @@ impl Conv2d {
     }
 
     /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1. In memory the result is as libtorch
-    /// makes it: for a 1×1 kernel on the CPU, channels last.
+    /// makes it, but for a [pointwise](Self::is_pointwise) one on the CPU: channels last, and then, in fp32, without a second
+    /// derivative, and `x` and the weight must not be changed in place before the backward pass.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         if self.is_pointwise() && x.dim() == 4 && x.device() == Device::Cpu {
             // A matrix product. Besides, oneDNN's gradient of one with a stride and few channels never returns on a CPU
@@ -90,7 +91,8 @@ impl Conv2d {
         x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
     }
 
-    /// Of a 1×1 convolution, what it makes of the channels of each position: `(…, in)` to `(…, out)`. Since 1.1.
+    /// Of a 1×1 convolution, what it makes of the channels of each position: `(…, in)` to `(…, out)`, as [`Linear`](super::Linear)
+    /// does. Since 1.1.
     pub fn pointwise(&self, x: &Tensor) -> Tensor {
         linear(x, &self.weight, self.bias.as_ref())
     }

@@ -39,7 +39,8 @@ impl Linear {
         Linear { weight, bias }
     }
 
-    /// `(…, in)` to `(…, out)`.
+    /// `(…, in)` to `(…, out)`. On the CPU in fp32, for many rows, there is no second derivative, and `x` and the weight must
+    /// not be changed in place before the backward pass.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         linear(x, &self.weight, self.bias.as_ref())
     }
@@ -58,7 +59,8 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
         && autograd::autocast_kind(x) == Kind::Float
         && x.size().last() == Some(&inputs)
         && x.numel() as i64 >= LEAST_ROWS * inputs
-        && inputs > 0;
+        && inputs > 0
+        && outputs > 0;
     if !ours {
         return x.linear(&weight, bias);
     }
@@ -74,8 +76,8 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
     *shape.last_mut().expect("rows have a dimension") = outputs;
     let inputs_of_node: Vec<&Tensor> = tensors.collect();
     let wanted: Vec<bool> = inputs_of_node.iter().map(|x| autograd::is_recorded(x)).collect();
-    autograd::record("Linear", &inputs_of_node, y.view(shape.as_slice()), move |grad| {
-        let grad = grad.contiguous().view([-1, outputs]);
+    let y = autograd::record("Linear", &inputs_of_node, y, move |grad| {
+        let grad = grad.contiguous();
         let (outputs, inputs) = (outputs as usize, inputs as usize);
         let of_x = || {
             let packed = Packed::new(values(&kept), &Layout::linear_transposed(outputs, inputs));
@@ -91,7 +93,8 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
         let mut gradients = vec![wanted[0].then(of_x), wanted[1].then(of_weight)];
         gradients.extend(wanted.get(2).map(|wanted| wanted.then(of_bias)));
         gradients
-    })
+    });
+    y.view(shape.as_slice())
 }
 
 /// Where each row of a contiguous `(…, C)` begins.

@@ -182,7 +182,8 @@ fn weight_gradient<T: Product>(grad: &Tensor, x: &Tensor, weight: &Tensor, geome
     filled(&weight.size(), |out| T::gradient(values(&seen), &windows, grad, &layout(weight), out))
 }
 
-/// The inputs, at position (y, x), that meet the taps `first`, `first` + stride, … of the kernel, both ways.
+/// The inputs at positions with (y + padding) mod stride = `first.0`, and so for x: they meet the taps `first`, `first` +
+/// stride, … of the kernel.
 struct Phase {
     first: (usize, usize),
     /// How many taps these are.

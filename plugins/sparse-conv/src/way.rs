@@ -8,7 +8,7 @@ use crate::visible::Level;
 /// How a convolution of visible positions is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// What the windows of visible outputs see is gathered, and multiplied with the weights.
+    /// What the windows of visible outputs see, and nothing else, is multiplied with the weights.
     Gathered,
     /// libtorch convolves the whole map, and what is hidden is dropped.
     WholeMap,
