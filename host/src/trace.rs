@@ -6,7 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -76,12 +76,7 @@ impl Trace {
 }
 
 impl Open {
-    fn write_span(
-        &mut self,
-        name: &str,
-        since: std::time::Duration,
-        lasted: std::time::Duration,
-    ) -> io::Result<()> {
+    fn write_span(&mut self, name: &str, since: Duration, lasted: Duration) -> io::Result<()> {
         let thread = thread::current();
         let thread = thread.name().unwrap_or("unnamed");
         let number = match self.threads.iter().position(|known| known == thread) {
@@ -96,7 +91,7 @@ impl Open {
                 number
             }
         };
-        let micros = |duration: std::time::Duration| duration.as_nanos() as f64 / 1e3;
+        let micros = |duration: Duration| duration.as_nanos() as f64 / 1e3;
         self.spans += 1;
         let (ts, dur) = (micros(since), micros(lasted));
         self.write_event(&json!({ "name": name, "ph": "X", "pid": 1, "tid": number, "ts": ts, "dur": dur }))
@@ -118,8 +113,6 @@ impl Open {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

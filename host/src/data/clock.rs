@@ -22,11 +22,7 @@ impl Work {
 
     /// A word for it.
     pub fn name(self) -> &'static str {
-        match self {
-            Work::Read => "read",
-            Work::Decode => "decode",
-            Work::Augment => "augment",
-        }
+        &self.metric()["time/".len()..]
     }
 
     /// The metric with the seconds that a step's images take, of all threads together. They run beside the step.

@@ -67,16 +67,15 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
     let rows = x.detach().contiguous();
     let kept = weight.detach().contiguous();
     let y = {
-        let starts = starts(&rows);
         let packed = Packed::new(values(&kept), &Layout::linear(outputs as usize, inputs as usize));
         let bias = bias.map(|bias| bias.detach().contiguous());
-        matmul::product(as_rows(&rows, &starts), &packed, bias.as_ref().map(values))
+        matmul::product(as_rows(&rows, &starts(&rows)), &packed, bias.as_ref().map(values))
     };
     let mut shape = x.size();
     *shape.last_mut().expect("rows have a dimension") = outputs;
-    let inputs_of_node: Vec<&Tensor> = tensors.collect();
-    let wanted: Vec<bool> = inputs_of_node.iter().map(|x| autograd::is_recorded(x)).collect();
-    let y = autograd::record("Linear", &inputs_of_node, y, move |grad| {
+    let tensors: Vec<&Tensor> = tensors.collect();
+    let wanted: Vec<bool> = tensors.iter().map(|x| autograd::is_recorded(x)).collect();
+    let y = autograd::record("Linear", &tensors, y, move |grad| {
         let grad = grad.contiguous();
         let (outputs, inputs) = (outputs as usize, inputs as usize);
         let of_x = || {

@@ -200,12 +200,13 @@ fn backward<T: Product>(grad: &Tensor, weight: &Tensor, geometry: &Geometry) -> 
     // The last output that an input meets, and how far such windows reach over the outputs' map.
     let last = |at: usize, first: usize| (at + padding - first) / stride;
     let over = |side: usize, outputs: usize| {
-        let of_phase = |first: usize| {
-            let before =
-                (taps_from(first) - 1).saturating_sub(padding.saturating_sub(first).div_ceil(*stride));
-            before.max(last(side - 1 + first, first).saturating_sub(outputs - 1))
+        // Before the map by what a phase's first input looks back further than it has outputs behind it.
+        let before = |first: usize| {
+            (taps_from(first) - 1).saturating_sub(padding.saturating_sub(first).div_ceil(*stride))
         };
-        (0..*kernel.min(stride)).map(of_phase).max().unwrap_or(0)
+        // Behind it by at most what the last input of any phase reaches.
+        let behind = ((side - 1 + padding) / stride).saturating_sub(outputs - 1);
+        (0..*kernel.min(stride)).map(before).fold(behind, usize::max)
     };
     let border = over(from.height, to.height).max(over(from.width, to.width));
     let canvas = Canvas::paint::<T>(grad, to, border);
