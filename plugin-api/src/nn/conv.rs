@@ -3,8 +3,8 @@
 use tch::{Device, Tensor};
 
 use super::Init;
-use super::linear::linear;
-use crate::{Params, autograd};
+use super::linear::{linear, strided};
+use crate::Params;
 
 /// What [`Conv2d::new`] takes beside the sizes. The default is stride 1, no padding, one group, with bias.
 ///
@@ -84,8 +84,11 @@ impl Conv2d {
             // A matrix product. Besides, oneDNN's gradient of one with a stride and few channels never returns on a CPU
             // with AVX2 and no AVX-512 (libtorch 2.11).
             let rows = x.permute([0, 2, 3, 1]).contiguous();
-            let rows = if self.stride == 1 { rows } else { every(&rows, self.stride) };
-            return self.pointwise(&rows).permute([0, 3, 1, 2]);
+            let y = match self.stride {
+                1 => self.pointwise(&rows),
+                stride => strided(&rows, stride, &self.weight, self.bias.as_ref()),
+            };
+            return y.permute([0, 3, 1, 2]);
         }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
@@ -106,16 +109,4 @@ impl Conv2d {
     pub fn kernel(&self) -> i64 {
         self.weight.size()[3]
     }
-}
-
-/// Every `stride`-th position, both ways, of a contiguous `(B, H, W, C)`.
-fn every(x: &Tensor, stride: i64) -> Tensor {
-    let shape = x.size();
-    let sliced = move |x: &Tensor| x.slice(1, None, None, stride).slice(2, None, None, stride);
-    let y = sliced(&x.detach()).contiguous();
-    autograd::record("Every", &[x], y, move |grad| {
-        let all = Tensor::zeros(shape.as_slice(), (grad.kind(), grad.device()));
-        sliced(&all).copy_(grad);
-        vec![Some(all)]
-    })
 }
