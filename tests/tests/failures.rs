@@ -189,7 +189,7 @@ fn what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint() {
     for (option, metric) in [
         ("method.nan_at_step=7", "train/loss is NaN"),
         ("method.infinite_metric_at_step=7", "train/faulty/distance is inf"),
-        ("method.nan_gradient_at_step=7", "the gradient norm is NaN"),
+        ("method.nan_gradient_at_step=7", "train/grad_norm is NaN"),
     ] {
         let room = Room::new();
         let ended = train(&room, &[option]).expect(DIVERGED);

@@ -91,7 +91,7 @@ impl Trainee {
         let gradients = self.optimizer.gradients()?;
         let told = Told {
             loss: loss.f_double_value(&[])?,
-            norm: gradients.norm()?,
+            norm: gradients.norm().f_double_value(&[])?,
             without_gradient: self.optimizer.without_gradient(&gradients).map(str::to_owned).collect(),
             crossings: views + 2 + metrics,
         };

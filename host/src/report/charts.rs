@@ -171,6 +171,7 @@ fn groups(metrics: BTreeSet<&str>) -> Vec<Group> {
                 &["time/backward"],
                 &["time/optimizer"],
                 &["time/ema"],
+                &["time/sync"],
                 &["time/log"],
                 &["time/read"],
                 &["time/decode"],

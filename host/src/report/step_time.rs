@@ -34,7 +34,7 @@ pub fn step_time(runs: &[SavedRun]) -> Option<String> {
     out.push_str(&table(&means).html());
     out.push_str(
         "<p class=\"note\">Means over the run, without its first log line, by the host's clock. A GPU works on after it has \
-         been told what to do: its time is in the part that waits for it to read a value.</p>\n",
+         been told what to do: what it takes longer is in “wait for device”, where figures are read.</p>\n",
     );
     Some(out)
 }

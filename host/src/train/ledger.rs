@@ -1,8 +1,8 @@
 //! Where the time of an optimizer step goes, by the host's clock.
 //!
 //! Nothing waits for the device here, unless [`Ledger::synchronize`] asks for it. On CUDA, kernels run after the call that
-//! queued them has come back, so a part has the time that the host spent in it: one that reads a value, as the loss is read
-//! after the forward pass, waits for all that was queued before it.
+//! queued them has come back, so a part has the time that the host spent in it, and what the device takes longer is in
+//! [`Part::Sync`], where figures are read.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,22 +19,32 @@ pub enum Part {
     Wait,
     /// Of the batch to the device.
     Copy,
-    /// The method's step, until its loss is read.
+    /// The method's step.
     Forward,
-    /// From the loss to gradients, until the method's metrics are read.
+    /// From the loss to gradients.
     Backward,
     /// Gradients, their norm, clipping and the update.
     Optimizer,
     /// EMA targets follow, and buffers are remembered.
     Ema,
+    /// Until the device has what was measured, in each step on the CPU and with a log line on a GPU.
+    Sync,
     /// Example images, the progress bar and the log line, which counts with the steps after it.
     Log,
 }
 
 impl Part {
     /// Every part, in the order in which a report shows them.
-    pub const ALL: [Part; 7] =
-        [Part::Wait, Part::Copy, Part::Forward, Part::Backward, Part::Optimizer, Part::Ema, Part::Log];
+    pub const ALL: [Part; 8] = [
+        Part::Wait,
+        Part::Copy,
+        Part::Forward,
+        Part::Backward,
+        Part::Optimizer,
+        Part::Ema,
+        Part::Sync,
+        Part::Log,
+    ];
 
     /// A word for it.
     pub fn name(self) -> &'static str {
@@ -50,6 +60,7 @@ impl Part {
             Part::Backward => "time/backward",
             Part::Optimizer => "time/optimizer",
             Part::Ema => "time/ema",
+            Part::Sync => "time/sync",
             Part::Log => "time/log",
         }
     }
@@ -185,11 +196,11 @@ mod tests {
         }
         let parts: Vec<f64> = ledger.seconds_per_step().map(|(_, seconds)| seconds).collect();
         let elapsed = ledger.elapsed();
-        assert!(parts[0] >= 0.010 && parts[6] >= 0.005, "{parts:?}");
-        assert_eq!(parts[1..6], [0.0; 5]);
-        assert_eq!(parts[7..], [0.0; 3], "no loader");
+        assert!(parts[0] >= 0.010 && parts[7] >= 0.005, "{parts:?}");
+        assert_eq!(parts[1..7], [0.0; 6]);
+        assert_eq!(parts[8..], [0.0; 3], "no loader");
         assert!(ledger.last_step()[0] >= 0.010 && ledger.last_step()[0] < parts[0] * 2.0);
-        assert!(parts[..7].iter().sum::<f64>() * 2.0 <= elapsed - 0.040, "{parts:?} in {elapsed}");
+        assert!(parts[..8].iter().sum::<f64>() * 2.0 <= elapsed - 0.040, "{parts:?} in {elapsed}");
         assert!((ledger.data_wait() - 2.0 * parts[0] / elapsed).abs() < 0.01);
     }
 }

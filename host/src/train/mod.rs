@@ -11,6 +11,7 @@ mod optimizer;
 mod run;
 mod schedule;
 mod signal;
+mod unread;
 
 pub use error::TrainError;
 pub use ledger::{Part, Seconds};

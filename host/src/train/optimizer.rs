@@ -57,12 +57,9 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// The L2 norm of all gradients together.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn norm(&self) -> Result<f64, DeviceError> {
-        self.norm.f_double_value(&[]).map_err(|error| DeviceError::Torch(error.to_string()))
+    /// The L2 norm of all gradients together, a scalar on their device.
+    pub fn norm(&self) -> &Tensor {
+        &self.norm
     }
 }
 

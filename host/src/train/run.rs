@@ -11,6 +11,7 @@ use super::ledger::{Ledger, Part, Seconds};
 use super::meter::Meters;
 use super::optimizer::Gradients;
 use super::schedule::{Progress, learning_rate, weight_decay};
+use super::unread::Unread;
 use super::{Model, Optimizer, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
@@ -25,6 +26,10 @@ const TORCH_RANDOMNESS: u64 = 0x746f_7263_6800_0000;
 
 /// The epoch whose random numbers validation uses, every time: no training epoch has it.
 const VALIDATION_EPOCH: u64 = u64::MAX;
+
+/// Figures that may wait on a GPU until they are read, whatever `trainer.log_every_steps` is: so a run that diverges is
+/// noticed.
+const MOST_UNREAD: usize = 512;
 
 /// Values by metric name.
 pub type Figures = BTreeMap<String, f64>;
@@ -174,7 +179,9 @@ struct Run<'t> {
 
     steps_per_epoch: u64,
     progress: Progress,
+    unread: Unread,
     meters: Meters,
+    last_loss: f64,
     saved: Option<PathBuf>,
     save_failed: Option<anyhow::Error>,
     ledger: Ledger,
@@ -204,6 +211,8 @@ impl<'t> Run<'t> {
             state: r.state,
             steps_per_epoch,
             progress,
+            unread: Unread::default(),
+            last_loss: f64::NAN,
             saved: None,
             save_failed: None,
             gradients_checked: false,
@@ -248,6 +257,7 @@ impl<'t> Run<'t> {
             self.step(&mut batches)?;
             let due = self.config.checkpoint.every_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
             if due && !self.epoch_is_over() && self.state.step < self.last_step() {
+                self.read_figures()?;
                 self.save_or_warn();
             }
         }
@@ -275,8 +285,8 @@ impl<'t> Run<'t> {
         self.model.remember_buffers();
         self.ledger.lap(Part::Ema);
 
-        let (mut loss_sum, mut images) = (0.0, 0);
-        let mut figures = Vec::new();
+        // Counts once the step is done.
+        let (mut images, mut replaced, mut measured) = (0, 0, Unread::default());
         for i in 0..accumulate {
             let Some(batch) = batches.next() else {
                 anyhow::bail!("the pipeline ended {} batches into the epoch", self.state.batch_in_epoch);
@@ -284,7 +294,7 @@ impl<'t> Run<'t> {
             let batch = batch?;
             self.ledger.lap(Part::Wait);
             images += batch.indices.len();
-            figures.push(("train/replaced".to_owned(), batch.replaced as f64));
+            replaced += batch.replaced;
             let batch = self.to_device(batch, true);
             self.ledger.lap(Part::Copy);
             if i == 0 {
@@ -294,23 +304,17 @@ impl<'t> Run<'t> {
             seed_torch(self.state.seed, step, i);
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
-            let loss = output.loss.f_double_value(&[])?;
-            self.require_finite("train/loss", loss)?;
             self.ledger.lap(Part::Forward);
             (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
-            loss_sum += loss;
+            measured.push(step, "train/loss".to_owned(), &output.loss);
             for (name, value) in output.metrics {
-                let name = format!("train/{}/{name}", self.state.method);
-                let value = value.f_double_value(&[])?;
-                self.require_finite(&name, value)?;
-                figures.push((name, value));
+                measured.push(step, format!("train/{}/{name}", self.state.method), &value);
             }
             self.ledger.lap(Part::Backward);
         }
 
         let gradients = self.optimizer.gradients()?;
-        let norm = gradients.norm()?;
-        self.require_finite("the gradient norm", norm)?;
+        measured.push(step, "train/grad_norm".to_owned(), gradients.norm());
         if !std::mem::replace(&mut self.gradients_checked, true) {
             let idle: Vec<&str> = self.optimizer.without_gradient(&gradients).collect();
             if !idle.is_empty() {
@@ -329,17 +333,38 @@ impl<'t> Run<'t> {
         self.state.step += 1;
         self.state.batch_in_epoch += accumulate as u64;
         self.state.ema_is_ahead = false;
-        figures.push(("train/loss".to_owned(), loss_sum / accumulate as f64));
-        figures.push(("train/grad_norm".to_owned(), norm));
-        figures.extend(momentum.map(|momentum| ("train/ema_momentum".to_owned(), momentum)));
-        figures.extend(settings.weight_decay_end.map(|_| ("train/weight_decay".to_owned(), weight_decay)));
-        for (name, value) in figures {
-            self.meters.add(&name, value);
+        self.unread.append(measured);
+        self.meters.add("train/replaced", replaced as f64 / accumulate as f64);
+        if let Some(momentum) = momentum {
+            self.meters.add("train/ema_momentum", momentum);
+        }
+        if settings.weight_decay_end.is_some() {
+            self.meters.add("train/weight_decay", weight_decay);
         }
         self.ledger.finish_step(images);
+        let wanted = self.log_is_due() || self.epoch_is_over() || self.unread.len() >= MOST_UNREAD;
+        if wanted || self.device == Device::Cpu {
+            self.read_figures()?;
+        }
+        self.ledger.lap(Part::Sync);
         self.report_step(lr);
         self.ledger.lap(Part::Log);
         Ok(())
+    }
+
+    /// Waits for what steps have measured, and ends the run when any of it is no number.
+    fn read_figures(&mut self) -> anyhow::Result<()> {
+        for figure in self.unread.read()? {
+            self.require_finite(figure.step, &figure.name, figure.value)?;
+            self.meters.add(&figure.name, figure.value);
+        }
+        self.last_loss = self.meters.mean("train/loss").unwrap_or(self.last_loss);
+        Ok(())
+    }
+
+    fn log_is_due(&self) -> bool {
+        self.state.step.is_multiple_of(self.config.trainer.log_every_steps)
+            || self.state.step >= self.last_step()
     }
 
     /// Records what the method sees, with the first batch of the run and of every epoch that is evaluated.
@@ -393,12 +418,11 @@ impl<'t> Run<'t> {
             step: self.state.step,
             epoch: self.state.epoch,
             epochs: self.config.trainer.epochs,
-            loss: self.meters.mean("train/loss").unwrap_or(f64::NAN),
+            loss: self.last_loss,
             images_per_s: self.ledger.images_per_s(),
             data_wait: self.ledger.data_wait(),
         });
-        let due = self.state.step.is_multiple_of(self.config.trainer.log_every_steps);
-        if !due && self.state.step < self.last_step() {
+        if !self.log_is_due() {
             return;
         }
         self.ledger.lap(Part::Log);
@@ -460,7 +484,7 @@ impl<'t> Run<'t> {
         }
         let figures: Figures = sums.into_iter().map(|(name, sum)| (name, sum / images as f64)).collect();
         for (name, value) in &figures {
-            self.require_finite(name, *value)?;
+            self.require_finite(self.state.step, name, *value)?;
         }
         Ok(figures)
     }
@@ -523,6 +547,8 @@ impl<'t> Run<'t> {
     }
 
     fn save(&mut self) -> anyhow::Result<()> {
+        // Nothing that is no number goes into a checkpoint.
+        self.read_figures()?;
         self.state.meters = self.meters.0.clone();
         self.state.metrics_lines = self.trackers.sync()?;
         let (model, optimizer) = (self.model.tensors(), self.optimizer.tensors());
@@ -548,11 +574,11 @@ impl<'t> Run<'t> {
         }
     }
 
-    fn require_finite(&self, metric: &str, value: f64) -> Result<(), TrainError> {
+    fn require_finite(&self, step: u64, metric: &str, value: f64) -> Result<(), TrainError> {
         if value.is_finite() {
             return Ok(());
         }
-        let (step, metric) = (self.state.step, metric.to_owned());
+        let metric = metric.to_owned();
         let newest = crate::checkpoint::latest(self.directory.path()).ok().flatten();
         Err(TrainError::Diverged { step, metric, value, checkpoint: newest })
     }

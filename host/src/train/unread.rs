@@ -1,0 +1,94 @@
+//! Figures of steps that are still on the device.
+//!
+//! To read a number from a GPU is to wait for all that was queued before it, and a GPU that is waited for in every step
+//! runs dry. So the numbers of a step stay where they are until a log line or a checkpoint wants them, and then come in
+//! one copy.
+
+use jepa_plugin_api::tch::{Device, Kind, TchError, Tensor};
+
+/// One number of one step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Figure {
+    /// Optimizer steps taken before.
+    pub step: u64,
+    /// The metric.
+    pub name: String,
+    /// NaN and ±inf as they are.
+    pub value: f64,
+}
+
+/// Numbers in the order in which they were measured.
+#[derive(Debug, Default)]
+pub struct Unread {
+    names: Vec<(u64, String)>,
+    values: Vec<Tensor>,
+}
+
+impl Unread {
+    /// Keeps `value`, a tensor of one number, without waiting for it.
+    pub fn push(&mut self, step: u64, name: String, value: &Tensor) {
+        self.names.push((step, name));
+        self.values.push(value.detach());
+    }
+
+    /// Puts `later` behind these.
+    pub fn append(&mut self, mut later: Unread) {
+        self.names.append(&mut later.names);
+        self.values.append(&mut later.values);
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Waits for all of them and takes them out.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports, for a tensor of more than one number too.
+    pub fn read(&mut self) -> Result<Vec<Figure>, TchError> {
+        let (names, values) = (std::mem::take(&mut self.names), std::mem::take(&mut self.values));
+        if values.is_empty() {
+            return Ok(Vec::new());
+        }
+        let device = values.iter().map(Tensor::device).find(|device| *device != Device::Cpu);
+        let device = device.unwrap_or(Device::Cpu);
+        let one = |value: &Tensor| value.f_to_kind(Kind::Double)?.f_to_device(device)?.f_reshape([0i64; 0]);
+        let values = values.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+        let values = Vec::<f64>::try_from(Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?)?;
+        let figure = |((step, name), value)| Figure { step, name, value };
+        Ok(names.into_iter().zip(values).map(figure).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_several_steps_come_in_their_order_and_in_full() {
+        let mut unread = Unread::default();
+        assert_eq!(unread.read().unwrap(), []);
+        unread.push(3, "train/loss".to_owned(), &Tensor::from(1.0f32 / 3.0));
+        unread.push(3, "train/top1".to_owned(), &Tensor::from(7i64).view([1]));
+        let mut later = Unread::default();
+        later.push(4, "train/loss".to_owned(), &Tensor::from(f64::INFINITY));
+        unread.append(later);
+        assert_eq!(unread.len(), 3);
+        let figure = |step, name: &str, value| Figure { step, name: name.to_owned(), value };
+        let expected = [
+            figure(3, "train/loss", f64::from(1.0f32 / 3.0)),
+            figure(3, "train/top1", 7.0),
+            figure(4, "train/loss", f64::INFINITY),
+        ];
+        assert_eq!(unread.read().unwrap(), expected);
+        assert_eq!(unread.len(), 0);
+    }
+
+    #[test]
+    fn a_metric_of_several_numbers_is_an_error() {
+        let mut unread = Unread::default();
+        unread.push(0, "train/loss".to_owned(), &Tensor::from_slice(&[1.0f32, 2.0]));
+        assert!(unread.read().is_err());
+    }
+}
