@@ -4,8 +4,8 @@
 
 A step is what jepa-host does in one: the target network, if there is one, follows by EMA, forward, loss, backward, AdamW.
 Eager PyTorch, timm's own blocks, lightly's heads and losses. CNN-JEPA's context encoder is a masked dense emulation: every
-convolution and max-pool runs on the whole map and its output is multiplied by the mask of visible cells, and batch norm
-takes the visible positions out, normalises them, and puts them back. The input is one random batch, so no time goes into
+convolution and max-pool (of a ConvNeXt, every layer norm and MLP too) runs on the whole map and its output is multiplied by
+the mask of visible cells, and batch norm takes the visible positions out, normalises them, and puts them back. The input is one random batch, so no time goes into
 data.
 
 Prints one JSON object: `step_s`, the seconds of every step from the first on, and what was run.
@@ -23,23 +23,25 @@ import torch.nn.functional as F
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss, VICRegLoss
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, SimCLRProjectionHead
 from lightly.models.modules.heads import VICRegProjectionHead
+from timm.layers import LayerNorm, LayerNorm2d, Mlp
 from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import nn
 
-# Block and blocks in each stage.
+# Block and blocks in each stage of a ResNet.
 ARCHITECTURES = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
+CONVNEXTS = ("convnext_tiny",)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description="Times training steps in PyTorch.")
     parser.add_argument("--method", choices=list(METHODS), default="cnn_jepa")
-    parser.add_argument("--backbone", choices=list(ARCHITECTURES), default="resnet50")
-    parser.add_argument("--stem", choices=("imagenet", "small"), default="imagenet")
-    parser.add_argument("--width", type=int, default=64, help="channels of the stem and of the first stage")
-    parser.add_argument("--depths", type=json.loads, help="blocks in each stage, such as [1,1,1]")
+    parser.add_argument("--backbone", choices=[*ARCHITECTURES, *CONVNEXTS], default="resnet50")
+    parser.add_argument("--stem", choices=("imagenet", "small"), default="imagenet", help="of a ResNet")
+    parser.add_argument("--width", type=int, default=64, help="of a ResNet, channels of the stem and of the first stage")
+    parser.add_argument("--depths", type=json.loads, help="of a ResNet, blocks in each stage, such as [1,1,1]")
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -70,12 +72,25 @@ class ResNet(nn.Module):
             (block,) * len(depths), planes, tuple(depths), width, act_layer=nn.ReLU, norm_layer=nn.BatchNorm2d
         )
         self.stages = nn.Sequential(*(stage for _, stage in stages))
-        self.channels = planes[-1] * block.expansion
+        self.channels, self.norm = planes[-1] * block.expansion, nn.BatchNorm2d
         # Pixels of a side for one cell of the last map.
         self.downsample = (4 if stem == "imagenet" else 1) * 2 ** (len(depths) - 1)
 
     def forward(self, x):
         return self.stages(self.maxpool(F.relu(self.bn1(self.conv1(x)))))
+
+
+class ConvNeXt(nn.Module):
+    """timm's ConvNeXt up to its last feature map."""
+
+    def __init__(self, name):
+        super().__init__()
+        whole = timm.create_model(name)
+        self.stem, self.stages = whole.stem, whole.stages
+        self.channels, self.downsample, self.norm = whole.num_features, 32, LayerNorm2d
+
+    def forward(self, x):
+        return self.stages(self.stem(x))
 
 
 class VisibleCells:
@@ -90,7 +105,7 @@ class VisibleCells:
 
 
 class Masked(nn.Module):
-    """A convolution or pooling whose output is zero at hidden positions."""
+    """A layer whose output is zero at hidden positions."""
 
     def __init__(self, layer, visible):
         super().__init__()
@@ -98,7 +113,9 @@ class Masked(nn.Module):
 
     def forward(self, x):
         y = self.layer(x)
-        return y * self.visible.at(y.shape[2])
+        # A block of ConvNeXt has its channels last, (B, H, W, C), between its depthwise convolution and its sum.
+        mask = self.visible.at(y.shape[2])
+        return y * (mask.permute(0, 2, 3, 1) if isinstance(self.layer, CHANNELS_LAST) else mask)
 
 
 class MaskedBatchNorm(nn.Module):
@@ -120,10 +137,15 @@ class MaskedBatchNorm(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
+# LayerNorm2d, which stands outside of blocks, is none of the first.
+CHANNELS_LAST = (LayerNorm, Mlp)
+MASKED = (nn.Conv2d, nn.MaxPool2d, LayerNorm2d, *CHANNELS_LAST)
+
+
 def mask_layers(module, visible):
     """Replaces, in place, every layer that would let hidden positions be seen."""
     for name, child in module.named_children():
-        if isinstance(child, (nn.Conv2d, nn.MaxPool2d)):
+        if isinstance(child, MASKED):
             setattr(module, name, Masked(child, visible))
         elif isinstance(child, nn.BatchNorm2d):
             # timm's blocks use a plain norm, with the activation behind it.
@@ -133,14 +155,14 @@ def mask_layers(module, visible):
     return module
 
 
-def predictor(channels):
+def predictor(channels, norm):
     """Three depthwise-separable 3x3 layers."""
     layers = []
     for _ in range(3):
         layers += [
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
             nn.Conv2d(channels, channels, 1),
-            nn.BatchNorm2d(channels),
+            norm(channels),
             nn.ReLU(),
         ]
     return nn.Sequential(*layers)
@@ -155,7 +177,7 @@ class CnnJepa(nn.Module):
         self.target = copy.deepcopy(backbone).requires_grad_(False)
         self.context = mask_layers(backbone, self.visible)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, backbone.channels, 1, 1))
-        self.predictor = predictor(backbone.channels)
+        self.predictor = predictor(backbone.channels, backbone.norm)
 
     def forward(self, images, mask):
         """The loss, for a float mask (B, 1, f, f) in which 1 is context."""
@@ -262,7 +284,10 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    backbone = ResNet(args.backbone, args.stem, args.width, args.depths)
+    if args.backbone in CONVNEXTS:
+        backbone = ConvNeXt(args.backbone)
+    else:
+        backbone = ResNet(args.backbone, args.stem, args.width, args.depths)
     if args.size % backbone.downsample:
         raise SystemExit(f"--size {args.size} does not divide into cells of {backbone.downsample} px")
     model = METHODS[args.method](backbone).train()

@@ -16,12 +16,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESNET50 = {"backbone": "resnet50", "stem": "imagenet", "width": 64, "depths": [3, 4, 6, 3], "size": 224, "batch": 8}
 RESNET18 = RESNET50 | {"backbone": "resnet18", "depths": [2, 2, 2, 2]}
+CONVNEXT = {"backbone": "convnext_tiny", "size": 224, "batch": 8}
 DEMO = {"backbone": "resnet18", "stem": "small", "width": 32, "depths": [1, 1, 1], "size": 32, "batch": 128}
 METHODS = ("cnn_jepa", "byol", "simclr", "vicreg", "supervised")
 CASES = {
     **{f"resnet50_{method}": ("ResNet-50, 224 px, batch 8", method, "fp32", RESNET50) for method in METHODS},
     "resnet50_bf16": ("ResNet-50, 224 px, batch 8", "cnn_jepa", "bf16", RESNET50),
     "resnet18": ("ResNet-18, 224 px, batch 8", "cnn_jepa", "fp32", RESNET18),
+    "convnext_tiny": ("ConvNeXt-tiny, 224 px, batch 8", "cnn_jepa", "fp32", CONVNEXT),
     "demo": ("the demo: ResNet-18, small stem, width 32, depths [1, 1, 1], 32 px, batch 128", "cnn_jepa", "fp32", DEMO),
 }
 
@@ -55,7 +57,8 @@ def pytorch(args, method, precision, network, *more):
 
 def jepa_host(args, method, precision, network):
     settings = [f"backbone.{name}={json.dumps(network[key])}".replace('"', "")
-                for name, key in (("name", "backbone"), ("stem", "stem"), ("width", "width"), ("depths", "depths"))]
+                for name, key in (("name", "backbone"), ("stem", "stem"), ("width", "width"), ("depths", "depths"))
+                if key in network]
     settings += [f"data.size={network['size']}", f"optimizer.batch_size={network['batch']}", f"trainer.precision={precision}"]
     settings += ["data.upscale=true", f"data.train={args.images}", "trainer.device=cpu", f"trainer.threads={args.threads}"]
     if method == "cnn_jepa":
