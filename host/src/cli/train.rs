@@ -383,6 +383,7 @@ fn loader(
         seed: config.seed,
         threads: config.data.threads,
         on_error: config.data.on_error,
+        decode: config.data.decode,
         shuffle: train,
         drop_last: train,
         ..LoaderOptions::new(views, config.data.size as u32)

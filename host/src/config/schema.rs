@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::error::ConfigError;
 use super::nearest::nearest;
-use crate::data::OnError;
+use crate::data::{Decode, OnError};
 use crate::eval::FIGURES;
 
 /// A whole configuration.
@@ -93,6 +93,8 @@ pub struct Data {
     pub threads: usize,
     /// What to do about an image that cannot be decoded. Default `fail`.
     pub on_error: OnError,
+    /// Whether large JPEGs are made smaller as they are decoded (`fast`) or not (`exact`). Default `fast`.
+    pub decode: Decode,
 }
 
 /// How parameters are updated.
@@ -489,7 +491,15 @@ impl Default for Run {
 
 impl Default for Data {
     fn default() -> Self {
-        Data { train: None, val: None, size: 224, upscale: false, threads: 0, on_error: OnError::Fail }
+        Data {
+            train: None,
+            val: None,
+            size: 224,
+            upscale: false,
+            threads: 0,
+            on_error: OnError::Fail,
+            decode: Decode::Fast,
+        }
     }
 }
 

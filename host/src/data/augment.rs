@@ -3,10 +3,11 @@
 //! [`check_views`] turns [`ViewSpec`]s into [`Augmenter`]s and refuses what makes no sense, before the first batch.
 //! An augmenter draws from the generator that it is given and from nowhere else.
 
+use jepa_plugin_api::memory::vectorized;
 use jepa_plugin_api::{Interpolation, Rng, Transform, ViewSpec};
 
-use super::color::{self, BlurScratch};
-use super::decode::Rgb;
+use super::color::{self, BlurScratch, Planes};
+use super::decode::{Region, Rgb};
 use super::error::DataError;
 use super::resample::{CropBox, Resampler};
 
@@ -16,8 +17,8 @@ pub struct Augmenter {
     size: u32,
     crop: Crop,
     steps: Vec<Step>,
-    /// What a byte becomes, per channel.
-    values: [[f32; 256]; 3],
+    mean: [f32; 3],
+    std: [f32; 3],
 }
 
 /// How the view's pixels are cut out of the image.
@@ -50,6 +51,7 @@ enum Step {
 pub struct Scratch {
     resampler: Resampler,
     pixels: Rgb,
+    planes: Planes,
     blur: BlurScratch,
 }
 
@@ -110,9 +112,9 @@ impl Augmenter {
             _ => Err(refuse(format!("{what} probability {p} is not in [0, 1]"))),
         };
         let mut steps = Vec::new();
-        let mut values = None;
+        let mut normalize = None;
         for step in rest {
-            if values.is_some() {
+            if normalize.is_some() {
                 return Err(refuse("a step follows normalize, which has to be the last".into()));
             }
             match *step {
@@ -153,17 +155,17 @@ impl Augmenter {
                             "normalize needs finite means and positive deviations, not {mean:?} and {std:?}"
                         )));
                     }
-                    values = Some(byte_values(mean, std));
+                    normalize = Some((mean, std));
                 }
             }
         }
-        let values = values.unwrap_or_else(|| byte_values([0.0; 3], [1.0; 3]));
-        Ok(Augmenter { size, crop, steps, values })
+        let (mean, std) = normalize.unwrap_or(([0.0; 3], [1.0; 3]));
+        Ok(Augmenter { size, crop, steps, mean, std })
     }
 
     /// Number of f32 in a view: `3 × size × size`.
     pub fn len(&self) -> usize {
-        self.values.len() * self.size as usize * self.size as usize
+        3 * self.size as usize * self.size as usize
     }
 
     /// Whether a view holds nothing, which [`check_views`] rules out.
@@ -171,65 +173,103 @@ impl Augmenter {
         self.len() == 0
     }
 
+    /// Draws what the view sees of an image of this size: the first that is to be drawn for it.
+    pub fn draw_crop(&self, width: u32, height: u32, rng: &mut Rng) -> CropBox {
+        match self.crop {
+            Crop::Random { scale, ratio, .. } => random_crop(width, height, scale, ratio, rng),
+            Crop::Center { .. } => CropBox { top: 0, left: 0, height, width },
+        }
+    }
+
+    /// How many times smaller the image may be made before `crop` is cut out of it: 1, 2 or 4, so that what is cut out is
+    /// still as large as the view. (At 8, libjpeg no longer interpolates colours.)
+    pub fn shrink(&self, crop: CropBox) -> u32 {
+        match self.crop {
+            Crop::Random { .. } => {
+                let times = crop.width.min(crop.height) / self.size;
+                if times == 0 { 1 } else { (1 << times.ilog2()).min(4) }
+            }
+            Crop::Center { .. } => 1,
+        }
+    }
+
     /// Makes the view of `image` and writes it to `out` as `(3, size, size)`.
     ///
     /// # Panics
     /// When `out` does not have [`len`](Self::len) elements or the image is empty.
     pub fn apply(&self, image: &Rgb, rng: &mut Rng, scratch: &mut Scratch, out: &mut [f32]) {
+        let crop = self.draw_crop(image.width, image.height, rng);
+        self.make(&Region::whole(image), crop, rng, scratch, out);
+    }
+
+    /// Makes the view of `crop`, which [`draw_crop`](Self::draw_crop) has drawn, from a part of the image that has it.
+    ///
+    /// # Panics
+    /// As [`apply`](Self::apply), and when the part does not have the crop.
+    pub fn make(&self, image: &Region, crop: CropBox, rng: &mut Rng, scratch: &mut Scratch, out: &mut [f32]) {
         assert_eq!(out.len(), self.len(), "a view's place in the batch has its size");
-        let Scratch { resampler, pixels, blur } = scratch;
+        let Scratch { resampler, pixels, planes, blur } = scratch;
         match self.crop {
-            Crop::Random { scale, ratio, interpolation } => {
-                let crop = random_crop(image.width, image.height, scale, ratio, rng);
+            Crop::Random { interpolation, .. } => {
                 resampler.resize(image, crop, (self.size, self.size), interpolation, pixels);
             }
             Crop::Center { shorter, interpolation } => {
-                let whole = CropBox { top: 0, left: 0, height: image.height, width: image.width };
-                let (width, height) = shorter_side_to(shorter, image.width, image.height);
-                resampler.resize(image, whole, (width, height), interpolation, pixels);
+                let (width, height) = shorter_side_to(shorter, crop.width, crop.height);
+                resampler.resize(image, crop, (width, height), interpolation, pixels);
                 cut_center(pixels, self.size);
             }
         }
+        planes.set(pixels);
         for step in &self.steps {
             match *step {
                 Step::Flip { p } => {
                     if rng.chance(p) {
-                        flip(pixels);
+                        planes.flip();
                     }
                 }
                 Step::Jitter { p, brightness, contrast, saturation, hue } => {
                     if rng.chance(p) {
-                        jitter(&mut pixels.pixels, [brightness, contrast, saturation, hue], rng);
+                        jitter(planes, [brightness, contrast, saturation, hue], rng);
                     }
                 }
                 Step::Grayscale { p } => {
                     if rng.chance(p) {
-                        color::grayscale(&mut pixels.pixels);
+                        color::grayscale(planes);
                     }
                 }
                 Step::Blur { p, sigma } => {
                     if rng.chance(p) {
-                        color::gaussian_blur(pixels, rng.uniform(sigma.0, sigma.1), blur);
+                        color::gaussian_blur(planes, rng.uniform(sigma.0, sigma.1), blur);
                     }
                 }
                 Step::Solarize { p, threshold } => {
                     if rng.chance(p) {
-                        color::solarize(&mut pixels.pixels, threshold);
+                        color::solarize(planes, threshold);
                     }
                 }
             }
         }
-        let (pixels, _) = pixels.pixels.as_chunks::<3>();
-        for (channel, (plane, values)) in out.chunks_exact_mut(pixels.len()).zip(&self.values).enumerate() {
-            for (value, pixel) in plane.iter_mut().zip(pixels) {
-                *value = values[usize::from(pixel[channel])];
-            }
+        let channels = planes.channels().into_iter().zip(self.mean.iter().zip(&self.std));
+        for (out, (plane, (mean, std))) in out.chunks_exact_mut(self.len() / 3).zip(channels) {
+            normalize(plane, *mean, *std, out);
         }
     }
 }
 
+/// torchvision's `ToTensor` and `Normalize`, in the same f32 steps.
+fn normalize(plane: &[u8], mean: f32, std: f32, out: &mut [f32]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for (value, byte) in out.iter_mut().zip(plane) {
+                *value = (f32::from(*byte) / 255.0 - mean) / std;
+            }
+        },
+    );
+}
+
 /// torchvision's `ColorJitter`: the parts with a strength above 0, in a random order, each with a factor of its own.
-fn jitter(pixels: &mut [u8], strengths: [f64; 4], rng: &mut Rng) {
+fn jitter(planes: &mut Planes, strengths: [f64; 4], rng: &mut Rng) {
     let mut order = [0, 1, 2, 3];
     rng.shuffle(&mut order);
     for part in order {
@@ -238,23 +278,16 @@ fn jitter(pixels: &mut [u8], strengths: [f64; 4], rng: &mut Rng) {
             continue;
         }
         if part == 3 {
-            color::adjust_hue(pixels, rng.uniform(-strength, strength));
+            color::adjust_hue(planes, rng.uniform(-strength, strength));
             continue;
         }
         let factor = rng.uniform((1.0 - strength).max(0.0), 1.0 + strength) as f32;
         match part {
-            0 => color::adjust_brightness(pixels, factor),
-            1 => color::adjust_contrast(pixels, factor),
-            _ => color::adjust_saturation(pixels, factor),
+            0 => color::adjust_brightness(planes, factor),
+            1 => color::adjust_contrast(planes, factor),
+            _ => color::adjust_saturation(planes, factor),
         }
     }
-}
-
-/// What torchvision's `ToTensor` and `Normalize` make of each byte, in the same f32 steps.
-fn byte_values(mean: [f32; 3], std: [f32; 3]) -> [[f32; 256]; 3] {
-    std::array::from_fn(|channel| {
-        std::array::from_fn(|byte| (byte as f32 / 255.0 - mean[channel]) / std[channel])
-    })
 }
 
 /// Draws the box of torchvision's `RandomResizedCrop.get_params`: ten tries at a random area and aspect ratio, then
@@ -310,14 +343,6 @@ fn cut_center(image: &mut Rgb, size: u32) {
     image.pixels.truncate(size as usize * to_stride);
     image.width = size;
     image.height = size;
-}
-
-/// Mirrors every row.
-fn flip(image: &mut Rgb) {
-    let (pixels, _) = image.pixels.as_chunks_mut::<3>();
-    for row in pixels.chunks_exact_mut(image.width as usize) {
-        row.reverse();
-    }
 }
 
 #[cfg(test)]

@@ -1,14 +1,20 @@
-//! JPEG and PNG files to 8-bit RGB, as Pillow's `Image.open(…).convert("RGB")` does it.
+//! JPEG and PNG files to 8-bit RGB, as Pillow's `Image.open(…).convert("RGB")` does it: of a JPEG, byte for byte.
 //!
 //! Grey becomes three equal channels, palettes are expanded, alpha is dropped (not blended), and an EXIF orientation
 //! is left alone, because Pillow leaves it alone too. One difference is meant: 16-bit samples keep their high byte,
 //! where Pillow clips grey ones at 255. What the file is called plays no part; its first bytes say what it is.
+//!
+//! An image is [opened](Encoded::open), which tells its size, and then as much of it is [decoded](Encoded::decode) as is
+//! needed.
 
 use std::io::Cursor;
 
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::PngDecoder;
 use image::{ColorType, ImageDecoder, ImageError, ImageFormat, Limits};
+use libjpeg_turbo_rs::{Decoder, PixelFormat, ScalingFactor};
+
+use super::resample::CropBox;
 
 /// More pixels than this in one image are refused: decoded, they would take 300 MB in every loader thread. Pillow
 /// warns of a decompression bomb from 89 million on.
@@ -36,14 +42,194 @@ pub struct Header {
     pub height: u32,
 }
 
+/// A part of an image, or all of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Region<'a> {
+    /// The pixels of the part.
+    pub pixels: &'a Rgb,
+    /// Where its first pixel lies in the image, after that was made smaller.
+    pub origin: (u32, u32),
+    /// How many times smaller the image was made.
+    pub shrink: u32,
+}
+
+/// Where a box of an image lies in a part of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Place {
+    /// On whole pixels.
+    Pixels(CropBox),
+    /// In an image that was made smaller: left, top, width and height.
+    Fractions(f64, f64, f64, f64),
+}
+
+impl<'a> Region<'a> {
+    /// All of an image.
+    pub fn whole(pixels: &'a Rgb) -> Self {
+        Region { pixels, origin: (0, 0), shrink: 1 }
+    }
+
+    /// Where `crop`, a box in the image as it was, lies in this part.
+    pub fn place(&self, crop: CropBox) -> Place {
+        let (left, top) = self.origin;
+        if self.shrink == 1 {
+            return Place::Pixels(CropBox { top: crop.top - top, left: crop.left - left, ..crop });
+        }
+        let shrink = f64::from(self.shrink);
+        let place = |at: u32, origin: u32| f64::from(at) / shrink - f64::from(origin);
+        // The last pixel of an image that does not divide stands for fewer.
+        let length = |at: f64, length: u32, side: u32| (f64::from(length) / shrink).min(f64::from(side) - at);
+        let (x, y) = (place(crop.left, left), place(crop.top, top));
+        Place::Fractions(
+            x,
+            y,
+            length(x, crop.width, self.pixels.width),
+            length(y, crop.height, self.pixels.height),
+        )
+    }
+}
+
+/// An encoded image of which the header is read.
+pub struct Encoded<'a> {
+    bytes: &'a [u8],
+    decoder: Codec<'a>,
+    /// Pixels in a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+}
+
+enum Codec<'a> {
+    Jpeg(Box<Decoder<'a>>),
+    /// Of four colours.
+    Cmyk(JpegDecoder<Cursor<&'a [u8]>>),
+    Png(Box<PngDecoder<Cursor<&'a [u8]>>>),
+}
+
 /// Decodes one encoded file.
 ///
 /// # Errors
 /// A phrase that says why it does not decode, for a sentence that names the image.
 pub fn decode(encoded: &[u8]) -> Result<Rgb, String> {
     let mut image = Rgb::default();
-    decode_into(encoded, &mut image)?;
+    let encoded = Encoded::open(encoded)?;
+    let whole = encoded.whole();
+    encoded.decode(whole, 1, &mut image)?;
     Ok(image)
+}
+
+/// Reads format and size without decoding the pixels.
+pub fn header(encoded: &[u8]) -> Result<Header, String> {
+    let Encoded { decoder, width, height, .. } = Encoded::open(encoded)?;
+    let format = if matches!(decoder, Codec::Png(_)) { "png" } else { "jpeg" };
+    Ok(Header { format, width, height })
+}
+
+impl<'a> Encoded<'a> {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// A phrase, as from [`decode`], for an image that is too large too.
+    pub fn open(bytes: &'a [u8]) -> Result<Self, String> {
+        if bytes.is_empty() {
+            return Err("it has no bytes".into());
+        }
+        let (decoder, (width, height)) = match image::guess_format(bytes) {
+            Ok(ImageFormat::Jpeg) => open_jpeg(bytes)?,
+            Ok(ImageFormat::Png) => {
+                // Bounds what metadata may unpack to; pixels are bounded by MAX_PIXELS.
+                let mut limits = Limits::no_limits();
+                limits.max_alloc = Some(64 << 20);
+                let decoder = PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(words)?;
+                let size = decoder.dimensions();
+                (Codec::Png(Box::new(decoder)), size)
+            }
+            Ok(other) => return Err(format!("it is {other:?}, and only JPEG and PNG are read")),
+            Err(_) => {
+                let start = bytes[..bytes.len().min(4)].escape_ascii();
+                return Err(format!("it is neither JPEG nor PNG (it starts with \"{start}\")"));
+            }
+        };
+        let count = u64::from(width) * u64::from(height);
+        if count == 0 {
+            return Err(format!("it is {width} × {height}"));
+        }
+        if count > MAX_PIXELS {
+            return Err(format!(
+                "it is {width} × {height}, {} million pixels, and the limit is {}",
+                count / 1_000_000,
+                MAX_PIXELS / 1_000_000
+            ));
+        }
+        Ok(Encoded { bytes, decoder, width, height })
+    }
+
+    /// The box of the whole image.
+    pub fn whole(&self) -> CropBox {
+        CropBox { top: 0, left: 0, height: self.height, width: self.width }
+    }
+
+    /// Decodes at least `part`, into memory that is used again, and made `shrink` times smaller, if that is less work: 1, 2
+    /// or 4. What is decoded of the part is what the whole image has there.
+    ///
+    /// # Errors
+    /// A phrase, as from [`decode`]. What lies below the part may be damaged.
+    pub fn decode(self, part: CropBox, shrink: u32, image: &mut Rgb) -> Result<Region<'_>, String> {
+        match self.decoder {
+            Codec::Jpeg(decoder) => {
+                check_jpeg_end(self.bytes)?;
+                decode_jpeg(*decoder, part, shrink, image)
+            }
+            Codec::Cmyk(decoder) => {
+                check_jpeg_end(self.bytes)?;
+                read(decoder, image)?;
+                Ok(Region::whole(image))
+            }
+            Codec::Png(decoder) => {
+                read(decoder, image)?;
+                Ok(Region::whole(image))
+            }
+        }
+    }
+}
+
+fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
+    let decoder = Decoder::new(bytes).map_err(|error| error.to_string())?;
+    let header = decoder.header();
+    if header.components.len() == 4 {
+        let decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(words)?;
+        let size = decoder.dimensions();
+        return Ok((Codec::Cmyk(decoder), size));
+    }
+    let size = (u32::from(header.width), u32::from(header.height));
+    Ok((Codec::Jpeg(Box::new(decoder)), size))
+}
+
+/// Only columns are left out: to leave out rows, the decoder takes a longer way.
+fn decode_jpeg<'a>(
+    mut decoder: Decoder,
+    part: CropBox,
+    shrink: u32,
+    image: &'a mut Rgb,
+) -> Result<Region<'a>, String> {
+    // A pixel of colour is upsampled from its neighbours, which have to be decoded too.
+    const BESIDE: u32 = 2;
+    let words = |error: libjpeg_turbo_rs::JpegError| error.to_string();
+    decoder.set_output_format(PixelFormat::Rgb);
+    decoder.set_scale(ScalingFactor::try_new(1, shrink).map_err(words)?);
+    let width = decoder.output_width() as u32;
+    let right = ((part.left + part.width).div_ceil(shrink) + BESIDE).min(width);
+    let left = (part.left / shrink).saturating_sub(BESIDE);
+    if right - left < width {
+        decoder.set_crop(left as usize, (right - left) as usize);
+    }
+    // The memory is only cleared where it grows.
+    image.pixels.resize(decoder.output_buffer_size().map_err(words)?, 0);
+    let decoded = decoder.decode_image_into(&mut image.pixels).map_err(words)?;
+    image.pixels.truncate(decoded.bytes_written);
+    (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
+    // It begins where a block of its own does.
+    let origin = (right - image.width, 0);
+    Ok(Region { pixels: image, origin, shrink })
 }
 
 /// A decoder's words on one line.
@@ -51,67 +237,9 @@ fn words(error: ImageError) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// As [`decode`], into an image whose memory is used again.
-pub fn decode_into(encoded: &[u8], image: &mut Rgb) -> Result<(), String> {
-    match open(encoded)? {
-        Opened::Jpeg(decoder) => {
-            check_jpeg_end(encoded)?;
-            read(decoder, image)
-        }
-        Opened::Png(decoder) => read(decoder, image),
-    }
-}
-
-/// Reads format and size without decoding the pixels.
-pub fn header(encoded: &[u8]) -> Result<Header, String> {
-    let (format, (width, height)) = match open(encoded)? {
-        Opened::Jpeg(decoder) => ("jpeg", decoder.dimensions()),
-        Opened::Png(decoder) => ("png", decoder.dimensions()),
-    };
-    Ok(Header { format, width, height })
-}
-
-enum Opened<'a> {
-    Jpeg(JpegDecoder<Cursor<&'a [u8]>>),
-    Png(Box<PngDecoder<Cursor<&'a [u8]>>>),
-}
-
-fn open(encoded: &[u8]) -> Result<Opened<'_>, String> {
-    if encoded.is_empty() {
-        return Err("it has no bytes".into());
-    }
-    match image::guess_format(encoded) {
-        Ok(ImageFormat::Jpeg) => JpegDecoder::new(Cursor::new(encoded)).map(Opened::Jpeg).map_err(words),
-        Ok(ImageFormat::Png) => {
-            // Bounds what metadata may unpack to; pixels are bounded by MAX_PIXELS.
-            let mut limits = Limits::no_limits();
-            limits.max_alloc = Some(64 << 20);
-            PngDecoder::with_limits(Cursor::new(encoded), limits)
-                .map(|decoder| Opened::Png(Box::new(decoder)))
-                .map_err(words)
-        }
-        Ok(other) => Err(format!("it is {other:?}, and only JPEG and PNG are read")),
-        Err(_) => {
-            let start = encoded[..encoded.len().min(4)].escape_ascii();
-            Err(format!("it is neither JPEG nor PNG (it starts with \"{start}\")"))
-        }
-    }
-}
-
 fn read(decoder: impl ImageDecoder, image: &mut Rgb) -> Result<(), String> {
     let (width, height) = decoder.dimensions();
-    let count = u64::from(width) * u64::from(height);
-    if count == 0 {
-        return Err(format!("it is {width} × {height}"));
-    }
-    if count > MAX_PIXELS {
-        return Err(format!(
-            "it is {width} × {height}, {} million pixels, and the limit is {}",
-            count / 1_000_000,
-            MAX_PIXELS / 1_000_000
-        ));
-    }
-    let count = count as usize;
+    let count = width as usize * height as usize;
     let color = decoder.color_type();
     image.width = width;
     image.height = height;
@@ -223,8 +351,13 @@ mod tests {
     #[test]
     fn memory_is_used_again_whatever_the_sizes() {
         let mut image = Rgb::default();
-        decode_into(&png(&[9; 300], 10, 10, ExtendedColorType::Rgb8), &mut image).unwrap();
-        decode_into(&png(&[5; 4], 2, 2, ExtendedColorType::L8), &mut image).unwrap();
+        for encoded in
+            [png(&[9; 300], 10, 10, ExtendedColorType::Rgb8), png(&[5; 4], 2, 2, ExtendedColorType::L8)]
+        {
+            let encoded = Encoded::open(&encoded).unwrap();
+            let whole = encoded.whole();
+            encoded.decode(whole, 1, &mut image).unwrap();
+        }
         assert_eq!(image, Rgb { width: 2, height: 2, pixels: vec![5; 12] });
     }
 

@@ -30,8 +30,9 @@ use super::augment::{Augmenter, Scratch, check_views};
 use super::batch::BatchMemory;
 use super::clock::{Clock, Work};
 use super::dataset::Dataset;
-use super::decode::{Rgb, decode_into};
+use super::decode::{Encoded, Region, Rgb};
 use super::error::DataError;
+use super::resample::CropBox;
 use crate::trace::Trace;
 
 /// What the numbers of a keyed generator are for. A view's purpose is `VIEW` plus its position.
@@ -55,6 +56,18 @@ pub enum OnError {
     Replace,
 }
 
+/// How exactly images are decoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Decode {
+    /// A JPEG of which every view sees at least 2 or 4 times its own side is made that much smaller as it is decoded: faster,
+    /// and up to some levels of 255 beside the exact pixels.
+    #[default]
+    Fast,
+    /// The pixels of torchvision on Pillow.
+    Exact,
+}
+
 /// What a [`Loader`] makes, and how.
 #[derive(Clone, Debug)]
 pub struct LoaderOptions {
@@ -74,6 +87,8 @@ pub struct LoaderOptions {
     pub drop_last: bool,
     /// What happens when an image does not decode.
     pub on_error: OnError,
+    /// How exactly images are decoded.
+    pub decode: Decode,
     /// Batches that may be in the making or ready, besides the one that the consumer holds.
     pub prefetch: usize,
     /// Where the threads write what they do when.
@@ -92,6 +107,7 @@ impl LoaderOptions {
             shuffle: true,
             drop_last: true,
             on_error: OnError::Fail,
+            decode: Decode::Fast,
             prefetch: 2,
             trace: None,
         }
@@ -142,6 +158,7 @@ struct Shared {
     size: u32,
     seed: u64,
     on_error: OnError,
+    decode: Decode,
     clock: Arc<Clock>,
     /// Corrupt images that have been warned of.
     warned: Mutex<HashSet<u64>>,
@@ -154,8 +171,18 @@ impl Loader {
     /// When a view makes no sense, or the batch size is 0 or, with `drop_last`, greater than the data set.
     pub fn new(dataset: Arc<Dataset>, options: LoaderOptions) -> Result<Loader, DataError> {
         let views = check_views(&options.views, options.size)?;
-        let LoaderOptions { size, batch_size, seed, threads, shuffle, drop_last, on_error, prefetch, .. } =
-            options;
+        let LoaderOptions {
+            size,
+            batch_size,
+            seed,
+            threads,
+            shuffle,
+            drop_last,
+            on_error,
+            decode,
+            prefetch,
+            ..
+        } = options;
         let clock = Arc::new(Clock::new(options.trace));
         if batch_size == 0 {
             return Err(DataError::Options("the batch size is 0; a batch needs at least one image".into()));
@@ -170,7 +197,7 @@ impl Loader {
         let threads =
             if threads == 0 { thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
         let warned = Mutex::default();
-        let shared = Arc::new(Shared { dataset, views, size, seed, on_error, clock, warned });
+        let shared = Arc::new(Shared { dataset, views, size, seed, on_error, decode, clock, warned });
         Ok(Loader { shared, batch_size, threads, prefetch: prefetch.max(1), shuffle, drop_last })
     }
 
@@ -442,6 +469,14 @@ struct Worker {
     scratch: Scratch,
 }
 
+/// What was decoded of an image, into the thread's own.
+struct Decoded {
+    origin: (u32, u32),
+    shrink: u32,
+    /// What each view sees, and what the rest of it is drawn from.
+    views: Vec<(CropBox, Rng)>,
+}
+
 /// What went into a place of the batch.
 struct Made {
     index: u64,
@@ -470,32 +505,55 @@ impl Worker {
     /// Makes every view of one sample in its place.
     fn make(&mut self, memory: &BatchMemory, position: usize, index: u64) -> Result<Made, DataError> {
         let shared = self.shared.clone();
-        let used = match self.fetch(index)? {
-            Ok(()) => index,
+        let (used, decoded) = match self.fetch(index, index)? {
+            Ok(decoded) => (index, decoded),
             Err(reason) => self.fetch_replacement(index, reason)?,
         };
         let mut lap = shared.clock.start();
-        for (number, (view, out)) in shared.views.iter().zip(memory.sample(position)).enumerate() {
-            let mut rng = Rng::keyed(shared.seed, self.epoch, index, purpose::VIEW + number as u64);
-            view.apply(&self.image, &mut rng, &mut self.scratch, out);
+        let region = Region { pixels: &self.image, origin: decoded.origin, shrink: decoded.shrink };
+        let views = shared.views.iter().zip(decoded.views).zip(memory.sample(position));
+        for ((view, (crop, mut rng)), out) in views {
+            view.make(&region, crop, &mut rng, &mut self.scratch, out);
         }
         lap.end(Work::Augment);
         let label = shared.dataset.labels().map_or(-1, |labels| labels[used as usize]);
         Ok(Made { index: used, label, replaced: used != index })
     }
 
-    /// Reads and decodes one image; the inner error is the reason why it does not decode.
-    fn fetch(&mut self, index: u64) -> Result<Result<(), String>, DataError> {
-        let mut lap = self.shared.clock.start();
-        self.shared.dataset.read_into(index as usize, &mut self.encoded)?;
+    /// Reads image `index` and decodes what the views of sample `sample` see of it; the inner error is the reason why it does
+    /// not decode.
+    fn fetch(&mut self, sample: u64, index: u64) -> Result<Result<Decoded, String>, DataError> {
+        let shared = self.shared.clone();
+        let mut lap = shared.clock.start();
+        shared.dataset.read_into(index as usize, &mut self.encoded)?;
         lap.end(Work::Read);
-        let decoded = decode_into(&self.encoded, &mut self.image);
+        let decoded = self.decode(sample);
         lap.end(Work::Decode);
         Ok(decoded)
     }
 
+    fn decode(&mut self, sample: u64) -> Result<Decoded, String> {
+        let Shared { views, seed, decode, .. } = &*self.shared;
+        let encoded = Encoded::open(&self.encoded)?;
+        let drawn = views.iter().zip(purpose::VIEW..).map(|(view, purpose)| {
+            let mut rng = Rng::keyed(*seed, self.epoch, sample, purpose);
+            (view.draw_crop(encoded.width, encoded.height, &mut rng), rng)
+        });
+        let drawn: Vec<(CropBox, Rng)> = drawn.collect();
+        let crops = || drawn.iter().map(|(crop, _)| *crop);
+        let part = crops().reduce(CropBox::around).unwrap_or_else(|| encoded.whole());
+        let shrink = match decode {
+            Decode::Exact => 1,
+            Decode::Fast => {
+                views.iter().zip(crops()).map(|(view, crop)| view.shrink(crop)).min().unwrap_or(1)
+            }
+        };
+        let Region { origin, shrink, .. } = encoded.decode(part, shrink, &mut self.image)?;
+        Ok(Decoded { origin, shrink, views: drawn })
+    }
+
     /// Applies the policy to a corrupt image: an error, or another image in its place.
-    fn fetch_replacement(&mut self, index: u64, reason: String) -> Result<u64, DataError> {
+    fn fetch_replacement(&mut self, index: u64, reason: String) -> Result<(u64, Decoded), DataError> {
         let shared = self.shared.clone();
         let path = || shared.dataset.path().to_owned();
         if shared.on_error == OnError::Fail {
@@ -505,8 +563,8 @@ impl Worker {
         let mut rng = Rng::keyed(shared.seed, self.epoch, index, purpose::REPLACEMENT);
         for _ in 0..REPLACEMENT_TRIES {
             let other = rng.below(shared.dataset.len() as u64);
-            match self.fetch(other)? {
-                Ok(()) => return Ok(other),
+            match self.fetch(index, other)? {
+                Ok(decoded) => return Ok((other, decoded)),
                 Err(reason) => shared.warn_once(other, &reason),
             }
         }

@@ -31,7 +31,7 @@ pub use dataset::{Dataset, Layout, Provenance};
 pub use error::DataError;
 pub use features::FeatureFile;
 pub use inspect::{ClassCount, Sample, Summary, inspect};
-pub use loader::{Batches, LoadedBatch, Loader, LoaderOptions, OnError};
+pub use loader::{Batches, Decode, LoadedBatch, Loader, LoaderOptions, OnError};
 pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Split, pack};
 pub use verify::{VerifyReport, verify};
 

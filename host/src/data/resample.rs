@@ -5,7 +5,7 @@ use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use jepa_plugin_api::Interpolation;
 
-use super::decode::Rgb;
+use super::decode::{Place, Region, Rgb};
 
 /// A box of whole pixels inside an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +20,16 @@ pub struct CropBox {
     pub width: u32,
 }
 
+impl CropBox {
+    /// The smallest box that has both.
+    pub fn around(self, other: CropBox) -> CropBox {
+        let (top, left) = (self.top.min(other.top), self.left.min(other.left));
+        let bottom = (self.top + self.height).max(other.top + other.height);
+        let right = (self.left + self.width).max(other.left + other.width);
+        CropBox { top, left, height: bottom - top, width: right - left }
+    }
+}
+
 /// Resizes with scratch memory of its own: one per thread.
 #[derive(Debug, Default)]
 pub struct Resampler(Resizer);
@@ -28,13 +38,13 @@ impl Resampler {
     /// Cuts `crop` out of `image` and resizes it to `width × height` RGB pixels, which replace those of `out`.
     ///
     /// The box is cut first, so no pixel outside it has a say (as in torchvision's `resized_crop`, unlike Pillow's
-    /// `resize(box=…)`).
+    /// `resize(box=…)`), but for an image that was made smaller before, where its edges fall into pixels.
     ///
     /// # Panics
-    /// When the box is empty or reaches beyond the image.
+    /// When the box is empty or reaches beyond the part of the image.
     pub fn resize(
         &mut self,
-        image: &Rgb,
+        image: &Region,
         crop: CropBox,
         (width, height): (u32, u32),
         interpolation: Interpolation,
@@ -48,12 +58,21 @@ impl Resampler {
             Interpolation::Bicubic => FilterType::CatmullRom,
         };
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
-        let source = TypedImageRef::<U8x3>::from_buffer(image.width, image.height, &image.pixels)
+        let Region { pixels, .. } = image;
+        let source = TypedImageRef::<U8x3>::from_buffer(pixels.width, pixels.height, &pixels.pixels)
             .expect("an image has 3 bytes per pixel");
-        let source = TypedCroppedImage::new(source, crop.left, crop.top, crop.width, crop.height)
-            .expect("a crop lies inside its image");
         let mut target = TypedImage::<U8x3>::from_buffer(width, height, &mut out.pixels)
             .expect("the target has 3 bytes per pixel");
-        self.0.resize_typed(&source, &mut target, &options).expect("both images have the same kind of pixel");
+        let resized = match image.place(crop) {
+            Place::Pixels(crop) => {
+                let source = TypedCroppedImage::new(source, crop.left, crop.top, crop.width, crop.height)
+                    .expect("a crop lies inside its image");
+                self.0.resize_typed(&source, &mut target, &options)
+            }
+            Place::Fractions(left, top, width, height) => {
+                self.0.resize_typed(&source, &mut target, &options.crop(left, top, width, height))
+            }
+        };
+        resized.expect("a crop lies inside its image");
     }
 }

@@ -73,6 +73,7 @@ pub(super) fn loader_options(config: &Config, views: Vec<ViewSpec>) -> LoaderOpt
         seed: config.seed,
         threads: config.data.threads,
         on_error: config.data.on_error,
+        decode: config.data.decode,
         shuffle: false,
         drop_last: false,
         ..LoaderOptions::new(views, config.data.size as u32)

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use crate::data::Dataset;
-use crate::data::decode::{Rgb, decode};
+use crate::data::decode::{Region, Rgb, decode};
 use crate::data::resample::{CropBox, Resampler};
 use crate::eval::Features;
 
@@ -134,7 +134,7 @@ fn sheet(indices: &[u64], set: &Dataset) -> anyhow::Result<String> {
             height: square,
             width: square,
         };
-        resampler.resize(&image, crop, (TILE, TILE), Interpolation::Bicubic, &mut tile);
+        resampler.resize(&Region::whole(&image), crop, (TILE, TILE), Interpolation::Bicubic, &mut tile);
         let (left, top) = (place % COLUMNS * side, place / COLUMNS * side);
         for (y, row) in tile.pixels.chunks(side * 3).enumerate() {
             let start = ((top + y) * width + left) * 3;
