@@ -15,6 +15,7 @@ use crate::config::Layers;
 use crate::data::Work;
 use crate::device::peak_resident_bytes;
 use crate::plugin::PluginSources;
+use crate::trace::Trace;
 use crate::track::Trackers;
 use crate::train::{Measured, Part, Resources, Signals, measure};
 
@@ -76,54 +77,64 @@ impl StepArgs {
             Layers { file: self.config.clone(), overrides: self.overrides.clone(), ..Layers::default() };
         let session = Session::open(&self.plugin, layers, sources)?;
         let trace = self.trace.as_deref().map(begin_trace).transpose()?;
-        let Prepared { device, model, optimizer, train, state, .. } =
-            prepare(&session, Purpose::Measuring, trace.clone())?;
-        let config = &session.settings.config;
-        let of = Setup {
-            method: session.method.clone(),
-            backbone: session.backbone.clone(),
-            size: config.data.size,
-            images: config.optimizer.batch_size * config.trainer.accumulate,
-            precision: serde_json::to_value(config.trainer.precision)?
-                .as_str()
-                .unwrap_or_default()
-                .to_owned(),
-            device: state.device.clone(),
-            threads: state.threads,
-            warmup: self.warmup,
-            same_batch: self.same_batch,
-        };
-        // The loop wants a place for its records.
-        let folder = tempfile::tempdir().context("no folder can be made for temporary files")?;
-        let directory = RunDir::create(folder.path(), "bench")?;
-        let mut trackers = Trackers::open(directory.path(), Vec::new())?;
-        let resources = Resources {
-            device,
-            model,
-            optimizer,
-            train,
-            validation: None,
-            evaluation: None,
-            directory,
-            signals,
-            steps_per_epoch: state.steps_per_epoch,
-            state,
-            trace: trace.clone(),
-            config: session.settings.config,
-        };
-        let counts = (self.warmup as usize, self.steps as usize);
-        let measured = measure(resources, &mut trackers, counts, self.same_batch);
+        let prepared = prepare(&session, Purpose::Measuring, trace.clone())?;
+        let counts = (self.warmup, self.steps);
+        let timed = time_steps(session, prepared, trace.clone(), signals, counts, self.same_batch);
         if let Some(Err(error)) = trace.map(|trace| trace.finish()) {
             tracing::warn!("--trace: the file is not complete: {error}");
         }
-        let measured = measured?;
+        let (of, measured) = timed?;
         print(self.format, &Report::new(of, &measured), Report::text)
     }
 }
 
+/// Takes some steps, and then others that are measured, as [`measure`] does.
+pub(super) fn time_steps(
+    session: Session,
+    prepared: Prepared,
+    trace: Option<Trace>,
+    signals: Signals,
+    (warmup, steps): (u32, u32),
+    same_batch: bool,
+) -> anyhow::Result<(Setup, Measured)> {
+    let Prepared { device, model, optimizer, train, state, .. } = prepared;
+    let config = session.settings.config;
+    let of = Setup {
+        method: session.method,
+        backbone: session.backbone,
+        size: config.data.size,
+        images: config.optimizer.batch_size * config.trainer.accumulate,
+        precision: serde_json::to_value(config.trainer.precision)?.as_str().unwrap_or_default().to_owned(),
+        device: state.device.clone(),
+        threads: state.threads,
+        warmup,
+        same_batch,
+    };
+    // The loop wants a place for its records.
+    let folder = tempfile::tempdir().context("no folder can be made for temporary files")?;
+    let directory = RunDir::create(folder.path(), "bench")?;
+    let mut trackers = Trackers::open(directory.path(), Vec::new())?;
+    let resources = Resources {
+        device,
+        model,
+        optimizer,
+        train,
+        validation: None,
+        evaluation: None,
+        directory,
+        signals,
+        steps_per_epoch: state.steps_per_epoch,
+        state,
+        trace,
+        config,
+    };
+    let measured = measure(resources, &mut trackers, (warmup as usize, steps as usize), same_batch)?;
+    Ok((of, measured))
+}
+
 /// What was measured.
 #[derive(Debug, Serialize)]
-struct Setup {
+pub(super) struct Setup {
     method: String,
     backbone: String,
     size: usize,

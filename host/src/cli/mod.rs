@@ -161,7 +161,9 @@ fn explain(mut error: clap::Error) -> clap::Error {
 fn computes(command: Option<&Command>) -> bool {
     matches!(
         command,
-        None | Some(Command::Train(_) | Command::Eval(_) | Command::Embed(_) | Command::Bench(_))
+        None | Some(
+            Command::Train(_) | Command::Eval(_) | Command::Embed(_) | Command::Bench(_) | Command::Data(_)
+        )
     )
 }
 
@@ -184,7 +186,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         None => cli.train.run(&sources),
         Some(Command::Train(args)) => args.run(&sources),
         Some(Command::Plugin(command)) => command.run(&sources),
-        Some(Command::Data(command)) => command.run(),
+        Some(Command::Data(command)) => command.run(&sources),
         Some(Command::Eval(command)) => command.run(&sources),
         Some(Command::Embed(args)) => args.run(&sources),
         Some(Command::Export(args)) => args.run(),

@@ -206,6 +206,16 @@ impl Loader {
         &self.shared.dataset
     }
 
+    /// Worker threads.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// The same batches by another number of threads, at least 1.
+    pub fn with_threads(self, threads: usize) -> Loader {
+        Loader { threads: threads.max(1), ..self }
+    }
+
     /// What its threads have done so far.
     pub fn clock(&self) -> &Arc<Clock> {
         &self.shared.clock

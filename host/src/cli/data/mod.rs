@@ -1,4 +1,6 @@
-//! `jepa-host data …`: make, look at, and check data sets. The work is done in [`crate::data`].
+//! `jepa-host data …`: make, look at, check and time data sets. The work is done in [`crate::data`].
+
+mod bench;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -7,12 +9,13 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
-use super::output::{Format, print};
+use crate::cli::output::{Format, print};
 use crate::data::{
     self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Split, Summary, VerifyReport,
 };
+use crate::plugin::PluginSources;
 
-/// Make, look at, and check data sets.
+/// Make, look at, check, and time data sets.
 #[derive(Debug, Subcommand)]
 pub(super) enum DataCommand {
     /// Pack images into one HDF5 file that loads in parallel.
@@ -26,6 +29,8 @@ pub(super) enum DataCommand {
     Inspect(InspectArgs),
     /// Decode every image and list those that are corrupt. Exits with 4 if there are any.
     Verify(VerifyArgs),
+    /// Time how fast a method's views of a file are made, and say whether a step would wait for them.
+    Bench(bench::BenchArgs),
 }
 
 /// Options of `data pack`.
@@ -94,8 +99,9 @@ impl DataCommand {
     ///
     /// # Errors
     /// A [`DataError`] (exit code 4), or that standard output cannot be written.
-    pub fn run(self) -> anyhow::Result<()> {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         match self {
+            DataCommand::Bench(args) => args.run(sources),
             DataCommand::Pack(args) => args.run(),
             DataCommand::Inspect(args) => args.run(),
             DataCommand::Verify(args) => args.run(),

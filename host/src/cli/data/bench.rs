@@ -1,0 +1,174 @@
+//! `jepa-host data bench`: how fast a method's views of a file are made here, and whether a step would wait for them.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Args;
+use serde::Serialize;
+
+use crate::cli::bench::time_steps;
+use crate::cli::output::{Format, print, print_columns};
+use crate::cli::session::Session;
+use crate::cli::train::{Purpose, prepare};
+use crate::config::Layers;
+use crate::data::{Decode, Loader, Work};
+use crate::plugin::PluginSources;
+use crate::train::{Signals, TrainError};
+
+/// What `data bench` takes.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  jepa-host data bench photos.h5 --plugin simclr
+  jepa-host data bench photos.h5 --plugin cnn_jepa --config configs/cnn_jepa_imagenet100.toml
+  jepa-host data bench photos.h5 --plugin byol --steps 0 data.threads=4 data.size=160")]
+pub(in crate::cli) struct BenchArgs {
+    /// HDF5 file with images
+    file: PathBuf,
+    /// Plugin to load: a path, a file name (libsimclr.so) or a bare name (simclr); may be repeated
+    #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
+    plugin: Vec<PathBuf>,
+    /// Configuration in TOML
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Seconds for each number of threads
+    #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: u32,
+    /// Training steps that are timed to compare with; 0: none
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    steps: u32,
+    /// How to print
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Settings of training, such as optimizer.batch_size=64
+    #[arg(value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+impl BenchArgs {
+    pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
+        let signals = Signals::install("ending").context("cannot take over signals")?;
+        // A JSON string is a TOML string as well.
+        let file = format!("data.train={}", serde_json::to_string(&self.file.to_string_lossy())?);
+        let overrides = self.overrides.into_iter().chain([file]).collect();
+        let layers = Layers { file: self.config, overrides, ..Layers::default() };
+        let session = Session::open(&self.plugin, layers, sources)?;
+        let config = session.config().clone();
+        let prepared = prepare(&session, Purpose::Measuring, None)?;
+
+        let mut rows = Vec::new();
+        let all = prepared.train.threads();
+        for threads in [1, all].into_iter().take(all.min(2)) {
+            let loader = prepared.train.clone().with_threads(threads);
+            rows.push(Row::measure(&loader, Duration::from_secs(self.seconds.into()), &signals)?);
+        }
+        let views = prepared.model.method.views().len();
+        let (method, images) = (session.method.clone(), prepared.train.dataset().len());
+        let step = match self.steps {
+            0 => None,
+            steps => {
+                tracing::info!("timing {} steps of {}", steps + 1, config.optimizer.batch_size);
+                let (_, measured) = time_steps(session, prepared, None, signals, (1, steps), true)?;
+                let mut seconds: Vec<f64> = measured.steps.iter().map(|step| step.iter().sum()).collect();
+                seconds.sort_by(f64::total_cmp);
+                Some(measured.images as f64 / seconds[seconds.len() / 2])
+            }
+        };
+        let report = Report {
+            file: self.file,
+            images,
+            method,
+            views,
+            size: config.data.size,
+            decode: config.data.decode,
+            threads: rows,
+            step_images_per_s: step,
+        };
+        print(self.format, &report, Report::text)
+    }
+}
+
+/// What a number of threads makes.
+#[derive(Debug, Serialize)]
+struct Row {
+    threads: usize,
+    images_per_s: f64,
+    /// Milliseconds of one thread for one image, as in [`Work::ALL`].
+    read_ms: f64,
+    decode_ms: f64,
+    augment_ms: f64,
+}
+
+impl Row {
+    /// Makes batches for so long, behind a first one that is left out.
+    fn measure(loader: &Loader, time: Duration, signals: &Signals) -> anyhow::Result<Self> {
+        let mut batches = (0..).flat_map(|epoch| loader.batches(epoch, 0));
+        let mut next = || match signals.pending() {
+            Some(signal) => Err(anyhow::Error::from(TrainError::Stopped { signal })),
+            None => Ok(batches.next().context("the pipeline makes no batch")??.indices.len()),
+        };
+        next()?;
+        let (begin, before, mut images) = (Instant::now(), loader.clock().seconds(), 0);
+        while begin.elapsed() < time {
+            images += next()?;
+        }
+        let (seconds, after) = (begin.elapsed().as_secs_f64(), loader.clock().seconds());
+        let ms = |work: Work| {
+            let place = Work::ALL.iter().position(|other| *other == work).unwrap_or_default();
+            (after[place] - before[place]) * 1e3 / images as f64
+        };
+        Ok(Row {
+            threads: loader.threads(),
+            images_per_s: images as f64 / seconds,
+            read_ms: ms(Work::Read),
+            decode_ms: ms(Work::Decode),
+            augment_ms: ms(Work::Augment),
+        })
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    file: PathBuf,
+    images: usize,
+    method: String,
+    views: usize,
+    size: usize,
+    decode: Decode,
+    threads: Vec<Row>,
+    /// Of training steps that have their batch.
+    step_images_per_s: Option<f64>,
+}
+
+impl Report {
+    fn text(&self, out: &mut dyn Write) -> io::Result<()> {
+        let Report { file, images, method, views, size, .. } = self;
+        let views = if *views == 1 { "1 view".to_owned() } else { format!("{views} views") };
+        writeln!(out, "{}: {images} images; {method}: {views} of {size} px\n", file.display())?;
+        let head =
+            ["threads", "images/s", "a thread", "read", "decode", "augment"].map(str::to_owned).to_vec();
+        let cells = |row: &Row| {
+            let each = row.images_per_s / row.threads as f64;
+            let rates = [row.images_per_s, each].map(|rate| format!("{rate:.0}"));
+            let parts = [row.read_ms, row.decode_ms, row.augment_ms].map(|ms| format!("{ms:.3} ms"));
+            let cells = std::iter::once(row.threads.to_string()).chain(rates).chain(parts).collect();
+            (cells, Vec::new())
+        };
+        print_columns(head, &self.threads.iter().map(cells).collect::<Vec<_>>(), out)?;
+        let (Some(step), Some(row)) = (self.step_images_per_s, self.threads.last()) else { return Ok(()) };
+        writeln!(out, "\na step takes {step:.1} images/s")?;
+        let ratio = row.images_per_s / step;
+        match ratio {
+            // Threads that compute compete with those that load.
+            1.25.. => {
+                writeln!(out, "the step is the bottleneck: its data could come {ratio:.1} times as fast")
+            }
+            _ => writeln!(
+                out,
+                "the data pipeline is the bottleneck, or nearly: give it more data.threads, or pack the images smaller"
+            ),
+        }
+    }
+}
