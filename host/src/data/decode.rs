@@ -169,7 +169,7 @@ impl<'a> Encoded<'a> {
     }
 
     /// Decodes at least `part`, into memory that is used again, and made `shrink` times smaller, if that is less work: 1, 2
-    /// or 4. What is decoded of the part is what the whole image has there.
+    /// or 4. The part is what the whole image has there.
     ///
     /// # Errors
     /// A phrase, as from [`decode`]. What lies below the part may be damaged.
@@ -204,31 +204,43 @@ fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
     Ok((Codec::Jpeg(Box::new(decoder)), size))
 }
 
-/// Only columns are left out: to leave out rows, the decoder takes a longer way.
+/// Entropy coding has to be undone for all of it. What comes behind that is left out for columns and rows beside the part.
 fn decode_jpeg<'a>(
     mut decoder: Decoder,
     part: CropBox,
     shrink: u32,
     image: &'a mut Rgb,
 ) -> Result<Region<'a>, String> {
-    // A pixel of colour is upsampled from its neighbours, which have to be decoded too.
+    // A pixel's colour is interpolated between its neighbours, which have to be decoded too.
     const BESIDE: u32 = 2;
     let words = |error: libjpeg_turbo_rs::JpegError| error.to_string();
     decoder.set_output_format(PixelFormat::Rgb);
     decoder.set_scale(ScalingFactor::try_new(1, shrink).map_err(words)?);
-    let width = decoder.output_width() as u32;
-    let right = ((part.left + part.width).div_ceil(shrink) + BESIDE).min(width);
-    let left = (part.left / shrink).saturating_sub(BESIDE);
-    if right - left < width {
-        decoder.set_crop(left as usize, (right - left) as usize);
+    let (width, height) = (decoder.output_width() as u32, decoder.output_height() as u32);
+    let range = |from: u32, length: u32, side: u32| {
+        ((from / shrink).saturating_sub(BESIDE), ((from + length).div_ceil(shrink) + BESIDE).min(side))
+    };
+    let (left, right) = range(part.left, part.width, width);
+    let (top, bottom) = range(part.top, part.height, height);
+    if (right - left, bottom - top) == (width, height) {
+        // The memory is only cleared where it grows.
+        image.pixels.resize(decoder.output_buffer_size().map_err(words)?, 0);
+        let decoded = decoder.decode_image_into(&mut image.pixels).map_err(words)?;
+        image.pixels.truncate(decoded.bytes_written);
+        (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
+    } else {
+        decoder.set_crop_region(
+            left as usize,
+            top as usize,
+            (right - left) as usize,
+            (bottom - top) as usize,
+        );
+        let decoded = decoder.decode_image().map_err(words)?;
+        image.pixels = decoded.data;
+        (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
     }
-    // The memory is only cleared where it grows.
-    image.pixels.resize(decoder.output_buffer_size().map_err(words)?, 0);
-    let decoded = decoder.decode_image_into(&mut image.pixels).map_err(words)?;
-    image.pixels.truncate(decoded.bytes_written);
-    (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
-    // It begins where a block of its own does.
-    let origin = (right - image.width, 0);
+    // It begins where a block of columns does.
+    let origin = (right - image.width, bottom - image.height);
     Ok(Region { pixels: image, origin, shrink })
 }
 
