@@ -326,7 +326,7 @@ pub fn random_crop(width: u32, height: u32, scale: (f64, f64), ratio: (f64, f64)
 }
 
 /// The size to which torchvision's `Resize(shorter)` brings an image: the longer side is rounded down.
-fn shorter_side_to(shorter: u32, width: u32, height: u32) -> (u32, u32) {
+pub(super) fn shorter_side_to(shorter: u32, width: u32, height: u32) -> (u32, u32) {
     let longer = |long: u32, short: u32| (u64::from(shorter) * u64::from(long) / u64::from(short)) as u32;
     if width <= height { (shorter, longer(height, width)) } else { (longer(width, height), shorter) }
 }

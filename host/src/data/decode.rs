@@ -16,8 +16,8 @@ use libjpeg_turbo_rs::{Decoder, PixelFormat, ScalingFactor};
 
 use super::resample::CropBox;
 
-/// More pixels than this in one image are refused: decoded, they would take 300 MB in every loader thread. Pillow
-/// warns of a decompression bomb from 89 million on.
+/// More pixels than this in one image are refused: decoded, they would take 300 MB in every loader thread, and while they
+/// are, 600 MB (a PNG of 16-bit colours 800 MB). Pillow warns of a decompression bomb from 89 million on.
 pub const MAX_PIXELS: u64 = 100_000_000;
 
 /// A decoded image: rows from the top, pixels from the left, red, green, blue.
@@ -195,6 +195,9 @@ impl<'a> Encoded<'a> {
 fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
     let decoder = Decoder::new(bytes).map_err(|error| error.to_string())?;
     let header = decoder.header();
+    if header.precision != 8 {
+        return Err(format!("its samples have {} bits, and only 8 are read", header.precision));
+    }
     if header.components.len() == 4 {
         let decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(words)?;
         let size = decoder.dimensions();
@@ -214,6 +217,8 @@ fn decode_jpeg<'a>(
     // A pixel's colour is interpolated between its neighbours, which have to be decoded too.
     const BESIDE: u32 = 2;
     let words = |error: libjpeg_turbo_rs::JpegError| error.to_string();
+    // What is coded without loss has no blocks that could be left out or made smaller.
+    let shrink = if decoder.header().is_lossless { 1 } else { shrink };
     decoder.set_output_format(PixelFormat::Rgb);
     decoder.set_scale(ScalingFactor::try_new(1, shrink).map_err(words)?);
     let (width, height) = (decoder.output_width() as u32, decoder.output_height() as u32);
@@ -222,7 +227,8 @@ fn decode_jpeg<'a>(
     };
     let (left, right) = range(part.left, part.width, width);
     let (top, bottom) = range(part.top, part.height, height);
-    if (right - left, bottom - top) == (width, height) {
+    let is_whole = (right - left, bottom - top) == (width, height) || decoder.header().is_lossless;
+    if is_whole {
         // The memory is only cleared where it grows.
         image.pixels.resize(decoder.output_buffer_size().map_err(words)?, 0);
         let decoded = decoder.decode_image_into(&mut image.pixels).map_err(words)?;
@@ -239,9 +245,14 @@ fn decode_jpeg<'a>(
         image.pixels = decoded.data;
         (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
     }
+    if is_whole {
+        return Ok(Region { pixels: image, origin: (0, 0), shrink });
+    }
     // It begins where a block of columns does.
-    let origin = (right - image.width, bottom - image.height);
-    Ok(Region { pixels: image, origin, shrink })
+    match (right.checked_sub(image.width), bottom.checked_sub(image.height)) {
+        (Some(left), Some(top)) => Ok(Region { pixels: image, origin: (left, top), shrink }),
+        _ => Err(format!("it was decoded to {} × {} pixels", image.width, image.height)),
+    }
 }
 
 /// A decoder's words on one line.

@@ -1,11 +1,13 @@
 //! The addresses and labels of a large reference-layout file, kept beside it.
 //!
-//! Asking the HDF5 library for a million addresses takes a minute. `FILE.h5.index` keeps the answer; it is used only
-//! while length and modification time of the file are those it was made from, and any doubt makes it again. It is a
-//! convenience: where it cannot be written, nothing is lost but time.
+//! Asking the HDF5 library for a million addresses takes a while. `FILE.h5.index` keeps the answer, or where that folder
+//! cannot be written, a file in the user's cache directory does. It is used only while the file's length, modification time
+//! and some of its bytes are those it was made from, and any doubt makes it again. It is a convenience: where it cannot be
+//! written, nothing is lost but time.
 
-use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -14,27 +16,54 @@ use super::dataset::{Contents, Layout, NO_ADDRESS, Slot};
 
 /// Below this many images, asking again is as fast.
 const WORTHWHILE: usize = 20_000;
-const MAGIC: [u8; 8] = *b"JEPAIDX1";
+const MAGIC: [u8; 8] = *b"JEPAIDX2";
 
-fn index_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".index");
-    PathBuf::from(name)
+/// Where the index of a file may be: beside it, and in the user's cache directory.
+fn places(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".index");
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| std::env::home_dir().map(|home| home.join(".cache")));
+    let of_user = cache.zip(path.canonicalize().ok()).map(|(cache, path)| {
+        let name = hex(&Sha256::digest(path.as_os_str().as_encoded_bytes()));
+        cache.join("jepa-host").join(format!("{name}.index"))
+    });
+    [PathBuf::from(beside)].into_iter().chain(of_user)
 }
 
-fn header(metadata: &Metadata) -> Vec<u8> {
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What an index begins with: which file it was made from. Of its bytes, 64 blocks spread evenly go into a hash.
+fn header(path: &Path, metadata: &Metadata) -> io::Result<Vec<u8>> {
+    const BLOCKS: u64 = 64;
+    const BLOCK: u64 = 4096;
+    let (file, mut hash, mut block) = (File::open(path)?, Sha256::new(), [0; BLOCK as usize]);
+    let room = metadata.len().saturating_sub(BLOCK);
+    for i in 0..BLOCKS {
+        let at = (u128::from(room) * u128::from(i) / u128::from(BLOCKS - 1)) as u64;
+        let block = &mut block[..BLOCK.min(metadata.len()) as usize];
+        file.read_exact_at(block, at)?;
+        hash.update(block);
+    }
     let mut header = MAGIC.to_vec();
     header.extend(metadata.len().to_le_bytes());
     header.extend(metadata.mtime().to_le_bytes());
     header.extend(metadata.mtime_nsec().to_le_bytes());
-    header
+    header.extend(hash.finalize());
+    Ok(header)
 }
 
 /// The contents as they were when the index was written, if the file is still that one.
 pub(super) fn load(path: &Path, metadata: &Metadata) -> Option<Contents> {
-    let index = fs::read(index_path(path)).ok()?;
+    let header = header(path, metadata).ok()?;
+    places(path).find_map(|place| read(&fs::read(place).ok()?, &header))
+}
+
+fn read(index: &[u8], header: &[u8]) -> Option<Contents> {
     let (body, checksum) = index.split_at_checked(index.len().checked_sub(32)?)?;
-    let body = body.strip_prefix(header(metadata).as_slice())?;
+    let body = body.strip_prefix(header)?;
     if Sha256::digest(&index[..index.len() - 32]).as_slice() != checksum {
         return None;
     }
@@ -62,7 +91,7 @@ pub(super) fn save(path: &Path, metadata: &Metadata, contents: &Contents) {
     if slots.len() < WORTHWHILE || slots.iter().any(|slot| slot.offset == NO_ADDRESS) {
         return;
     }
-    let mut index = header(metadata);
+    let Ok(mut index) = header(path, metadata) else { return };
     index.push(u8::from(contents.labels.is_some()));
     index.extend(slots.iter().flat_map(|slot| slot.offset.to_le_bytes()));
     index.extend(slots.iter().flat_map(|slot| slot.len.to_le_bytes()));
@@ -70,12 +99,30 @@ pub(super) fn save(path: &Path, metadata: &Metadata, contents: &Contents) {
     let checksum = Sha256::digest(&index);
     index.extend(checksum);
 
-    let target = index_path(path);
-    let temporary = target.with_extension(format!("index.{}", std::process::id()));
-    if let Err(error) = fs::write(&temporary, index).and_then(|()| fs::rename(&temporary, &target)) {
-        let _ = fs::remove_file(&temporary);
-        tracing::debug!("addresses are not kept in {}: {error}", target.display());
+    let written = places(path).try_fold(Vec::new(), |mut errors, place| match write(&place, &index) {
+        Ok(()) => Err(place),
+        Err(error) => {
+            errors.push(format!("{}: {error}", place.display()));
+            Ok(errors)
+        }
+    });
+    match written {
+        Err(place) => tracing::debug!("addresses are kept in {}", place.display()),
+        Ok(errors) => tracing::debug!("addresses are not kept: {}", errors.join("; ")),
     }
+}
+
+fn write(place: &Path, index: &[u8]) -> io::Result<()> {
+    if let Some(folder) = place.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let temporary = place.with_extension(format!("index.{}", std::process::id()));
+    let written = fs::write(&temporary, index).and_then(|()| fs::rename(&temporary, place));
+    if written.is_err() {
+        // The half of it that there may be is of no use.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
 }
 
 #[cfg(test)]
@@ -100,6 +147,11 @@ mod tests {
             let read = load(&file, &metadata).unwrap();
             assert_eq!((read.slots, read.labels), (written.slots, written.labels));
         }
+        // The same length, and even the same time: other bytes.
+        let times = fs::FileTimes::new().set_modified(fs::metadata(&file).unwrap().modified().unwrap());
+        fs::write(&file, "The file").unwrap();
+        File::options().write(true).open(&file).unwrap().set_times(times).unwrap();
+        assert!(load(&file, &fs::metadata(&file).unwrap()).is_none());
         fs::write(&file, "the file, longer").unwrap();
         assert!(load(&file, &fs::metadata(&file).unwrap()).is_none());
     }
@@ -111,12 +163,30 @@ mod tests {
         fs::write(&file, "the file").unwrap();
         let metadata = fs::metadata(&file).unwrap();
         save(&file, &metadata, &contents(true));
-        let whole = fs::read(index_path(&file)).unwrap();
+        let index = directory.path().join("a.h5.index");
+        let whole = fs::read(&index).unwrap();
         let mut flipped = whole.clone();
         flipped[whole.len() / 2] ^= 1;
         for damaged in [&flipped[..], &whole[..whole.len() - 8], &whole[..10], b""] {
-            fs::write(index_path(&file), damaged).unwrap();
+            fs::write(&index, damaged).unwrap();
             assert!(load(&file, &metadata).is_none());
+        }
+    }
+
+    /// Even one whose checksum is right.
+    #[test]
+    fn any_bytes_are_an_index_or_none() {
+        let header = vec![7; 64];
+        for case in 0..20_000 {
+            let mut rng = jepa_plugin_api::Rng::keyed(case, 0, 0, 0);
+            let mut index = header.clone();
+            index.extend((0..rng.below(120)).map(|_| (rng.bits() >> 8) as u8 & 3));
+            let checksum = Sha256::digest(&index);
+            index.extend(checksum);
+            index.truncate(index.len() - rng.below(2) as usize * rng.below(40) as usize);
+            if let Some(contents) = read(&index, &header) {
+                assert!(contents.slots.len() * 16 < index.len());
+            }
         }
     }
 }

@@ -3,15 +3,16 @@
 //! Every random number is keyed by seed, epoch, sample and view, and none by thread or time. So the batches of an
 //! epoch are the same for any number of threads, and [`Loader::batches`] can start at any of them.
 //!
-//! One work item is one sample: a worker reads it, decodes it once, and writes all its views into their places in
-//! the batch's tensors. The consumer's thread allocates the next batch and hands out its items whenever it takes
-//! one, so at most [`prefetch`](LoaderOptions::prefetch) batches exist besides the one in use. In bytes that is
+//! One work item is one sample: a worker reads it, draws what its views see of it, decodes as much as that, once, and writes
+//! all views into their places in the batch's tensors. The consumer's thread allocates the next batch and hands out its items
+//! whenever it takes one, so at most [`prefetch`](LoaderOptions::prefetch) batches exist besides the one in use. In bytes that is
 //!
 //! ```text
-//! (prefetch + 1) × batch_size × views × 3 × size² × 4   +   threads × (encoded + 3 × pixels of the largest image)
+//! (prefetch + 1) × batch_size × views × 3 × size² × 4   +   threads × (encoded + 6 × pixels of the largest image)
 //! ```
 //!
-//! 309 MB for 3 × 128 single views of 224 px, and nothing else grows with time.
+//! 309 MB for 3 × 128 single views of 224 px, and nothing else grows with time. (A decoder holds a JPEG's planes beside its
+//! pixels; a PNG has up to 8 bytes for each pixel.)
 
 use std::any::Any;
 use std::collections::{HashSet, VecDeque};
@@ -32,6 +33,7 @@ use super::clock::{Clock, Work};
 use super::dataset::Dataset;
 use super::decode::{Encoded, Region, Rgb};
 use super::error::DataError;
+use super::order::Order;
 use super::resample::CropBox;
 use crate::trace::Trace;
 
@@ -211,6 +213,11 @@ impl Loader {
         self.threads
     }
 
+    /// Batches that may be in the making or ready, besides the one that the consumer holds.
+    pub fn prefetch(&self) -> usize {
+        self.prefetch
+    }
+
     /// The same batches by another number of threads, at least 1.
     pub fn with_threads(self, threads: usize) -> Loader {
         Loader { threads: threads.max(1), ..self }
@@ -228,12 +235,12 @@ impl Loader {
     }
 
     /// The order of the images in an epoch, before it is cut into batches.
-    pub fn order(&self, epoch: u64) -> Vec<u64> {
-        let mut order: Vec<u64> = (0..self.shared.dataset.len() as u64).collect();
-        if self.shuffle {
-            Rng::keyed(self.shared.seed, epoch, 0, purpose::ORDER).shuffle(&mut order);
+    pub fn order(&self, epoch: u64) -> Order {
+        let images = self.shared.dataset.len();
+        match self.shuffle {
+            true => Order::shuffled(images, &mut Rng::keyed(self.shared.seed, epoch, 0, purpose::ORDER)),
+            false => Order::of_file(images),
         }
-        order
     }
 
     /// Starts the worker threads of an epoch and returns its batches from number `start` on, in order.
@@ -282,7 +289,7 @@ impl Loader {
 /// The batches of one epoch, in order. Ends after the first error.
 #[derive(Debug)]
 pub struct Batches {
-    order: Vec<u64>,
+    order: Order,
     batch_size: usize,
     /// Number of the first batch that is not yet handed out as work.
     next: usize,
@@ -349,7 +356,8 @@ impl Batches {
 
     fn hand_out(&self, batch: usize) -> Result<Arc<Pending>, DataError> {
         let first = batch * self.batch_size;
-        let indices = &self.order[first..self.order.len().min(first + self.batch_size)];
+        let places = first..self.order.len().min(first + self.batch_size);
+        let indices: Vec<u64> = places.map(|place| self.order.at(place)).collect();
         if self.workers.is_empty() {
             return Err(DataError::Options("no loader thread could be started; lower data.threads".into()));
         }
@@ -362,13 +370,13 @@ impl Batches {
             })?;
         let state = PendingState {
             remaining: indices.len(),
-            indices: indices.to_vec(),
             labels: vec![-1; indices.len()],
+            indices: indices.clone(),
             replaced: 0,
             failure: None,
         };
         let pending = Arc::new(Pending { memory, state: Mutex::new(state), done: Condvar::new() });
-        for (position, &index) in indices.iter().enumerate() {
+        for (position, index) in indices.into_iter().enumerate() {
             let item = Item { batch: pending.clone(), position, index };
             if let Some(work) = &self.work {
                 // Workers only leave when told to, so someone listens.

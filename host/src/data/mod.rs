@@ -17,6 +17,7 @@ mod idx;
 mod index_file;
 mod inspect;
 mod loader;
+mod order;
 mod pack;
 mod packed;
 mod parallel;
@@ -32,7 +33,8 @@ pub use error::DataError;
 pub use features::FeatureFile;
 pub use inspect::{ClassCount, Sample, Summary, inspect};
 pub use loader::{Batches, Decode, LoadedBatch, Loader, LoaderOptions, OnError};
-pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Split, pack};
+pub use order::Order;
+pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Smaller, Split, pack};
 pub use verify::{VerifyReport, verify};
 
 /// The version of the HDF5 library that is linked in.

@@ -1,16 +1,23 @@
 //! Writes a packed data set: all images of a source in one contiguous run, with labels, names and provenance.
 //!
-//! Every image is decoded once before anything is written, so a file that exists is a file that trains. It is
+//! Every image is decoded once before anything is written, so a file that exists is a file that trains; images may be made
+//! smaller on that occasion. It is
 //! written under another name, synced and renamed: a broken-off pack leaves no half file behind its real name.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use hdf5::dataset::{AllocTime, FillTime};
-use jepa_plugin_api::Rng;
+use jepa_plugin_api::{Interpolation, Rng};
+use libjpeg_turbo_rs::{PixelFormat, Subsampling};
 
+use super::augment::shorter_side_to;
+use super::decode::{Region, Rgb};
 use super::error::DataError;
 use super::packed::{self, text};
+use super::resample::{CropBox, Resampler};
 use super::source::Source;
 use super::{decode, parallel};
 
@@ -38,6 +45,17 @@ pub struct PackOptions {
     pub force: bool,
     /// Threads for the check; 0 for one per core.
     pub threads: usize,
+    /// Make images smaller whose shorter side is longer than this, and store them as JPEGs.
+    pub smaller: Option<Smaller>,
+}
+
+/// How images are made smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Smaller {
+    /// What their shorter side becomes, in pixels, at least 1.
+    pub shorter_side: u32,
+    /// Of the JPEG, 1 to 100.
+    pub quality: u8,
 }
 
 /// How far packing is.
@@ -73,6 +91,8 @@ pub struct PackReport {
     pub classes: usize,
     /// Bytes of all encoded images.
     pub image_bytes: u64,
+    /// Of these, images that were made smaller.
+    pub made_smaller: usize,
     /// Images that were left out because they are unreadable.
     pub skipped: Vec<BadImage>,
     /// Files in the source that are neither JPEG nor PNG.
@@ -103,19 +123,28 @@ pub fn pack(
         });
     }
     let chosen = choose(source.len(), source.labels.as_deref(), options.limit);
+    let smaller = match options.smaller {
+        None => None,
+        Some(Smaller { shorter_side, quality }) if shorter_side == 0 || !(1..=100).contains(&quality) => {
+            return Err(DataError::Options(format!(
+                "images cannot be stored with a shorter side of {shorter_side} and a quality of {quality}: give at least 1, and 1 to 100"
+            )));
+        }
+        Some(smaller) => Some((smaller, Spool::beside(out)?)),
+    };
 
     let total = chosen.len();
     let checked = parallel::map(
         total,
         options.threads,
         &|done| progress(PackProgress::Checked(done, total)),
-        |position| check(&source, chosen[position]),
+        |position| check(&source, chosen[position], smaller.as_ref()),
     );
     let mut images = Vec::with_capacity(total);
     let mut bad = Vec::new();
     for (&index, result) in chosen.iter().zip(checked) {
         match result {
-            Ok(len) => images.push(Image { index, len }),
+            Ok((len, spooled)) => images.push(Image { index, len, spooled }),
             Err(reason) => bad.push(BadImage { index, name: source.name(index), reason }),
         }
     }
@@ -134,7 +163,10 @@ pub fn pack(
         source.labels.as_ref().map(|labels| images.iter().map(|image| labels[image.index]).collect());
     let class_names = class_names(&source, options)?;
     let temporary = Temporary::beside(out)?;
-    write(&temporary.path, &source, &images, labels.as_deref(), class_names.as_deref(), progress)?;
+    let tables =
+        Tables { labels: labels.as_deref(), class_names: class_names.as_deref(), smaller: options.smaller };
+    let spool = smaller.as_ref().map(|(_, spool)| spool);
+    write(&temporary.path, (&source, spool), &images, tables, progress)?;
     temporary.rename(out)?;
 
     let mut classes = labels.unwrap_or_default();
@@ -147,6 +179,7 @@ pub fn pack(
         images: images.len(),
         classes: classes.len(),
         image_bytes: images.iter().map(|image| image.len).sum(),
+        made_smaller: images.iter().filter(|image| image.spooled.is_some()).count(),
         skipped: bad,
         ignored_files: source.ignored,
     })
@@ -156,12 +189,60 @@ pub fn pack(
 struct Image {
     index: usize,
     len: u64,
+    /// Where its bytes are in the spool, if it was made smaller.
+    spooled: Option<u64>,
 }
 
-fn check(source: &Source, index: usize) -> Result<u64, String> {
+/// Smaller images, as they come from many threads, until they are written in their order. Gone when this is dropped.
+struct Spool {
+    file: File,
+    path: PathBuf,
+    end: AtomicU64,
+}
+
+impl Spool {
+    fn beside(out: &Path) -> Result<Spool, DataError> {
+        let directory = parent(out);
+        fs::create_dir_all(directory).map_err(DataError::io("create", directory))?;
+        let file = tempfile::tempfile_in(directory).map_err(DataError::io("write into", directory))?;
+        Ok(Spool { file, path: directory.to_owned(), end: AtomicU64::new(0) })
+    }
+
+    fn add(&self, bytes: &[u8]) -> std::io::Result<u64> {
+        let offset = self.end.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.file.write_all_at(bytes, offset).map(|()| offset)
+    }
+
+    fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, DataError> {
+        let mut bytes = vec![0; len as usize];
+        self.file.read_exact_at(&mut bytes, offset).map_err(DataError::io("read back from", &self.path))?;
+        Ok(bytes)
+    }
+}
+
+/// Decodes an image, and makes it smaller if that is asked for and needed: its length, and where it is spooled.
+fn check(
+    source: &Source,
+    index: usize,
+    smaller: Option<&(Smaller, Spool)>,
+) -> Result<(u64, Option<u64>), String> {
     let encoded = source.read(index).map_err(|error| error.to_string())?;
-    decode::decode(&encoded)?;
-    Ok(encoded.len() as u64)
+    let image = decode::decode(&encoded)?;
+    let large =
+        |(Smaller { shorter_side, .. }, _): &&(Smaller, Spool)| image.width.min(image.height) > *shorter_side;
+    let Some((Smaller { shorter_side, quality }, spool)) = smaller.filter(large) else {
+        return Ok((encoded.len() as u64, None));
+    };
+    let size = shorter_side_to(*shorter_side, image.width, image.height);
+    let whole = CropBox { top: 0, left: 0, height: image.height, width: image.width };
+    let mut out = Rgb::default();
+    Resampler::default().resize(&Region::whole(&image), whole, size, Interpolation::Bicubic, &mut out);
+    let (width, height) = (out.width as usize, out.height as usize);
+    let encoded =
+        libjpeg_turbo_rs::compress(&out.pixels, width, height, PixelFormat::Rgb, *quality, Subsampling::S420)
+            .map_err(|error| format!("it cannot be encoded: {error}"))?;
+    let offset = spool.add(&encoded).map_err(|error| format!("it cannot be spooled: {error}"))?;
+    Ok((encoded.len() as u64, Some(offset)))
 }
 
 /// The images of a subset, in source order: each class gets its equal share, and what a small class leaves over goes
@@ -199,12 +280,18 @@ fn class_names(source: &Source, options: &PackOptions) -> Result<Option<Vec<Stri
     Ok(Some(names.clone()))
 }
 
+/// What stands beside the images.
+struct Tables<'a> {
+    labels: Option<&'a [i64]>,
+    class_names: Option<&'a [String]>,
+    smaller: Option<Smaller>,
+}
+
 fn write(
     path: &Path,
-    source: &Source,
+    (source, spool): (&Source, Option<&Spool>),
     images: &[Image],
-    labels: Option<&[i64]>,
-    class_names: Option<&[String]>,
+    tables: Tables,
     progress: &(dyn Fn(PackProgress) + Sync),
 ) -> Result<(), DataError> {
     let mut offsets = vec![0];
@@ -218,14 +305,17 @@ fn write(
         .with_fapl(|access| access.file_locking(false))
         .create(path)
         .map_err(DataError::hdf5(path, "create it"))?;
-    let bytes = write_tables(&file, source, total, &offsets, labels, class_names)
+    let bytes = write_tables(&file, source, total, &offsets, tables)
         .map_err(DataError::hdf5(path, "write its tables"))?;
 
     const BLOCK: usize = 8 << 20;
     let mut block = Vec::with_capacity(BLOCK);
     let mut written = 0;
     for (position, image) in images.iter().enumerate() {
-        let encoded = source.read(image.index)?;
+        let encoded = match (image.spooled, spool) {
+            (Some(offset), Some(spool)) => spool.read(offset, image.len)?,
+            _ => source.read(image.index)?,
+        };
         if encoded.len() as u64 != image.len {
             let name = source.name(image.index);
             let reason = format!("{name} changed while it was being packed; pack it again");
@@ -251,8 +341,7 @@ fn write_tables(
     source: &Source,
     total: usize,
     offsets: &[u64],
-    labels: Option<&[i64]>,
-    class_names: Option<&[String]>,
+    Tables { labels, class_names, smaller }: Tables,
 ) -> hdf5::Result<hdf5::Dataset> {
     let source_name = source.path.file_name().unwrap_or_default().to_string_lossy();
     let attributes = [
@@ -265,6 +354,10 @@ fn write_tables(
         file.new_attr::<hdf5::types::VarLenUnicode>().create(name)?.write_scalar(&text(value))?;
     }
     file.new_attr::<u32>().create("format_version")?.write_scalar(&packed::FORMAT_VERSION)?;
+    if let Some(Smaller { shorter_side, quality }) = smaller {
+        file.new_attr::<u32>().create("shorter_side")?.write_scalar(&shorter_side)?;
+        file.new_attr::<u8>().create("jpeg_quality")?.write_scalar(&quality)?;
+    }
     // No times are kept, so that the same images give the same file.
     let build = || file.new_dataset_builder().obj_track_times(false);
     build().with_data(offsets).create(packed::OFFSETS)?;

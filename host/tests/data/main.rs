@@ -3,6 +3,7 @@
 mod color;
 mod files;
 mod fixtures;
+mod fuzz;
 mod loading;
 mod packing;
 mod pixels;

@@ -8,7 +8,7 @@ use std::process::Command;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use jepa_host::data::{
-    self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackReport, Split, decode,
+    self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackReport, Smaller, Split, decode,
 };
 
 use crate::fixtures::{jpeg, path, picture, png, small_set};
@@ -251,6 +251,41 @@ fn unreadable_images_are_refused_by_name_or_left_out_on_demand() {
     let report = pack(&root, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap();
     assert_eq!(report.skipped.iter().map(|bad| bad.name.as_str()).collect::<Vec<_>>(), ["cats/broken.jpg"]);
     assert_eq!(Dataset::open(&out).unwrap().labels().unwrap(), [0, 0, 0, 1, 1]);
+}
+
+#[test]
+fn images_are_made_smaller_on_demand_by_any_number_of_threads() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let pack_with = |out: &str, threads| {
+        let smaller = Some(Smaller { shorter_side: 16, quality: 90 });
+        let out = directory.path().join(out);
+        let report = pack(&root, &out, &PackOptions { smaller, threads, ..PackOptions::default() }).unwrap();
+        (out, report)
+    };
+    let (out, report) = pack_with("one.h5", 1);
+    assert_eq!((report.images, report.made_smaller), (5, 3));
+    let whole = directory.path().join("whole.h5");
+    pack(&root, &whole, &PackOptions::default()).unwrap();
+    let (dataset, whole) = (Dataset::open(&out).unwrap(), Dataset::open(&whole).unwrap());
+    let sizes: Vec<_> = (0..5).map(|i| decode::header(&dataset.read(i).unwrap()).unwrap()).collect();
+    let sizes: Vec<_> = sizes.iter().map(|header| (header.format, header.width, header.height)).collect();
+    // 32 × 20, 31 × 20, 10 × 10, 12 × 14 and 30 × 20 they were.
+    assert_eq!(
+        sizes,
+        [("jpeg", 25, 16), ("jpeg", 24, 16), ("png", 10, 10), ("png", 12, 14), ("jpeg", 24, 16)]
+    );
+    assert_eq!(dataset.read(2).unwrap(), whole.read(2).unwrap(), "what is small enough stays as it is");
+    let (small, large) = (
+        decode::decode(&dataset.read(0).unwrap()).unwrap(),
+        decode::decode(&whole.read(0).unwrap()).unwrap(),
+    );
+    let mean = |image: &decode::Rgb| {
+        image.pixels.iter().map(|x| f64::from(*x)).sum::<f64>() / image.pixels.len() as f64
+    };
+    assert!((mean(&small) - mean(&large)).abs() < 2.0, "{} and {}", mean(&small), mean(&large));
+    assert_eq!(fs::read(out).unwrap(), fs::read(pack_with("four.h5", 4).0).unwrap());
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4, "nothing else is left");
 }
 
 #[test]

@@ -102,14 +102,17 @@ struct Row {
 }
 
 impl Row {
-    /// Makes batches for so long, behind a first one that is left out.
+    /// Makes batches for so long, behind the first, which are left out.
     fn measure(loader: &Loader, time: Duration, signals: &Signals) -> anyhow::Result<Self> {
         let mut batches = (0..).flat_map(|epoch| loader.batches(epoch, 0));
         let mut next = || match signals.pending() {
             Some(signal) => Err(anyhow::Error::from(TrainError::Stopped { signal })),
             None => Ok(batches.next().context("the pipeline makes no batch")??.indices.len()),
         };
-        next()?;
+        // Until every batch that is in the making has memory of its own.
+        for _ in 0..loader.prefetch() + 2 {
+            next()?;
+        }
         let (begin, before, mut images) = (Instant::now(), loader.clock().seconds(), 0);
         while begin.elapsed() < time {
             images += next()?;

@@ -11,7 +11,8 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::cli::output::{Format, print};
 use crate::data::{
-    self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Split, Summary, VerifyReport,
+    self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Smaller, Split, Summary,
+    VerifyReport,
 };
 use crate::plugin::PluginSources;
 
@@ -49,6 +50,12 @@ pub(super) struct PackArgs {
     /// Names of classes 0, 1, …, separated by commas, where the source has none
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     class_names: Option<Vec<String>>,
+    /// Make images smaller whose shorter side is longer than N pixels, and store those as JPEG: faster to read and decode
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    shorter_side: Option<u32>,
+    /// Quality of these JPEGs
+    #[arg(long, value_name = "1-100", default_value_t = 90, requires = "shorter_side", value_parser = clap::value_parser!(u8).range(1..=100))]
+    quality: u8,
     /// Leave unreadable images out instead of refusing the source
     #[arg(long)]
     skip_bad: bool,
@@ -119,6 +126,7 @@ impl PackArgs {
             limit: self.limit.map(|limit| limit as usize),
             class_names: self.class_names,
             skip_bad: self.skip_bad,
+            smaller: self.shorter_side.map(|shorter_side| Smaller { shorter_side, quality: self.quality }),
             force: self.force,
             threads: self.threads,
         };
@@ -202,6 +210,9 @@ fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
     if report.ignored_files > 0 {
         let files = count(report.ignored_files as u64, "file");
         writeln!(out, "ignored {files} without the name of a .jpg, .jpeg or .png")?;
+    }
+    if report.made_smaller > 0 {
+        writeln!(out, "made {} smaller", count(report.made_smaller as u64, "image"))?;
     }
     let classes = match report.classes {
         0 => "no labels".to_owned(),
