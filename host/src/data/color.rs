@@ -185,9 +185,7 @@ pub fn adjust_hue(image: &mut Planes, turn: f64) {
         |[red, green, blue]| {
             let [mut hue, mut saturation, mut value] = [[0; BLOCK]; 3];
             to_hsv([red, green, blue], [&mut hue, &mut saturation, &mut value]);
-            for i in 0..BLOCK {
-                hue[i] = hue[i].wrapping_add(turn);
-            }
+            hue.iter_mut().for_each(|hue| *hue = hue.wrapping_add(turn));
             to_rgb([&hue, &saturation, &value], [red, green, blue]);
         },
     );
