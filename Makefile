@@ -25,7 +25,7 @@ test: setup  ## run all tests
 	cargo test --release -p jepa-host --test data -- --ignored
 	cargo test --release -p jepa-tests --test tracking -- --ignored
 
-bench: build  ## time PyTorch and jepa-host side by side, the plugin boundary and tracking
+bench: build  ## time PyTorch and jepa-host side by side, input pipelines, the plugin boundary and tracking
 	scripts/bench.sh
 	cargo build --release --workspace
 	cargo bench -p jepa-tests --bench boundary

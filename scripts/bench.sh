@@ -7,6 +7,8 @@
 #     ROUNDS=3           times that everything is run; the tables have the median
 #     STEPS=5            training steps in each round, behind 2 that are left out
 #     THREADS=N          threads that both compute with (all cores)
+#     PHOTOS=photos.h5   images for the loaders, as benches/photos.py makes them; without them, photos of Debian's wallpaper
+#                        packages are fetched where there is apt, and otherwise loaders are left out
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,13 +17,13 @@ rounds=${ROUNDS:-3}
 steps=${STEPS:-5}
 threads=${THREADS:-$(nproc)}
 jepa_host=${CARGO_TARGET_DIR:-target}/release/jepa-host
-packages=(torch==2.11.0 torchvision==0.26.0 timm==1.0.31 lightly==1.6.0)
+packages=(torch==2.11.0 torchvision==0.26.0 timm==1.0.31 lightly==1.6.0 h5py==3.16.0)
 
 die() {
     printf 'bench: %s\n' "$@" >&2
     exit 1
 }
-has_packages() { "$1" -c 'import lightly, timm, torch' 2>/dev/null; }
+has_packages() { "$1" -c 'import h5py, lightly, timm, torch' 2>/dev/null; }
 
 find_python() {
     if [[ -n ${PYTHON:-} ]]; then
@@ -46,6 +48,22 @@ built = (json.loads(line) for line in sys.stdin)
 print(next(x["executable"] for x in built if x.get("executable") and x["target"]["name"] == "encoder"))'
 }
 
+# Photos for the loaders, cut from Debian's wallpapers.
+find_photos() {
+    photos=${PHOTOS:-.deps/photos.h5}
+    [[ -n ${PHOTOS:-} || -e $photos ]] && return
+    command -v apt-get dpkg >/dev/null || return 1
+    local folder
+    folder=$(mktemp -d)
+    echo "bench: fetching wallpapers (74 MB)" >&2
+    (cd "$folder" && apt-get download mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 >&2 &&
+        for package in *.deb; do dpkg -x "$package" .; done) &&
+        "$python" benches/photos.py "$folder" "$photos"
+    local made=$?
+    rm -rf "$folder"
+    return "$made"
+}
+
 find_python
 [[ -x $jepa_host ]] || die "$jepa_host is missing: run make bench, which builds it."
 features=$(grep -o -w -m1 -E 'avx2|avx512f|avx512_bf16|amx_bf16' /proc/cpuinfo | sort -u | paste -sd ' ')
@@ -62,3 +80,9 @@ for backbone in resnet50 resnet18; do
         --rounds "$rounds" --threads "$threads"
     echo
 done
+if find_photos; then
+    "$python" benches/loader.py --jepa-host "$jepa_host" --photos "$photos" --rounds "$rounds"
+    echo
+else
+    echo "bench: no photos: loaders are left out. Name a file of them in PHOTOS (benches/photos.py makes one)." >&2
+fi
