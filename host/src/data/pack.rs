@@ -16,7 +16,7 @@ use libjpeg_turbo_rs::{PixelFormat, Subsampling};
 use super::augment::shorter_side_to;
 use super::decode::{Region, Rgb};
 use super::error::DataError;
-use super::packed::{self, text};
+use super::packed::{self, Text, text};
 use super::resample::{CropBox, Resampler};
 use super::source::Source;
 use super::{decode, parallel};
@@ -305,7 +305,16 @@ fn write(
         .with_fapl(|access| access.file_locking(false))
         .create(path)
         .map_err(DataError::hdf5(path, "create it"))?;
-    let bytes = write_tables(&file, source, total, &offsets, tables)
+    let source_name = source.path.file_name().unwrap_or_default().to_string_lossy();
+    let attributes = [
+        ("format", text(packed::FORMAT)?),
+        ("tool", text(concat!("jepa-host ", env!("CARGO_PKG_VERSION")))?),
+        ("source", text(&source_name)?),
+        ("source_kind", text(source.kind())?),
+    ];
+    let class_names = tables.class_names.map(|names| names.iter().map(|name| text(name)).collect());
+    let class_names: Option<Vec<Text>> = class_names.transpose()?;
+    let bytes = write_tables(&file, &attributes, total, &offsets, class_names.as_deref(), &tables)
         .map_err(DataError::hdf5(path, "write its tables"))?;
 
     const BLOCK: usize = 8 << 20;
@@ -338,35 +347,28 @@ fn write(
 /// Writes everything but the images, and makes the data set that they go to.
 fn write_tables(
     file: &hdf5::File,
-    source: &Source,
+    attributes: &[(&str, Text)],
     total: usize,
     offsets: &[u64],
-    Tables { labels, class_names, smaller }: Tables,
+    class_names: Option<&[Text]>,
+    Tables { labels, smaller, .. }: &Tables,
 ) -> hdf5::Result<hdf5::Dataset> {
-    let source_name = source.path.file_name().unwrap_or_default().to_string_lossy();
-    let attributes = [
-        ("format", packed::FORMAT),
-        ("tool", concat!("jepa-host ", env!("CARGO_PKG_VERSION"))),
-        ("source", &source_name),
-        ("source_kind", source.kind()),
-    ];
     for (name, value) in attributes {
-        file.new_attr::<hdf5::types::VarLenUnicode>().create(name)?.write_scalar(&text(value))?;
+        file.new_attr::<Text>().create(*name)?.write_scalar(value)?;
     }
     file.new_attr::<u32>().create("format_version")?.write_scalar(&packed::FORMAT_VERSION)?;
     if let Some(Smaller { shorter_side, quality }) = smaller {
-        file.new_attr::<u32>().create("shorter_side")?.write_scalar(&shorter_side)?;
-        file.new_attr::<u8>().create("jpeg_quality")?.write_scalar(&quality)?;
+        file.new_attr::<u32>().create("shorter_side")?.write_scalar(shorter_side)?;
+        file.new_attr::<u8>().create("jpeg_quality")?.write_scalar(quality)?;
     }
     // No times are kept, so that the same images give the same file.
     let build = || file.new_dataset_builder().obj_track_times(false);
     build().with_data(offsets).create(packed::OFFSETS)?;
     if let Some(labels) = labels {
-        build().with_data(labels).create(packed::LABELS)?;
+        build().with_data(*labels).create(packed::LABELS)?;
     }
     if let Some(names) = class_names {
-        let names: Vec<_> = names.iter().map(|name| text(name)).collect();
-        build().with_data(&names).create(packed::CLASS_NAMES)?;
+        build().with_data(names).create(packed::CLASS_NAMES)?;
     }
     build()
         .alloc_time(Some(AllocTime::Early))

@@ -7,28 +7,35 @@
 //! | `labels`      | int64 `(images,)`     | the class of each image, −1 without one; may be missing          |
 //! | `class_names` | UTF-8 `(classes,)`    | may be missing                                                   |
 //!
-//! Attributes of the root: `format` = "jepa-host packed images", `format_version`, `tool`, `source`, `source_kind`.
-//! It opens in a millisecond per million images instead of a minute, and any HDF5 reader can read it.
+//! Attributes of the root: `format` = "jepa-host packed images", `format_version`, `tool`, `source`, `source_kind`, and
+//! of images that were made smaller `shorter_side` and `jpeg_quality`. It opens in a millisecond per million images instead
+//! of a minute, and any HDF5 reader can read it.
+//!
+//! Strings have a fixed length of 256 bytes. Those of variable length, as version 1 has them, are not read: they lie in a heap
+//! in which the library looks for ever, where a bit of it has flipped.
 
 use std::path::Path;
 use std::str::FromStr;
 
-use hdf5::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
+use hdf5::types::{FixedUnicode, TypeDescriptor};
 
 use super::dataset::{Contents, Layout, NO_ADDRESS, Provenance, Slot};
 use super::error::DataError;
 
 pub(super) const FORMAT: &str = "jepa-host packed images";
 /// Readers refuse a greater one.
-pub(super) const FORMAT_VERSION: u32 = 1;
+pub(super) const FORMAT_VERSION: u32 = 2;
 pub(super) const BYTES: &str = "bytes";
 pub(super) const OFFSETS: &str = "offsets";
 pub(super) const LABELS: &str = "labels";
 pub(super) const CLASS_NAMES: &str = "class_names";
 
-/// Whether the file says that it is packed.
+/// A string as it is stored.
+pub(super) type Text = FixedUnicode<256>;
+
+/// Whether the file has what a packed one has.
 pub(super) fn is_packed(file: &hdf5::File) -> bool {
-    string_attribute(file, "format").is_some_and(|format| format == FORMAT)
+    has_attribute(file, "format") && has_attribute(file, "format_version") && file.link_exists(BYTES)
 }
 
 /// Reads the tables.
@@ -59,6 +66,7 @@ pub(super) fn read_contents(path: &Path, file: &hdf5::File) -> Result<Contents, 
 
     let labels = file.link_exists(LABELS).then(|| table(path, file, LABELS)).transpose()?;
     let class_names = file.link_exists(CLASS_NAMES).then(|| class_names(path, file)).transpose()?;
+    let class_names = class_names.flatten();
     Ok(Contents { layout: Layout::Packed, slots, labels, class_names, provenance: Some(provenance) })
 }
 
@@ -106,6 +114,10 @@ fn kind(path: &Path, dataset: &hdf5::Dataset, name: &str) -> Result<TypeDescript
 fn table<T: hdf5::H5Type>(path: &Path, file: &hdf5::File, name: &str) -> Result<Vec<T>, DataError> {
     let table = dataset(path, file, name)?;
     let kind = kind(path, &table, name)?;
+    if matches!(table.layout(), hdf5::dataset::Layout::Contiguous) && table.size() as u64 > file.size() {
+        let reason = format!("`{name}` has {} numbers, more than the file has bytes", table.size());
+        return Err(DataError::layout(path, reason));
+    }
     if !matches!(kind, TypeDescriptor::Integer(_) | TypeDescriptor::Unsigned(_)) || table.ndim() != 1 {
         let reason = format!("`{name}` is {kind} of shape {:?} and not a list of integers", table.shape());
         return Err(DataError::layout(path, reason));
@@ -113,28 +125,41 @@ fn table<T: hdf5::H5Type>(path: &Path, file: &hdf5::File, name: &str) -> Result<
     table.read_raw().map_err(DataError::hdf5(path, format!("read `{name}`")))
 }
 
-fn class_names(path: &Path, file: &hdf5::File) -> Result<Vec<String>, DataError> {
+/// `None` for names of variable length.
+fn class_names(path: &Path, file: &hdf5::File) -> Result<Option<Vec<String>>, DataError> {
     let names = dataset(path, file, CLASS_NAMES)?;
-    let read = match kind(path, &names, CLASS_NAMES)? {
-        TypeDescriptor::VarLenAscii => {
-            names.read_raw::<VarLenAscii>().map(|names| names.iter().map(|name| name.to_string()).collect())
-        }
-        _ => {
-            names.read_raw::<VarLenUnicode>().map(|names| names.iter().map(|name| name.to_string()).collect())
-        }
-    };
-    read.map_err(DataError::hdf5(path, format!("read `{CLASS_NAMES}`")))
+    if !has_fixed_length(&kind(path, &names, CLASS_NAMES)?) {
+        tracing::warn!(
+            "{}: names of classes are not read from a file that an early version packed: pack it again",
+            path.display()
+        );
+        return Ok(None);
+    }
+    let names = names.read_raw::<Text>().map_err(DataError::hdf5(path, format!("read `{CLASS_NAMES}`")))?;
+    Ok(Some(names.iter().map(|name| name.to_string()).collect()))
+}
+
+fn has_fixed_length(kind: &TypeDescriptor) -> bool {
+    matches!(kind, TypeDescriptor::FixedUnicode(_) | TypeDescriptor::FixedAscii(_))
+}
+
+fn has_attribute(file: &hdf5::File, name: &str) -> bool {
+    file.attr_names().is_ok_and(|names| names.iter().any(|known| known == name))
 }
 
 fn string_attribute(file: &hdf5::File, name: &str) -> Option<String> {
-    // h5py writes variable-length UTF-8, and so does `text`.
-    file.attr_names().ok()?.iter().any(|known| known == name).then_some(())?;
-    let value = file.attr(name).ok()?.read_scalar::<VarLenUnicode>().ok()?;
+    let attribute = has_attribute(file, name).then(|| file.attr(name).ok()).flatten()?;
+    let kind = attribute.dtype().and_then(|kind| kind.to_descriptor()).ok()?;
+    let value = has_fixed_length(&kind).then(|| attribute.read_scalar::<Text>().ok()).flatten()?;
     Some(value.to_string())
 }
 
-/// Text as HDF5 stores it, which ends at the first NUL.
-pub(super) fn text(value: &str) -> VarLenUnicode {
+/// Text as it is stored, where it ends at the first NUL.
+///
+/// # Errors
+/// When it is longer than that.
+pub(super) fn text(value: &str) -> Result<Text, DataError> {
     let until_nul = value.split('\0').next().unwrap_or_default();
-    VarLenUnicode::from_str(until_nul).unwrap_or_default()
+    Text::from_str(until_nul)
+        .map_err(|_| DataError::Options(format!("`{value}` is longer than 256 bytes, and cannot be stored as a name")))
 }

@@ -116,8 +116,8 @@ with h5py.File(sys.argv[1]) as file:
     assert file['bytes'][o[3]:o[4]].tobytes() == open(sys.argv[2], 'rb').read()
     assert file['labels'][()].tolist() == [0, 0, 0, 1, 1]
     assert file['class_names'].asstr()[()].tolist() == ['cats', 'dogs']
-    assert file.attrs['format'] == 'jepa-host packed images' and file.attrs['format_version'] == 1
-    assert file.attrs['source'] == 'photos'
+    assert file.attrs['format'].decode() == 'jepa-host packed images' and file.attrs['format_version'] == 2
+    assert file.attrs['source'].decode() == 'photos'
 ";
     python(script, &[&out, &root.join("dogs/a.png")]);
 }
@@ -286,6 +286,17 @@ fn images_are_made_smaller_on_demand_by_any_number_of_threads() {
     assert!((mean(&small) - mean(&large)).abs() < 2.0, "{} and {}", mean(&small), mean(&large));
     assert_eq!(fs::read(out).unwrap(), fs::read(pack_with("four.h5", 4).0).unwrap());
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4, "nothing else is left");
+}
+
+#[test]
+fn a_name_that_does_not_fit_is_refused_and_nothing_is_left() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let class_names = Some(vec!["é".repeat(129), "dogs".to_owned()]);
+    let out = directory.path().join("photos.h5");
+    let error = pack(&root, &out, &PackOptions { class_names, ..PackOptions::default() }).unwrap_err();
+    assert!(error.to_string().contains("longer than 256 bytes"), "{error}");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "the photos");
 }
 
 #[test]
