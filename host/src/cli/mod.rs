@@ -92,7 +92,7 @@ enum Command {
     /// List plugins, and what they offer
     #[command(subcommand)]
     Plugin(plugin::PluginCommand),
-    /// Pack, inspect and verify image data sets
+    /// Pack, inspect, verify and time image data sets
     #[command(subcommand)]
     Data(data::DataCommand),
     /// Judge a trained model

@@ -214,9 +214,8 @@ impl Augmenter {
                 resampler.resize(image, crop, (self.size, self.size), interpolation, pixels);
             }
             Crop::Center { shorter, interpolation } => {
-                let (width, height) = shorter_side_to(shorter, crop.width, crop.height);
-                resampler.resize(image, crop, (width, height), interpolation, pixels);
-                cut_center(pixels, self.size);
+                let size = shorter_side_to(shorter, crop.width, crop.height);
+                resampler.resize_center(image.pixels, size, self.size, interpolation, pixels);
             }
         }
         planes.set(pixels);
@@ -329,20 +328,6 @@ pub fn random_crop(width: u32, height: u32, scale: (f64, f64), ratio: (f64, f64)
 pub(super) fn shorter_side_to(shorter: u32, width: u32, height: u32) -> (u32, u32) {
     let longer = |long: u32, short: u32| (u64::from(shorter) * u64::from(long) / u64::from(short)) as u32;
     if width <= height { (shorter, longer(height, width)) } else { (longer(width, height), shorter) }
-}
-
-/// Keeps the centred square of an image, in place. torchvision rounds its corner half to even.
-fn cut_center(image: &mut Rgb, size: u32) {
-    let corner = |side: u32| (f64::from(side - size) / 2.0).round_ties_even() as usize;
-    let (top, left) = (corner(image.height), corner(image.width));
-    let (from_stride, to_stride) = (image.width as usize * 3, size as usize * 3);
-    for row in 0..size as usize {
-        let from = (top + row) * from_stride + left * 3;
-        image.pixels.copy_within(from..from + to_stride, row * to_stride);
-    }
-    image.pixels.truncate(size as usize * to_stride);
-    image.width = size;
-    image.height = size;
 }
 
 #[cfg(test)]

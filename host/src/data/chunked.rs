@@ -12,6 +12,8 @@ use flate2::read::ZlibDecoder;
 use hdf5::dataset::ChunkInfo;
 use hdf5::filters::Filter;
 
+use super::dataset::MAX_ENCODED;
+
 /// Where the pieces of one image lie, and what has been done to them.
 pub(super) struct Chunks {
     len: usize,
@@ -38,6 +40,11 @@ impl Chunks {
 
     /// Reads, inflates and joins the chunks. One that was never written is zeros, as HDF5 has it.
     pub fn read(&self, file: &File) -> io::Result<Vec<u8>> {
+        // A damaged file may claim any length; that of the image was checked when the file was opened.
+        let stored_len = |chunk: &ChunkInfo| chunk.size.max(self.chunk_len as u64);
+        if self.chunks.iter().any(|chunk| stored_len(chunk) > MAX_ENCODED) {
+            return Err(io::Error::other("a chunk is longer than any image"));
+        }
         let mut bytes = vec![0; self.len];
         let mut stored = Vec::new();
         for chunk in &self.chunks {

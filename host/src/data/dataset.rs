@@ -17,6 +17,9 @@ use super::chunked::Chunks;
 use super::error::DataError;
 use super::{decode, index_file, packed, reference};
 
+/// No encoded image is longer, in bytes: all pixels of the largest, of 16-bit colours with alpha, fit.
+pub(super) const MAX_ENCODED: u64 = 1 << 30;
+
 /// How a file is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -38,6 +41,13 @@ pub struct Provenance {
     pub source: String,
     /// `image folder`, `idx`, or `hdf5`.
     pub source_kind: String,
+    /// SHA-256, in hex, of the images' own SHA-256 as they were in the source, in the order of this file.
+    pub source_sha256: String,
+    /// Images whose shorter side was longer were made smaller to this, in pixels, and are JPEGs of [this
+    /// quality](Self::jpeg_quality).
+    pub shorter_side: Option<u32>,
+    /// 1 to 100.
+    pub jpeg_quality: Option<u32>,
 }
 
 /// Where the encoded bytes of one image lie.
@@ -117,7 +127,7 @@ impl Dataset {
         if let (Some(labels), Some(names)) = (&labels, &class_names) {
             check_labels(path, labels, names.len(), "its class_names")?;
         }
-        check_addresses(path, &slots, metadata.len())?;
+        check_slots(path, &slots, metadata.len())?;
 
         let unaddressed = slots.iter().filter(|slot| slot.offset == NO_ADDRESS).count();
         if unaddressed > 0 {
@@ -338,9 +348,13 @@ fn check_labels(path: &Path, labels: &[i64], classes: usize, of: &'static str) -
     }
 }
 
-fn check_addresses(path: &Path, slots: &[Slot], file_len: u64) -> Result<(), DataError> {
-    for (index, slot) in slots.iter().enumerate().filter(|(_, slot)| slot.offset != NO_ADDRESS) {
-        if slot.offset.checked_add(slot.len).is_none_or(|end| end > file_len) {
+fn check_slots(path: &Path, slots: &[Slot], file_len: u64) -> Result<(), DataError> {
+    for (index, slot) in slots.iter().enumerate() {
+        if slot.len > MAX_ENCODED {
+            let reason = format!("image {index} has {} bytes, more than any image that is read", slot.len);
+            return Err(DataError::layout(path, reason));
+        }
+        if slot.offset != NO_ADDRESS && slot.offset.checked_add(slot.len).is_none_or(|end| end > file_len) {
             let reason = format!(
                 "image {index} lies at {} with {} bytes, and the file ends at {file_len}",
                 slot.offset, slot.len

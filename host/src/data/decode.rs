@@ -12,13 +12,17 @@ use std::io::Cursor;
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::PngDecoder;
 use image::{ColorType, ImageDecoder, ImageError, ImageFormat, Limits};
-use libjpeg_turbo_rs::{Decoder, PixelFormat, ScalingFactor};
+use libjpeg_turbo_rs::{DecodeLimits, Decoder, PixelFormat, ScalingFactor};
 
 use super::resample::CropBox;
 
 /// More pixels than this in one image are refused: decoded, they would take 300 MB in every loader thread, and while they
-/// are, 600 MB (a PNG of 16-bit colours 800 MB). Pillow warns of a decompression bomb from 89 million on.
+/// are, 600 MB of a JPEG, 800 MB of a PNG of 16-bit colours and 1.2 GB of a progressive JPEG. Pillow warns of a
+/// decompression bomb from 89 million on.
 pub const MAX_PIXELS: u64 = 100_000_000;
+
+/// A JPEG of more passes is refused: each costs as much time as an image. Encoders write 10.
+const MAX_SCANS: usize = 100;
 
 /// A decoded image: rows from the top, pixels from the left, red, green, blue.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,17 +78,9 @@ impl<'a> Region<'a> {
         if self.shrink == 1 {
             return Place::Pixels(CropBox { top: crop.top - top, left: crop.left - left, ..crop });
         }
-        let shrink = f64::from(self.shrink);
-        let place = |at: u32, origin: u32| f64::from(at) / shrink - f64::from(origin);
-        // The last pixel of an image that does not divide stands for fewer.
-        let length = |at: f64, length: u32, side: u32| (f64::from(length) / shrink).min(f64::from(side) - at);
-        let (x, y) = (place(crop.left, left), place(crop.top, top));
-        Place::Fractions(
-            x,
-            y,
-            length(x, crop.width, self.pixels.width),
-            length(y, crop.height, self.pixels.height),
-        )
+        let shrunk = |length: u32| f64::from(length) / f64::from(self.shrink);
+        let (x, y) = (shrunk(crop.left) - f64::from(left), shrunk(crop.top) - f64::from(top));
+        Place::Fractions(x, y, shrunk(crop.width), shrunk(crop.height))
     }
 }
 
@@ -193,7 +189,8 @@ impl<'a> Encoded<'a> {
 }
 
 fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
-    let decoder = Decoder::new(bytes).map_err(|error| error.to_string())?;
+    let limits = DecodeLimits { max_scans: MAX_SCANS, ..DecodeLimits::default() };
+    let decoder = Decoder::new_with_limits(bytes, limits).map_err(|error| error.to_string())?;
     let header = decoder.header();
     if header.precision != 8 {
         return Err(format!("its samples have {} bits, and only 8 are read", header.precision));
@@ -207,7 +204,8 @@ fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
     Ok((Codec::Jpeg(Box::new(decoder)), size))
 }
 
-/// Entropy coding has to be undone for all of it. What comes behind that is left out for columns and rows beside the part.
+/// Entropy coding has to be undone for all of it, and of a progressive one what comes behind that too. Otherwise columns and
+/// rows beside the part are left out.
 fn decode_jpeg<'a>(
     mut decoder: Decoder,
     part: CropBox,
@@ -227,27 +225,19 @@ fn decode_jpeg<'a>(
     };
     let (left, right) = range(part.left, part.width, width);
     let (top, bottom) = range(part.top, part.height, height);
-    let is_whole = (right - left, bottom - top) == (width, height) || decoder.header().is_lossless;
-    if is_whole {
+    if (right - left, bottom - top) == (width, height) || decoder.header().is_lossless {
         // The memory is only cleared where it grows.
         image.pixels.resize(decoder.output_buffer_size().map_err(words)?, 0);
         let decoded = decoder.decode_image_into(&mut image.pixels).map_err(words)?;
         image.pixels.truncate(decoded.bytes_written);
         (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
-    } else {
-        decoder.set_crop_region(
-            left as usize,
-            top as usize,
-            (right - left) as usize,
-            (bottom - top) as usize,
-        );
-        let decoded = decoder.decode_image().map_err(words)?;
-        image.pixels = decoded.data;
-        (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
-    }
-    if is_whole {
         return Ok(Region { pixels: image, origin: (0, 0), shrink });
     }
+    let (columns, rows) = ((right - left) as usize, (bottom - top) as usize);
+    decoder.set_crop_region(left as usize, top as usize, columns, rows);
+    let decoded = decoder.decode_image().map_err(words)?;
+    image.pixels = decoded.data;
+    (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
     // It begins where a block of columns does.
     match (right.checked_sub(image.width), bottom.checked_sub(image.height)) {
         (Some(left), Some(top)) => Ok(Region { pixels: image, origin: (left, top), shrink }),

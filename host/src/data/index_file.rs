@@ -22,7 +22,8 @@ const MAGIC: [u8; 8] = *b"JEPAIDX2";
 fn places(path: &Path) -> impl Iterator<Item = PathBuf> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".index");
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    // One that is empty or relative does not count.
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|cache| cache.is_absolute());
     let cache = cache.or_else(|| std::env::home_dir().map(|home| home.join(".cache")));
     let of_user = cache.zip(path.canonicalize().ok()).map(|(cache, path)| {
         let name = hex(&Sha256::digest(path.as_os_str().as_encoded_bytes()));
@@ -57,8 +58,10 @@ fn header(path: &Path, metadata: &Metadata) -> io::Result<Vec<u8>> {
 
 /// The contents as they were when the index was written, if the file is still that one.
 pub(super) fn load(path: &Path, metadata: &Metadata) -> Option<Contents> {
+    let mut found = places(path).filter_map(|place| fs::read(place).ok()).peekable();
+    found.peek()?;
     let header = header(path, metadata).ok()?;
-    places(path).find_map(|place| read(&fs::read(place).ok()?, &header))
+    found.find_map(|index| read(&index, &header))
 }
 
 fn read(index: &[u8], header: &[u8]) -> Option<Contents> {

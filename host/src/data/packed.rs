@@ -7,9 +7,9 @@
 //! | `labels`      | int64 `(images,)`     | the class of each image, −1 without one; may be missing          |
 //! | `class_names` | UTF-8 `(classes,)`    | may be missing                                                   |
 //!
-//! Attributes of the root: `format` = "jepa-host packed images", `format_version`, `tool`, `source`, `source_kind`, and
-//! of images that were made smaller `shorter_side` and `jpeg_quality`. It opens in a millisecond per million images instead
-//! of a minute, and any HDF5 reader can read it.
+//! Attributes of the root: `format` = "jepa-host packed images", `format_version`, and those of a
+//! [`Provenance`](super::Provenance). It opens in a millisecond per million images instead of a minute, and any HDF5 reader can
+//! read it.
 //!
 //! Strings have a fixed length of 256 bytes. Those of variable length, as version 1 has them, are not read: they lie in a heap
 //! in which the library looks for ever, where a bit of it has flipped.
@@ -95,6 +95,9 @@ fn provenance(path: &Path, file: &hdf5::File) -> Result<Provenance, DataError> {
         tool: text("tool"),
         source: text("source"),
         source_kind: text("source_kind"),
+        source_sha256: text("source_sha256"),
+        shorter_side: number(file, "shorter_side"),
+        jpeg_quality: number(file, "jpeg_quality"),
     })
 }
 
@@ -154,12 +157,18 @@ fn string_attribute(file: &hdf5::File, name: &str) -> Option<String> {
     Some(value.to_string())
 }
 
+fn number(file: &hdf5::File, name: &str) -> Option<u32> {
+    let attribute = has_attribute(file, name).then(|| file.attr(name).ok()).flatten()?;
+    attribute.read_scalar().ok()
+}
+
 /// Text as it is stored, where it ends at the first NUL.
 ///
 /// # Errors
 /// When it is longer than that.
 pub(super) fn text(value: &str) -> Result<Text, DataError> {
     let until_nul = value.split('\0').next().unwrap_or_default();
-    Text::from_str(until_nul)
-        .map_err(|_| DataError::Options(format!("`{value}` is longer than 256 bytes, and cannot be stored as a name")))
+    Text::from_str(until_nul).map_err(|_| {
+        DataError::Options(format!("`{value}` is longer than 256 bytes, and cannot be stored as a name"))
+    })
 }

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::dataset::Dataset;
@@ -156,6 +157,16 @@ impl Source {
             }
             Kind::Hdf5(_) | Kind::Idx(_) => format!("image {index}"),
         }
+    }
+
+    /// Changes when the image does, as far as the file system tells: length and time of the file that has it.
+    pub fn stamp(&self, index: usize) -> Result<String, DataError> {
+        let path = match &self.kind {
+            Kind::Folder(files) => &files[index],
+            Kind::Hdf5(_) | Kind::Idx(_) => &self.path,
+        };
+        let metadata = fs::metadata(path).map_err(DataError::io("open", path))?;
+        Ok(format!("{path:?} {} {}.{}", metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
     }
 
     /// The encoded bytes of an image; the same at every call.

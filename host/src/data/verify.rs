@@ -1,5 +1,6 @@
 //! Decodes every image of a data set and lists those that do not.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 
 use super::dataset::Dataset;
@@ -20,11 +21,11 @@ pub struct VerifyReport {
 /// Decodes all images with `threads` threads (0: one per core); `progress` is told how many are done, of how many.
 pub fn verify(dataset: &Dataset, threads: usize, progress: &(dyn Fn(usize, usize) + Sync)) -> VerifyReport {
     let images = dataset.len();
-    let results =
-        parallel::map(images, threads, &|done| progress(done, images), |index| -> Result<(), String> {
-            let encoded = dataset.read(index).map_err(|error| error.to_string())?;
-            decode::decode(&encoded).map(drop)
-        });
+    let check = |index: usize| {
+        let encoded = dataset.read(index).map_err(|error| error.to_string());
+        Ok::<_, Infallible>(encoded.and_then(|encoded| decode::decode(&encoded)).map(drop))
+    };
+    let Ok(results) = parallel::try_map(images, threads, &|done| progress(done, images), check);
     let bad = results
         .into_iter()
         .enumerate()

@@ -90,11 +90,18 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
         }),
         Err(error) => {
             run.trackers.finish();
-            let hopeless = error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause));
-            if !hopeless && let Err(unsaved) = run.undo_step().and_then(|()| run.save()) {
-                tracing::error!("no checkpoint of step {}: {unsaved:#}", run.state.step);
+            if error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause)) {
+                return Err(error);
             }
-            Err(error)
+            match run.undo_step().and_then(|()| run.save()) {
+                Ok(()) => Err(error),
+                // Figures that were still unread say so, and it matters more than why the run was ending.
+                Err(diverged) if diverged.chain().any(has_diverged) => Err(diverged),
+                Err(unsaved) => {
+                    tracing::error!("no checkpoint of step {}: {unsaved:#}", run.state.step);
+                    Err(error)
+                }
+            }
         }
     }
 }
@@ -181,6 +188,7 @@ struct Run<'t> {
     progress: Progress,
     unread: Unread,
     meters: Meters,
+    /// Mean since the last log line, as far as it has been read.
     last_loss: f64,
     saved: Option<PathBuf>,
     save_failed: Option<anyhow::Error>,
@@ -257,6 +265,7 @@ impl<'t> Run<'t> {
             self.step(&mut batches)?;
             let due = self.config.checkpoint.every_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
             if due && !self.epoch_is_over() && self.state.step < self.last_step() {
+                // Here, for a run that has diverged ends, and one that only cannot be saved goes on.
                 self.read_figures()?;
                 self.save_or_warn();
             }
@@ -306,15 +315,15 @@ impl<'t> Run<'t> {
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
             self.ledger.lap(Part::Forward);
             (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
-            measured.push(step, "train/loss".to_owned(), &output.loss);
+            measured.push(step, "train/loss".to_owned(), &output.loss)?;
             for (name, value) in output.metrics {
-                measured.push(step, format!("train/{}/{name}", self.state.method), &value);
+                measured.push(step, format!("train/{}/{name}", self.state.method), &value)?;
             }
             self.ledger.lap(Part::Backward);
         }
 
         let gradients = self.optimizer.gradients()?;
-        measured.push(step, "train/grad_norm".to_owned(), gradients.norm());
+        measured.push(step, "train/grad_norm".to_owned(), gradients.norm())?;
         if !std::mem::replace(&mut self.gradients_checked, true) {
             let idle: Vec<&str> = self.optimizer.without_gradient(&gradients).collect();
             if !idle.is_empty() {

@@ -25,10 +25,16 @@ pub struct Unread {
 }
 
 impl Unread {
-    /// Keeps `value`, a tensor of one number, without waiting for it.
-    pub fn push(&mut self, step: u64, name: String, value: &Tensor) {
+    /// Keeps `value`, a tensor of one number, as it is now, without waiting for it.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports, for a tensor of more than one number too.
+    pub fn push(&mut self, step: u64, name: String, value: &Tensor) -> Result<(), TchError> {
+        // A copy: a method may go on with its tensor, or hand out one number of a large one.
+        let value = value.detach().f_reshape([0i64; 0])?.f_to_dtype(Kind::Double, true, true)?;
         self.names.push((step, name));
-        self.values.push(value.detach());
+        self.values.push(value);
+        Ok(())
     }
 
     /// Puts `later` behind these.
@@ -45,19 +51,19 @@ impl Unread {
     /// Waits for all of them and takes them out.
     ///
     /// # Errors
-    /// Whatever libtorch reports, for a tensor of more than one number too.
+    /// Whatever libtorch reports; nothing is taken out then.
     pub fn read(&mut self) -> Result<Vec<Figure>, TchError> {
-        let (names, values) = (std::mem::take(&mut self.names), std::mem::take(&mut self.values));
-        if values.is_empty() {
+        if self.values.is_empty() {
             return Ok(Vec::new());
         }
-        let device = values.iter().map(Tensor::device).find(|device| *device != Device::Cpu);
+        let device = self.values.iter().map(Tensor::device).find(|device| *device != Device::Cpu);
         let device = device.unwrap_or(Device::Cpu);
-        let one = |value: &Tensor| value.f_to_kind(Kind::Double)?.f_to_device(device)?.f_reshape([0i64; 0]);
-        let values = values.iter().map(one).collect::<Result<Vec<_>, _>>()?;
-        let values = Vec::<f64>::try_from(Tensor::f_stack(&values, 0)?.f_to_device(Device::Cpu)?)?;
+        let values = self.values.iter().map(|value| value.f_to_device(device));
+        let values = Tensor::f_stack(&values.collect::<Result<Vec<_>, _>>()?, 0)?;
+        let values = Vec::<f64>::try_from(values.f_to_device(Device::Cpu)?)?;
+        self.values.clear();
         let figure = |((step, name), value)| Figure { step, name, value };
-        Ok(names.into_iter().zip(values).map(figure).collect())
+        Ok(self.names.drain(..).zip(values).map(figure).collect())
     }
 }
 
@@ -69,10 +75,10 @@ mod tests {
     fn numbers_of_several_steps_come_in_their_order_and_in_full() {
         let mut unread = Unread::default();
         assert_eq!(unread.read().unwrap(), []);
-        unread.push(3, "train/loss".to_owned(), &Tensor::from(1.0f32 / 3.0));
-        unread.push(3, "train/top1".to_owned(), &Tensor::from(7i64).view([1]));
+        unread.push(3, "train/loss".to_owned(), &Tensor::from(1.0f32 / 3.0)).unwrap();
+        unread.push(3, "train/top1".to_owned(), &Tensor::from(7i64).view([1])).unwrap();
         let mut later = Unread::default();
-        later.push(4, "train/loss".to_owned(), &Tensor::from(f64::INFINITY));
+        later.push(4, "train/loss".to_owned(), &Tensor::from(f64::INFINITY)).unwrap();
         unread.append(later);
         assert_eq!(unread.len(), 3);
         let figure = |step, name: &str, value| Figure { step, name: name.to_owned(), value };
@@ -88,7 +94,18 @@ mod tests {
     #[test]
     fn a_metric_of_several_numbers_is_an_error() {
         let mut unread = Unread::default();
-        unread.push(0, "train/loss".to_owned(), &Tensor::from_slice(&[1.0f32, 2.0]));
-        assert!(unread.read().is_err());
+        assert!(unread.push(0, "train/loss".to_owned(), &Tensor::from_slice(&[1.0f32, 2.0])).is_err());
+        assert_eq!(unread.read().unwrap(), []);
+    }
+
+    #[test]
+    fn what_becomes_of_the_tensor_later_does_not_matter() {
+        let mut unread = Unread::default();
+        for kind in [Kind::Double, Kind::Float] {
+            let mut value = Tensor::from_slice(&[1.0, 2.0]).to_kind(kind);
+            unread.push(0, "of a view".to_owned(), &value.get(1)).unwrap();
+            let _ = value.fill_(9.0);
+        }
+        assert_eq!(unread.read().unwrap().iter().map(|figure| figure.value).collect::<Vec<_>>(), [2.0, 2.0]);
     }
 }

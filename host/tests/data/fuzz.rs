@@ -1,55 +1,99 @@
 //! Bytes that nobody meant: whatever they are, an error comes of it, or an image, and in bounded time and memory.
 //!
-//! Each test changes good files at random for `FUZZ_SECONDS` (default 2) seconds. A case is made from its number, and the number
-//! is printed where one fails: `FUZZ_CASE` runs that one alone.
+//! Each test changes good files at random, a few thousand times, or for `FUZZ_SECONDS`. A case is made from its number, and the
+//! number is printed where one fails: `FUZZ_CASE` runs that one alone.
 
 use std::fs;
 use std::path::Path;
+use std::process;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use jepa_host::data::augment::random_crop;
+use jepa_host::data::augment::{Augmenter, Scratch, random_crop};
 use jepa_host::data::decode::{Encoded, Rgb};
 use jepa_host::data::{self, Dataset, PackOptions, inspect};
-use jepa_plugin_api::Rng;
+use jepa_plugin_api::{Interpolation, Rng, ViewSpec};
 use libjpeg_turbo_rs::{PixelFormat, Subsampling, compress, compress_progressive};
 
 use crate::fixtures::{Tensors, path, picture, png, small_set};
 
-/// One image of the size that is refused just not, at the most bytes that a pixel has, and what a decoder needs beside it.
+/// One image of the size that is refused just not, at the most bytes that a pixel has while it is decoded, and what else the
+/// tests of this process have.
 const MOST_MEMORY: u64 = 2 << 30;
 
 fn from_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect(name))
 }
 
-/// Calls `of` with the generators of cases, until the time is over.
-fn fuzz(what: &str, mut of: impl FnMut(&mut Rng)) {
-    const LONGEST: Duration = Duration::from_secs(10);
-    let time = Duration::from_secs(from_environment("FUZZ_SECONDS").unwrap_or(2));
-    let (begin, only) = (Instant::now(), from_environment("FUZZ_CASE"));
-    let (mut case, mut longest) = (only.unwrap_or(0), Duration::ZERO);
+/// Calls `of` with the generators of cases: so many, or as many as there is time for. It says whether what it got was good
+/// enough to be read; some of it has to be.
+fn fuzz(what: &'static str, cases: u64, mut of: impl FnMut(&mut Rng) -> bool) {
+    let time = from_environment("FUZZ_SECONDS").map(Duration::from_secs);
+    let only = from_environment("FUZZ_CASE");
+    let watchdog = Watchdog::start(what);
+    let (begin, first) = (Instant::now(), only.unwrap_or(0));
+    let (mut case, mut longest, mut read) = (first, Duration::ZERO, 0);
     loop {
-        // What crashes takes the process with it: its number is the last.
-        if from_environment("FUZZ_SECONDS").is_some() {
-            fs::write(std::env::temp_dir().join(format!("fuzz-{what}.case")), case.to_string()).unwrap();
-        }
+        watchdog.case.store(case, Ordering::Relaxed);
         let started = Instant::now();
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            of(&mut Rng::keyed(case, 0, 0, 0));
-        }));
-        assert!(ended.is_ok(), "{what}: case {case} panics");
+        let ended =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| of(&mut Rng::keyed(case, 0, 0, 0))));
+        let Ok(was_read) = ended else { panic!("{what}: case {case} panics") };
         longest = longest.max(started.elapsed());
-        assert!(longest < LONGEST, "{what}: case {case} takes {longest:?}");
+        read += u64::from(was_read);
         case += 1;
-        if only.is_some() || begin.elapsed() > time {
+        let enough = time.map_or(case >= cases, |time| begin.elapsed() > time);
+        if only.is_some() || enough {
             break;
         }
     }
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     let peak = peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10;
-    println!("{what}: {case} cases, the longest {longest:?}, peak memory {} MB", peak >> 20);
+    println!("{what}: {case} cases, {read} read, the longest {longest:?}, peak memory {} MB", peak >> 20);
     assert!(peak < MOST_MEMORY, "{what}: {peak} bytes of memory");
+    assert!(
+        only.is_some() || (case / 20..case - case / 20).contains(&read),
+        "{what}: {read} of {case} were read"
+    );
+}
+
+/// Ends the process where a case does not end: code in C cannot be stopped in another way.
+struct Watchdog {
+    case: Arc<AtomicU64>,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Watchdog {
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    fn start(what: &'static str) -> Watchdog {
+        let (case, is_over) = (Arc::new(AtomicU64::new(u64::MAX)), Arc::new(AtomicBool::new(false)));
+        let watchdog = Watchdog { case: case.clone(), is_over: is_over.clone() };
+        thread::spawn(move || {
+            let (mut seen, mut since) = (u64::MAX, Instant::now());
+            while !is_over.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(100));
+                let now = case.load(Ordering::Relaxed);
+                if now != seen {
+                    (seen, since) = (now, Instant::now());
+                }
+                if since.elapsed() > Watchdog::LONGEST {
+                    eprintln!("{what}: case {now} does not end");
+                    process::abort();
+                }
+            }
+        });
+        watchdog
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A good file with some changes: bits, bytes, ends, and pieces of it or of another in other places.
@@ -80,6 +124,19 @@ fn changed(good: &[Vec<u8>], rng: &mut Rng) -> Vec<u8> {
     bytes
 }
 
+/// Most changes of a PNG are found by its checksums, and what is behind them would see none.
+fn repair_checksums(png: &mut [u8]) {
+    let mut at = 8;
+    while let Some(len) = png.get(at..at + 4) {
+        let len = u32::from_be_bytes(std::array::from_fn(|i| len[i])) as usize;
+        let Some(end) = (at + 8).checked_add(len).filter(|end| end + 4 <= png.len()) else { return };
+        let mut crc = flate2::Crc::new();
+        crc.update(&png[at + 4..end]);
+        png[end..end + 4].copy_from_slice(&crc.sum().to_be_bytes());
+        at = end + 4;
+    }
+}
+
 #[test]
 fn decoders_take_any_bytes() {
     let image = picture(67, 45, 1);
@@ -95,30 +152,41 @@ fn decoders_take_any_bytes() {
     for name in tensors.names("input.", ".encoded") {
         good.push(tensors.bytes(&format!("input.{name}.encoded")).1.to_vec());
     }
-    let mut out = Rgb::default();
-    fuzz("decoders", |rng| {
-        let bytes = changed(&good, rng);
-        let Ok(encoded) = Encoded::open(&bytes) else { return };
+    let crop = ViewSpec::new("crop").random_resized_crop((0.05, 1.0), Interpolation::Bicubic);
+    let center = ViewSpec::new("center").resize_center_crop(0.875, Interpolation::Bicubic);
+    let views = [crop, center].map(|view| Augmenter::new(&view, 16).unwrap());
+    let (mut image, mut scratch, mut out) = (Rgb::default(), Scratch::default(), vec![0.0; 3 * 16 * 16]);
+    fuzz("decoders", 4000, |rng| {
+        let mut bytes = changed(&good, rng);
+        if bytes.starts_with(b"\x89PNG") {
+            repair_checksums(&mut bytes);
+        }
+        let Ok(encoded) = Encoded::open(&bytes) else { return false };
         let (width, height) = (encoded.width, encoded.height);
         let crop = random_crop(width, height, (0.05, 1.0), (0.5, 2.0), rng);
-        if let Ok(region) = encoded.decode(crop, 1 << rng.below(3), &mut out) {
-            let (region, (left, top)) = (region.pixels, region.origin);
-            assert_eq!(region.pixels.len(), region.width as usize * region.height as usize * 3);
-            assert!(
-                left + region.width <= width && top + region.height <= height,
-                "{width} × {height}, {crop:?}"
-            );
+        let Ok(region) = encoded.decode(crop, 1 << rng.below(3), &mut image) else { return false };
+        let (pixels, (left, top)) = (region.pixels, region.origin);
+        assert_eq!(pixels.pixels.len(), pixels.width as usize * pixels.height as usize * 3);
+        assert!(
+            left + pixels.width <= width && top + pixels.height <= height,
+            "{width} × {height}, {crop:?}"
+        );
+        views[0].make(&region, crop, rng, &mut scratch, &mut out);
+        if region.origin == (0, 0) && region.shrink == 1 {
+            views[1].apply(pixels, rng, &mut scratch, &mut out);
         }
+        true
     });
 }
 
-/// Reads all that a data set has.
-fn read_all(file: &Path) {
-    let Ok(dataset) = Dataset::open(file) else { return };
+/// Reads all that a data set has, if it is one.
+fn read_all(file: &Path) -> bool {
+    let Ok(dataset) = Dataset::open(file) else { return false };
     for index in 0..dataset.len().min(50) {
         let _ = dataset.read(index);
     }
     let _ = (dataset.fingerprint(), inspect(&dataset));
+    true
 }
 
 #[test]
@@ -132,9 +200,9 @@ fn hdf5_readers_take_any_bytes() {
         .map(|path| fs::read(path).unwrap())
         .collect();
     let file = directory.path().join("changed.h5");
-    fuzz("hdf5", |rng| {
+    fuzz("hdf5", 1000, |rng| {
         fs::write(&file, changed(&good, rng)).unwrap();
-        read_all(&file);
+        read_all(&file)
     });
 }
 

@@ -7,9 +7,12 @@ use std::process::Command;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use jepa_host::data::decode::Region;
+use jepa_host::data::resample::{CropBox, Resampler};
 use jepa_host::data::{
     self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackReport, Smaller, Split, decode,
 };
+use jepa_plugin_api::Interpolation;
 
 use crate::fixtures::{jpeg, path, picture, png, small_set};
 
@@ -280,12 +283,64 @@ fn images_are_made_smaller_on_demand_by_any_number_of_threads() {
         decode::decode(&dataset.read(0).unwrap()).unwrap(),
         decode::decode(&whole.read(0).unwrap()).unwrap(),
     );
-    let mean = |image: &decode::Rgb| {
-        image.pixels.iter().map(|x| f64::from(*x)).sum::<f64>() / image.pixels.len() as f64
-    };
-    assert!((mean(&small) - mean(&large)).abs() < 2.0, "{} and {}", mean(&small), mean(&large));
+    let (mut resized, all) = (decode::Rgb::default(), CropBox { top: 0, left: 0, height: 20, width: 32 });
+    Resampler::default().resize(&Region::whole(&large), all, (25, 16), Interpolation::Bicubic, &mut resized);
+    let differences = small.pixels.iter().zip(&resized.pixels).map(|(a, b)| f64::from(a.abs_diff(*b)));
+    let mean = differences.sum::<f64>() / small.pixels.len() as f64;
+    assert!(mean < 5.0, "{mean} levels in the mean beside the pixels that were encoded");
+    let provenance = dataset.provenance().unwrap();
+    assert_eq!((provenance.shorter_side, provenance.jpeg_quality), (Some(16), Some(90)));
+    assert_eq!(provenance.source_sha256, whole.provenance().unwrap().source_sha256);
     assert_eq!(fs::read(out).unwrap(), fs::read(pack_with("four.h5", 4).0).unwrap());
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4, "nothing else is left");
+}
+
+#[test]
+fn a_pack_goes_on_where_another_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let pack_to = |out: &str, smaller: Option<Smaller>, skip_bad: bool| {
+        let out = directory.path().join(out);
+        pack(&root, &out, &PackOptions { smaller, skip_bad, ..PackOptions::default() })
+            .map(|_| fs::read(&out).unwrap())
+    };
+    let small = Some(Smaller { shorter_side: 16, quality: 90 });
+    let (undisturbed, undisturbed_small) =
+        (pack_to("a.h5", None, false).unwrap(), pack_to("b.h5", small, false).unwrap());
+
+    let broken = root.join("dogs/broken.jpg");
+    fs::write(&broken, "nothing").unwrap();
+    for (out, smaller) in [("c.h5", None), ("d.h5", small)] {
+        let error = pack_to(out, smaller, false).unwrap_err().to_string();
+        assert!(error.contains("dogs/broken.jpg"), "{error}");
+        assert!(directory.path().join(format!("{out}.packing")).exists());
+    }
+    // What has been done is not done again: what was made smaller is not even read.
+    let photo = root.join("cats/1.jpg");
+    let (bytes, modified) = (fs::read(&photo).unwrap(), fs::metadata(&photo).unwrap().modified().unwrap());
+    let write = |bytes: &[u8]| {
+        fs::write(&photo, bytes).unwrap();
+        let times = fs::FileTimes::new().set_modified(modified);
+        fs::File::options().write(true).open(&photo).unwrap().set_times(times).unwrap();
+    };
+    write(&vec![0; bytes.len()]);
+    assert!(pack_to("d.h5", small, true).unwrap() == undisturbed_small);
+    let error = pack_to("c.h5", None, true).unwrap_err().to_string();
+    assert!(error.contains("1.jpg changed while it was being packed"), "{error}");
+    write(&bytes);
+    assert!(pack_to("c.h5", None, true).unwrap() == undisturbed);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5, "nothing else is left");
+}
+
+#[test]
+fn what_cannot_be_read_is_not_left_out_as_bad() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    std::os::unix::fs::symlink("/no/such/photo.jpg", root.join("cats/link.jpg")).unwrap();
+    let out = directory.path().join("photos.h5");
+    let error = pack(&root, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap_err();
+    assert!(matches!(error, DataError::Io { .. }) && error.to_string().contains("link.jpg"), "{error}");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "the photos");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use jepa_host::data::augment::{Augmenter, Scratch, random_crop};
 use jepa_host::data::decode::{Encoded, Region, Rgb, decode};
 use jepa_host::data::resample::{CropBox, Resampler};
 use jepa_plugin_api::{Interpolation, Rng, ViewSpec};
-use libjpeg_turbo_rs::{PixelFormat, Subsampling, compress};
+use libjpeg_turbo_rs::{Encoder, PixelFormat, Subsampling};
 use serde_json::Value;
 
 use crate::fixtures::{Tensors, path, picture};
@@ -61,22 +61,30 @@ fn decoding_equals_pillow() {
     }
 }
 
-/// A JPEG with colours at each of the resolutions that cameras use.
-fn jpegs(image: &Rgb) -> Vec<(Subsampling, Vec<u8>)> {
+/// JPEGs as cameras and programs write them: with colours at several resolutions, progressive, with restarts, and grey.
+fn jpegs(image: &Rgb) -> Vec<(String, Vec<u8>)> {
     let (width, height) = (image.width as usize, image.height as usize);
-    let encode = |subsampling| {
-        let encoded = compress(&image.pixels, width, height, PixelFormat::Rgb, 90, subsampling).unwrap();
-        (subsampling, encoded)
+    let grey: Vec<u8> = image.pixels.chunks_exact(3).map(|pixel| pixel[0]).collect();
+    let color = |subsampling| {
+        Encoder::new(&image.pixels, width, height, PixelFormat::Rgb).quality(90).subsampling(subsampling)
     };
-    [Subsampling::S444, Subsampling::S422, Subsampling::S420, Subsampling::S440].map(encode).into()
+    let mut encoders: Vec<_> = [Subsampling::S444, Subsampling::S422, Subsampling::S420, Subsampling::S440]
+        .map(|subsampling| (format!("{subsampling:?}"), color(subsampling)))
+        .into();
+    encoders.push(("progressive".to_owned(), color(Subsampling::S420).progressive(true)));
+    encoders.push(("restarts".to_owned(), color(Subsampling::S420).restart_blocks(2)));
+    encoders
+        .push(("grey".to_owned(), Encoder::new(&grey, width, height, PixelFormat::Grayscale).quality(90)));
+    encoders.into_iter().map(|(name, encoder)| (name, encoder.encode().unwrap())).collect()
 }
 
 #[test]
 fn a_part_is_what_the_whole_has_there() {
     let (mut part, mut whole) = (Rgb::default(), Rgb::default());
+    let (mut resampler, mut of_part, mut of_whole) = (Resampler::default(), Rgb::default(), Rgb::default());
     let mut narrower = 0;
     for (width, height) in [(200, 150), (333, 97), (64, 64), (17, 40), (1, 9)] {
-        for (subsampling, encoded) in jpegs(&picture(width, height, 3)) {
+        for (encoding, encoded) in jpegs(&picture(width, height, 3)) {
             for case in 0..40 {
                 let mut rng = Rng::keyed(case, u64::from(width), 0, 0);
                 let crop = random_crop(width, height, (0.02, 1.0), (0.3, 3.0), &mut rng);
@@ -87,7 +95,11 @@ fn a_part_is_what_the_whole_has_there() {
                 let part = open().decode(crop, shrink, &mut part).unwrap();
                 assert_eq!((whole.origin, whole.pixels.width), ((0, 0), width.div_ceil(shrink)));
                 narrower += u32::from(part.pixels.width < whole.pixels.width);
-                // What a resampler may look at: the crop, and of an image made smaller, a pixel that is partly in it.
+                for (region, view) in [(&part, &mut of_part), (&whole, &mut of_whole)] {
+                    resampler.resize(region, crop, (16, 16), Interpolation::Bicubic, view);
+                }
+                assert!(of_part == of_whole, "{encoding}, {width} × {height}, {crop:?} over {shrink}");
+                // What a resampler looks at: the crop, and of an image made smaller, a pixel that is partly in it.
                 let columns = crop.left / shrink..(crop.left + crop.width).div_ceil(shrink);
                 for y in crop.top / shrink..(crop.top + crop.height).div_ceil(shrink) {
                     let row = |region: &Region| {
@@ -98,7 +110,7 @@ fn a_part_is_what_the_whole_has_there() {
                     assert_eq!(
                         row(&part),
                         row(&whole),
-                        "{subsampling:?}, {width} × {height}, {crop:?} over {shrink}: row {y}"
+                        "{encoding}, {width} × {height}, {crop:?} over {shrink}: row {y}"
                     );
                 }
             }
@@ -115,7 +127,7 @@ fn what_is_decoded_smaller_looks_the_same() {
         (0..1200).flat_map(move |x| [0.0, 1.0, 2.0].map(|c| smooth(f64::from(x), f64::from(y), c)))
     });
     let image = Rgb { width: 1200, height: 900, pixels: pixels.collect() };
-    for (subsampling, encoded) in jpegs(&image) {
+    for (encoding, encoded) in jpegs(&image) {
         for (case, shrink) in [1, 2, 4].into_iter().enumerate() {
             let rng = || Rng::keyed(case as u64, 0, 0, 0);
             let crop = random_crop(image.width, image.height, (0.3, 0.9), (0.75, 4.0 / 3.0), &mut rng());
@@ -132,8 +144,8 @@ fn what_is_decoded_smaller_looks_the_same() {
                 to_bytes(&out)
             };
             let (mean, max) = difference(&make(false), &make(true));
-            println!("{subsampling:?} over {shrink}: mean {mean:.3}, max {max}");
-            assert!(mean < 1.0 && max <= 4, "{subsampling:?} over {shrink}: mean {mean}, max {max}");
+            println!("{encoding} over {shrink}: mean {mean:.3}, max {max}");
+            assert!(mean < 1.0 && max <= 4, "{encoding} over {shrink}: mean {mean}, max {max}");
         }
     }
 }
@@ -179,6 +191,34 @@ fn center_crops_equal_torchvision() {
             assert!(mean <= 0.5 && max <= 2, "{name}: mean {mean}, max {max}");
         }
     }
+}
+
+/// Of any shape, and of a strip too, whose other pixels would take gigabytes.
+#[test]
+fn center_crops_are_cut_from_the_whole_resized_image() {
+    let (mut resampler, mut whole, mut center) = (Resampler::default(), Rgb::default(), Rgb::default());
+    for (width, height) in [(100, 61), (37, 90), (9, 700), (500, 3), (64, 64)] {
+        let image = picture(width, height, 5);
+        for (_, interpolation) in MODES {
+            let short = 37;
+            let size = match width <= height {
+                true => (short, short * height / width),
+                false => (short * width / height, short),
+            };
+            resampler.resize_center(&image, size, 32, interpolation, &mut center);
+            let all = CropBox { top: 0, left: 0, width, height };
+            resampler.resize(&Region::whole(&image), all, size, interpolation, &mut whole);
+            let corner = |side: u32| (f64::from(side - 32) / 2.0).round_ties_even() as usize;
+            let rows = whole.pixels.chunks_exact(size.0 as usize * 3).skip(corner(size.1)).take(32);
+            let cut: Vec<u8> = rows.flat_map(|row| &row[corner(size.0) * 3..][..32 * 3]).copied().collect();
+            assert_eq!((center.width, center.height), (32, 32));
+            let (mean, max) = difference(&center.pixels, &cut);
+            assert!(mean < 0.05 && max <= 1, "{width} × {height}: mean {mean}, max {max}");
+        }
+    }
+    let strip = Rgb { width: 1, height: 65_500, pixels: vec![77; 65_500 * 3] };
+    let view = ViewSpec::new("center").resize_center_crop(0.875, Interpolation::Bicubic);
+    assert!(to_bytes(&view_of(&strip, view, 224)).iter().all(|&value| value == 77));
 }
 
 #[test]

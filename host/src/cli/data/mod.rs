@@ -11,8 +11,8 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::cli::output::{Format, print};
 use crate::data::{
-    self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Smaller, Split, Summary,
-    VerifyReport,
+    self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Provenance, Smaller, Split,
+    Summary, VerifyReport,
 };
 use crate::plugin::PluginSources;
 
@@ -24,7 +24,8 @@ pub(super) enum DataCommand {
     /// SOURCE is a directory with one folder of JPEG or PNG files per class (labels follow the sorted names), a
     /// directory of images without labels, an HDF5 file in the `images/<i>`, `labels/<i>` layout, a packed file, or
     /// IDX files as MNIST has them (gzipped or not, stored as PNG). Every image is decoded once before anything is
-    /// written, and an existing file is replaced only with --force and only when all went well.
+    /// written, and an existing file is replaced only with --force and only when all went well. A pack that was ended
+    /// half-way leaves OUT.packing, from which the same command goes on.
     Pack(PackArgs),
     /// Show what is in a data set: images, classes, sizes, formats, fingerprint, where it comes from.
     Inspect(InspectArgs),
@@ -50,7 +51,8 @@ pub(super) struct PackArgs {
     /// Names of classes 0, 1, …, separated by commas, where the source has none
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     class_names: Option<Vec<String>>,
-    /// Make images smaller whose shorter side is longer than N pixels, and store those as JPEG: faster to read and decode
+    /// Make images smaller whose shorter side is longer than N pixels, and store those as JPEG: faster to read and
+    /// decode. Takes twice the space of the result while it works
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     shorter_side: Option<u32>,
     /// Quality of these JPEGs
@@ -239,8 +241,20 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "file         {}", summary.path.display())?;
     writeln!(out, "layout       {layout}")?;
     if let Some(provenance) = &summary.provenance {
-        let (kind, source, tool) = (&provenance.source_kind, &provenance.source, &provenance.tool);
-        writeln!(out, "packed from  {source} ({kind}) by {tool}, format {}", provenance.format_version)?;
+        let Provenance { source, source_kind, tool, format_version, source_sha256, .. } = provenance;
+        match source.as_str() {
+            // Version 1 kept it in a way that is not read.
+            "" => writeln!(out, "packed       by an early version, format {format_version}")?,
+            source => {
+                writeln!(out, "packed from  {source} ({source_kind}) by {tool}, format {format_version}")?
+            }
+        }
+        if !source_sha256.is_empty() {
+            writeln!(out, "source       {source_sha256}")?;
+        }
+        if let (Some(side), Some(quality)) = (provenance.shorter_side, provenance.jpeg_quality) {
+            writeln!(out, "made smaller to a shorter side of {side} pixels, as JPEG of quality {quality}")?;
+        }
     }
     let mean = summary.image_bytes / summary.images as u64;
     let (total, mean) = (HumanBytes(summary.image_bytes), HumanBytes(mean));

@@ -1,0 +1,151 @@
+//! The packed file itself, of which [`packed`] says what is in it.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use hdf5::dataset::{AllocTime, FillTime};
+use sha2::{Digest, Sha256};
+
+use super::journal::{Journal, Packable};
+use super::{PackProgress, Smaller};
+use crate::data::error::DataError;
+use crate::data::packed::{self, Text, text};
+use crate::data::source::Source;
+
+/// What stands beside the images.
+pub(super) struct Tables<'a> {
+    pub labels: Option<&'a [i64]>,
+    pub class_names: Option<&'a [Text]>,
+    pub smaller: Option<Smaller>,
+}
+
+/// Writes `images`, from the source or, where they were made smaller, from the journal.
+pub(super) fn write(
+    out: &Path,
+    source: &Source,
+    journal: &Journal,
+    images: &[Packable],
+    tables: &Tables,
+    progress: &(dyn Fn(PackProgress) + Sync),
+) -> Result<(), DataError> {
+    let mut offsets = vec![0];
+    offsets.extend(images.iter().scan(0, |end, image| {
+        *end += image.len;
+        Some(*end)
+    }));
+    let source_name = source.path.file_name().unwrap_or_default().to_string_lossy();
+    let mut source_hash = Sha256::new();
+    images.iter().for_each(|image| source_hash.update(image.digest));
+    let source_hash: String = source_hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let attributes = [
+        ("format", text(packed::FORMAT)?),
+        ("tool", text(concat!("jepa-host ", env!("CARGO_PKG_VERSION")))?),
+        ("source", text(&source_name)?),
+        ("source_kind", text(source.kind())?),
+        ("source_sha256", text(&source_hash)?),
+    ];
+
+    let temporary = Temporary::of(out);
+    let path = &temporary.path;
+    // Nobody else knows this file's name: the journal is locked.
+    let file = hdf5::File::with_options()
+        .with_fapl(|access| access.file_locking(false))
+        .create(path)
+        .map_err(DataError::hdf5(path, "create it"))?;
+    let bytes = write_tables(&file, &attributes, &offsets, tables)
+        .map_err(DataError::hdf5(path, "write its tables"))?;
+
+    const BLOCK: usize = 8 << 20;
+    let mut block = Vec::with_capacity(BLOCK);
+    let mut written = 0;
+    for (position, image) in images.iter().enumerate() {
+        let encoded = match image.smaller {
+            Some((at, digest)) => journal.read(at, image.len, digest)?,
+            None => read_again(source, image)?,
+        };
+        block.extend(encoded);
+        if block.len() >= BLOCK || position + 1 == images.len() {
+            bytes
+                .write_slice(&block, written..written + block.len())
+                .map_err(DataError::hdf5(path, "write images"))?;
+            written += block.len();
+            block.clear();
+        }
+        progress(PackProgress::Written(position + 1, images.len()));
+    }
+    drop(bytes);
+    file.close().map_err(DataError::hdf5(path, "close it"))?;
+    temporary.rename(out)
+}
+
+/// An image of the source, which has to be the one that was decoded.
+fn read_again(source: &Source, image: &Packable) -> Result<Vec<u8>, DataError> {
+    let encoded = source.read(image.index)?;
+    if Sha256::digest(&encoded)[..] == image.digest {
+        return Ok(encoded);
+    }
+    let name = source.name(image.index);
+    let reason = format!("{name} changed while it was being packed; pack it again");
+    Err(DataError::Source { path: source.path.clone(), reason })
+}
+
+/// Writes everything but the images, and makes the data set that they go to.
+fn write_tables(
+    file: &hdf5::File,
+    attributes: &[(&str, Text)],
+    offsets: &[u64],
+    Tables { labels, class_names, smaller }: &Tables,
+) -> hdf5::Result<hdf5::Dataset> {
+    for (name, value) in attributes {
+        file.new_attr::<Text>().create(*name)?.write_scalar(value)?;
+    }
+    file.new_attr::<u32>().create("format_version")?.write_scalar(&packed::FORMAT_VERSION)?;
+    if let Some(Smaller { shorter_side, quality }) = smaller {
+        file.new_attr::<u32>().create("shorter_side")?.write_scalar(shorter_side)?;
+        file.new_attr::<u8>().create("jpeg_quality")?.write_scalar(quality)?;
+    }
+    // No times are kept, so that the same images give the same file.
+    let build = || file.new_dataset_builder().obj_track_times(false);
+    build().with_data(offsets).create(packed::OFFSETS)?;
+    if let Some(labels) = labels {
+        build().with_data(*labels).create(packed::LABELS)?;
+    }
+    if let Some(names) = class_names {
+        build().with_data(*names).create(packed::CLASS_NAMES)?;
+    }
+    build()
+        .alloc_time(Some(AllocTime::Early))
+        .fill_time(FillTime::Never)
+        .empty::<u8>()
+        .shape([offsets.last().copied().unwrap_or(0) as usize])
+        .create(packed::BYTES)
+}
+
+/// A file that is deleted unless it is given its real name.
+struct Temporary {
+    path: PathBuf,
+}
+
+impl Temporary {
+    fn of(out: &Path) -> Temporary {
+        let mut name = out.as_os_str().to_owned();
+        name.push(".part");
+        Temporary { path: name.into() }
+    }
+
+    fn rename(self, out: &Path) -> Result<(), DataError> {
+        let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all());
+        sync(&self.path).map_err(DataError::io("sync", &self.path))?;
+        fs::rename(&self.path, out).map_err(DataError::io("write", out))?;
+        let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let directory = directory.unwrap_or(Path::new("."));
+        sync(directory).map_err(DataError::io("sync", directory))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // Gone already, once it has its real name.
+        let _ = fs::remove_file(&self.path);
+    }
+}
