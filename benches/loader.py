@@ -22,7 +22,7 @@ METHODS = ("cnn_jepa", "simclr", "byol")
 
 def arguments():
     parser = argparse.ArgumentParser(description="Times input pipelines.")
-    parser.add_argument("--jepa-host", type=Path, help="the released binary, with its plugins beside it")
+    parser.add_argument("--jepa-host", required=True, type=Path, help="the released binary, with its plugins beside it")
     parser.add_argument("--photos", required=True, type=Path, help="HDF5 file in the reference's layout")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4, help="for each measurement")
@@ -130,12 +130,13 @@ def main():
         print(f"loader: round {number + 1} of {args.rounds}", file=sys.stderr)
         row = {}
         for peer in peers:
-            command = [sys.executable, __file__, "--photos", args.photos, "--seconds", args.seconds, "--peer", peer]
+            command = [sys.executable, __file__, "--jepa-host", args.jepa_host, "--photos", args.photos,
+                       "--seconds", args.seconds, "--peer", peer]
             row[peer], why = output(command)
             if row[peer] is None:
                 if peer not in ("dali", "spdl"):
                     sys.exit(f"loader: {peer}: {why}")
-                missing[peer] = why.strip().splitlines()[-1][:120]
+                missing[peer] = (why.strip().splitlines() or ["it ends without a word"])[-1][:120]
             if peer in METHODS:
                 measured, why = output(
                     [args.jepa_host, "--quiet", "data", "bench", args.photos, "--plugin", peer, "--steps", 0,

@@ -44,6 +44,32 @@ fn the_parts_of_a_step_add_up() {
 }
 
 #[test]
+fn a_file_s_pipeline_is_timed_and_judged() {
+    let room = Room::new();
+    let arguments = |more: &[&str]| {
+        let images = demo_images().to_string_lossy().into_owned();
+        let more = more.iter().copied().chain(["--plugin", "simclr", "--seconds", "1"]);
+        let settings = more.chain(TINY_BACKBONE).chain(TINY_SIMCLR).map(str::to_owned);
+        ["data".to_owned(), "bench".to_owned(), images].into_iter().chain(settings).collect::<Vec<_>>()
+    };
+    let ended = room.run(arguments(&["--format", "json", "data.threads=2"])).expect(0);
+    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!((&report["images"], &report["views"]), (&Value::from(8000), &Value::from(2)));
+    let rows = report["threads"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|row| number(&row["threads"])).collect::<Vec<_>>(), [1.0, 2.0]);
+    // A thread's milliseconds for an image, and images per second, are the same thing.
+    let one = &rows[0];
+    let ms: f64 = ["read_ms", "decode_ms", "augment_ms"].iter().map(|part| number(&one[part])).sum();
+    let busy = ms / 1e3 * number(&one["images_per_s"]);
+    assert!((0.2..1.1).contains(&busy), "{report}");
+    assert!(number(&report["step_images_per_s"]) > 0.0, "{report}");
+    assert!(report["verdict"].as_str().unwrap().contains("bottleneck"), "{report}");
+
+    let ended = room.run(arguments(&["--steps", "0"])).expect(0);
+    assert!(ended.stdout.contains("decode") && !ended.stdout.contains("bottleneck"), "{}", ended.stdout);
+}
+
+#[test]
 fn it_reads_as_a_table_and_says_what_is_wrong() {
     let room = Room::new();
     let ended = room.run(arguments(&["bench", "step", "--steps", "2", "--warmup", "0"])).expect(0);

@@ -83,8 +83,7 @@ impl StepArgs {
         if let Some(Err(error)) = trace.map(|trace| trace.finish()) {
             tracing::warn!("--trace: the file is not complete: {error}");
         }
-        let (of, measured) = timed?;
-        print(self.format, &Report::new(of, &measured), Report::text)
+        print(self.format, &timed?, Report::text)
     }
 }
 
@@ -96,7 +95,7 @@ pub(super) fn time_steps(
     signals: Signals,
     (warmup, steps): (u32, u32),
     same_batch: bool,
-) -> anyhow::Result<(Setup, Measured)> {
+) -> anyhow::Result<Report> {
     let Prepared { device, model, optimizer, train, state, .. } = prepared;
     let config = session.settings.config;
     let of = Setup {
@@ -129,12 +128,12 @@ pub(super) fn time_steps(
         config,
     };
     let measured = measure(resources, &mut trackers, (warmup as usize, steps as usize), same_batch)?;
-    Ok((of, measured))
+    Ok(Report::new(of, &measured))
 }
 
 /// What was measured.
 #[derive(Debug, Serialize)]
-pub(super) struct Setup {
+struct Setup {
     method: String,
     backbone: String,
     size: usize,
@@ -161,14 +160,15 @@ struct Beside {
     seconds_per_step: f64,
 }
 
+/// The parts of a step.
 #[derive(Debug, Serialize)]
-struct Report {
+pub(super) struct Report {
     #[serde(flatten)]
     setup: Setup,
     steps: usize,
     parts: Vec<Row>,
     step: Row,
-    images_per_s: f64,
+    pub images_per_s: f64,
     loader: Vec<Beside>,
     peak_resident_bytes: Option<u64>,
 }

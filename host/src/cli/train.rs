@@ -384,6 +384,7 @@ fn loader(
         threads: config.data.threads,
         on_error: config.data.on_error,
         decode: config.data.decode,
+        augment: config.data.augment,
         shuffle: train,
         drop_last: train,
         ..LoaderOptions::new(views, config.data.size as u32)

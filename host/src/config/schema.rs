@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::error::ConfigError;
 use super::nearest::nearest;
-use crate::data::{Decode, OnError};
+use crate::data::{Augment, Decode, OnError};
 use crate::eval::FIGURES;
 
 /// A whole configuration.
@@ -95,6 +95,9 @@ pub struct Data {
     pub on_error: OnError,
     /// Whether large JPEGs are made smaller as they are decoded (`fast`) or not (`exact`). Default `fast`.
     pub decode: Decode,
+    /// Where views get flips, colours and blurs: in the loader's threads (`cpu`), or on the run's device (`gpu`), whose
+    /// views are the same. For machines with few cores for each GPU. Default `cpu`.
+    pub augment: Augment,
 }
 
 /// How parameters are updated.
@@ -499,6 +502,7 @@ impl Default for Data {
             threads: 0,
             on_error: OnError::Fail,
             decode: Decode::Fast,
+            augment: Augment::Cpu,
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Makes the views of an image that a method declared, as torchvision's transforms on 8-bit RGB would.
 //!
 //! [`check_views`] turns [`ViewSpec`]s into [`Augmenter`]s and refuses what makes no sense, before the first batch.
-//! An augmenter draws from the generator that it is given and from nowhere else.
+//! An augmenter first [draws](Augmenter::draw) all that is random about a view, from the generator that it is given and from
+//! nowhere else, and then [makes](Augmenter::make) it.
 
 use jepa_plugin_api::memory::vectorized;
 use jepa_plugin_api::{Interpolation, Rng, Transform, ViewSpec};
@@ -36,7 +37,7 @@ enum Crop {
     },
 }
 
-/// What happens to the cut-out pixels, still 8-bit RGB.
+/// What may happen to the cut-out pixels.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Flip { p: f64 },
@@ -44,6 +45,36 @@ enum Step {
     Grayscale { p: f64 },
     Blur { p: f64, sigma: (f64, f64) },
     Solarize { p: f64, threshold: u8 },
+}
+
+/// What was drawn for one view of one image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// What it sees of the image.
+    pub crop: CropBox,
+    /// What happens to that, at the size of the view.
+    pub operations: Vec<Operation>,
+}
+
+/// A step that happens, on 8-bit RGB: see [`color`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Operation {
+    /// Left and right change places.
+    Flip,
+    /// [`color::adjust_brightness`] by a factor.
+    Brightness(f32),
+    /// [`color::adjust_contrast`] by a factor.
+    Contrast(f32),
+    /// [`color::adjust_saturation`] by a factor.
+    Saturation(f32),
+    /// [`color::adjust_hue`] by a share of the circle.
+    Hue(f64),
+    /// [`color::grayscale`].
+    Grayscale,
+    /// [`color::gaussian_blur`] of so many pixels.
+    Blur(f64),
+    /// [`color::solarize`] from a value on.
+    Solarize(u8),
 }
 
 /// Memory that one thread needs to make views; used again from image to image.
@@ -173,12 +204,30 @@ impl Augmenter {
         self.len() == 0
     }
 
-    /// Draws what the view sees of an image of this size: the first that is to be drawn for it.
-    pub fn draw_crop(&self, width: u32, height: u32, rng: &mut Rng) -> CropBox {
-        match self.crop {
+    /// Draws all that is random about the view of an image of this size.
+    pub fn draw(&self, width: u32, height: u32, rng: &mut Rng) -> Plan {
+        let crop = match self.crop {
             Crop::Random { scale, ratio, .. } => random_crop(width, height, scale, ratio, rng),
             Crop::Center { .. } => CropBox { top: 0, left: 0, height, width },
+        };
+        let mut operations = Vec::new();
+        for step in &self.steps {
+            match *step {
+                Step::Flip { p } if rng.chance(p) => operations.push(Operation::Flip),
+                Step::Jitter { p, brightness, contrast, saturation, hue } if rng.chance(p) => {
+                    draw_jitter([brightness, contrast, saturation, hue], rng, &mut operations);
+                }
+                Step::Grayscale { p } if rng.chance(p) => operations.push(Operation::Grayscale),
+                Step::Blur { p, sigma } if rng.chance(p) => {
+                    operations.push(Operation::Blur(rng.uniform(sigma.0, sigma.1)));
+                }
+                Step::Solarize { p, threshold } if rng.chance(p) => {
+                    operations.push(Operation::Solarize(threshold));
+                }
+                _ => {}
+            }
         }
+        Plan { crop, operations }
     }
 
     /// How many times smaller the image may be made before `crop` is cut out of it: 1, 2 or 4, so that what is cut out is
@@ -193,22 +242,57 @@ impl Augmenter {
         }
     }
 
-    /// Makes the view of `image` and writes it to `out` as `(3, size, size)`.
+    /// Makes a view of `image` and writes it to `out` as `(3, size, size)`.
     ///
     /// # Panics
     /// When `out` does not have [`len`](Self::len) elements or the image is empty.
     pub fn apply(&self, image: &Rgb, rng: &mut Rng, scratch: &mut Scratch, out: &mut [f32]) {
-        let crop = self.draw_crop(image.width, image.height, rng);
-        self.make(&Region::whole(image), crop, rng, scratch, out);
+        let plan = self.draw(image.width, image.height, rng);
+        self.make(&Region::whole(image), &plan, scratch, out);
     }
 
-    /// Makes the view of `crop`, which [`draw_crop`](Self::draw_crop) has drawn, from a part of the image that has it.
+    /// Makes the view that was drawn from a part of the image that has its crop, and writes it as [`apply`](Self::apply) does.
     ///
     /// # Panics
     /// As [`apply`](Self::apply), and when the part does not have the crop.
-    pub fn make(&self, image: &Region, crop: CropBox, rng: &mut Rng, scratch: &mut Scratch, out: &mut [f32]) {
+    pub fn make(&self, image: &Region, plan: &Plan, scratch: &mut Scratch, out: &mut [f32]) {
         assert_eq!(out.len(), self.len(), "a view's place in the batch has its size");
-        let Scratch { resampler, pixels, planes, blur } = scratch;
+        self.cut(image, plan.crop, scratch);
+        let Scratch { planes, blur, .. } = scratch;
+        for operation in &plan.operations {
+            match *operation {
+                Operation::Flip => planes.flip(),
+                Operation::Brightness(factor) => color::adjust_brightness(planes, factor),
+                Operation::Contrast(factor) => color::adjust_contrast(planes, factor),
+                Operation::Saturation(factor) => color::adjust_saturation(planes, factor),
+                Operation::Hue(turn) => color::adjust_hue(planes, turn),
+                Operation::Grayscale => color::grayscale(planes),
+                Operation::Blur(sigma) => color::gaussian_blur(planes, sigma, blur),
+                Operation::Solarize(threshold) => color::solarize(planes, threshold),
+            }
+        }
+        let channels = planes.channels().into_iter().zip(self.mean.iter().zip(&self.std));
+        for (out, (plane, (mean, std))) in out.chunks_exact_mut(self.len() / 3).zip(channels) {
+            normalize(plane, *mean, *std, out);
+        }
+    }
+
+    /// Makes a view up to its operations, which are left to [`finish`](super::finish): writes `(3, size, size)` bytes.
+    ///
+    /// # Panics
+    /// As [`make`](Self::make).
+    pub fn make_pixels(&self, image: &Region, plan: &Plan, scratch: &mut Scratch, out: &mut [u8]) {
+        self.cut(image, plan.crop, scratch);
+        out.copy_from_slice(&scratch.planes.values);
+    }
+
+    /// Mean and standard deviation that are subtracted and divided by, per channel.
+    pub fn normalization(&self) -> ([f32; 3], [f32; 3]) {
+        (self.mean, self.std)
+    }
+
+    fn cut(&self, image: &Region, crop: CropBox, scratch: &mut Scratch) {
+        let Scratch { resampler, pixels, planes, .. } = scratch;
         match self.crop {
             Crop::Random { interpolation, .. } => {
                 resampler.resize(image, crop, (self.size, self.size), interpolation, pixels);
@@ -219,39 +303,6 @@ impl Augmenter {
             }
         }
         planes.set(pixels);
-        for step in &self.steps {
-            match *step {
-                Step::Flip { p } => {
-                    if rng.chance(p) {
-                        planes.flip();
-                    }
-                }
-                Step::Jitter { p, brightness, contrast, saturation, hue } => {
-                    if rng.chance(p) {
-                        jitter(planes, [brightness, contrast, saturation, hue], rng);
-                    }
-                }
-                Step::Grayscale { p } => {
-                    if rng.chance(p) {
-                        color::grayscale(planes);
-                    }
-                }
-                Step::Blur { p, sigma } => {
-                    if rng.chance(p) {
-                        color::gaussian_blur(planes, rng.uniform(sigma.0, sigma.1), blur);
-                    }
-                }
-                Step::Solarize { p, threshold } => {
-                    if rng.chance(p) {
-                        color::solarize(planes, threshold);
-                    }
-                }
-            }
-        }
-        let channels = planes.channels().into_iter().zip(self.mean.iter().zip(&self.std));
-        for (out, (plane, (mean, std))) in out.chunks_exact_mut(self.len() / 3).zip(channels) {
-            normalize(plane, *mean, *std, out);
-        }
     }
 }
 
@@ -268,7 +319,7 @@ fn normalize(plane: &[u8], mean: f32, std: f32, out: &mut [f32]) {
 }
 
 /// torchvision's `ColorJitter`: the parts with a strength above 0, in a random order, each with a factor of its own.
-fn jitter(planes: &mut Planes, strengths: [f64; 4], rng: &mut Rng) {
+fn draw_jitter(strengths: [f64; 4], rng: &mut Rng, operations: &mut Vec<Operation>) {
     let mut order = [0, 1, 2, 3];
     rng.shuffle(&mut order);
     for part in order {
@@ -277,15 +328,15 @@ fn jitter(planes: &mut Planes, strengths: [f64; 4], rng: &mut Rng) {
             continue;
         }
         if part == 3 {
-            color::adjust_hue(planes, rng.uniform(-strength, strength));
+            operations.push(Operation::Hue(rng.uniform(-strength, strength)));
             continue;
         }
         let factor = rng.uniform((1.0 - strength).max(0.0), 1.0 + strength) as f32;
-        match part {
-            0 => color::adjust_brightness(planes, factor),
-            1 => color::adjust_contrast(planes, factor),
-            _ => color::adjust_saturation(planes, factor),
-        }
+        operations.push(match part {
+            0 => Operation::Brightness(factor),
+            1 => Operation::Contrast(factor),
+            _ => Operation::Saturation(factor),
+        });
     }
 }
 

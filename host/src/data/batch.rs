@@ -1,46 +1,50 @@
 //! The memory of one batch, filled by many threads at once without a copy.
 
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tch::{Device, Kind, Tensor};
+use tch::kind::Element;
+use tch::{Device, Tensor};
 
-/// The tensors of a batch while they are being filled: one f32 `(B, 3, S, S)` per view.
+/// The tensors of a batch while they are being filled: one `(B, 3, S, S)` of T, f32 or u8, per view.
 ///
 /// Each sample's place is handed out once, as slices that overlap with no others, so filling needs no lock.
 #[derive(Debug)]
-pub(super) struct BatchMemory {
+pub(super) struct BatchMemory<T> {
     views: Vec<View>,
-    /// Number of f32 of one sample in one view.
+    /// Number of T of one sample in one view.
     sample_len: usize,
     /// Which samples have been handed out.
     taken: Box<[AtomicBool]>,
+    elements: PhantomData<T>,
 }
 
 #[derive(Debug)]
 struct View {
     /// Owns the memory behind `start`.
     tensor: Tensor,
-    start: *mut f32,
+    start: *mut u8,
 }
 
 // SAFETY: a tensor may move between threads. Sharing `&BatchMemory` gives no access to a tensor (only `into_views`
 // does, by value), and `sample` hands out each part of the memory behind `start` to one caller only.
-unsafe impl Send for BatchMemory {}
+unsafe impl<T: Send> Send for BatchMemory<T> {}
 // SAFETY: as above.
-unsafe impl Sync for BatchMemory {}
+unsafe impl<T: Send> Sync for BatchMemory<T> {}
 
-impl BatchMemory {
+impl<T: Element> BatchMemory<T> {
     /// Allocates, without clearing, `views` tensors for `samples` images of `size × size`.
-    pub fn new(views: usize, samples: usize, size: u32) -> Result<BatchMemory, tch::TchError> {
+    pub fn new(views: usize, samples: usize, size: u32) -> Result<BatchMemory<T>, tch::TchError> {
         let shape = [samples as i64, 3, i64::from(size), i64::from(size)];
         let views = (0..views)
             .map(|_| {
-                let tensor = Tensor::f_empty(shape, (Kind::Float, Device::Cpu))?;
+                let tensor = Tensor::f_empty(shape, (T::KIND, Device::Cpu))?;
                 Ok(View { start: tensor.data_ptr().cast(), tensor })
             })
             .collect::<Result<_, tch::TchError>>()?;
         let sample_len = 3 * size as usize * size as usize;
-        Ok(BatchMemory { views, sample_len, taken: (0..samples).map(|_| AtomicBool::new(false)).collect() })
+        let taken = (0..samples).map(|_| AtomicBool::new(false)).collect();
+        Ok(BatchMemory { views, sample_len, taken, elements: PhantomData })
     }
 
     /// The places of one sample, one slice per view. What they hold before they are written is not specified.
@@ -48,21 +52,19 @@ impl BatchMemory {
     /// # Panics
     /// When the place is asked for a second time, or lies beyond the batch.
     #[expect(clippy::mut_from_ref, reason = "`taken` makes sure that no two calls return the same memory")]
-    pub fn sample(&self, position: usize) -> Vec<&mut [f32]> {
+    pub fn sample(&self, position: usize) -> Vec<&mut [T]> {
         let taken = self.taken[position].swap(true, Ordering::Relaxed);
         assert!(!taken, "place {position} of a batch is filled twice");
         self.views
             .iter()
             .map(|view| {
-                // SAFETY: the tensor is contiguous f32 with `taken.len() × sample_len` elements and `position` is
-                // below `taken.len()`. It stays alive as long as `self`, from which the slice is borrowed. No other
-                // slice covers these elements, because `taken` lets each position pass once. Any bytes are an f32;
+                // SAFETY: the tensor is contiguous and of T's kind, with `taken.len() × sample_len` elements, and `position`
+                // is below `taken.len()`. It stays alive as long as `self`, from which the slice is borrowed. No other
+                // slice covers these elements, because `taken` lets each position pass once. Any bytes are a number;
                 // the allocator wrote or mapped these pages, and nothing reads them before they are written.
                 unsafe {
-                    std::slice::from_raw_parts_mut(
-                        view.start.add(position * self.sample_len),
-                        self.sample_len,
-                    )
+                    let start = view.start.cast::<T>().add(position * self.sample_len);
+                    std::slice::from_raw_parts_mut(start, self.sample_len)
                 }
             })
             .collect()

@@ -177,9 +177,14 @@ pub fn grayscale(image: &mut Planes) {
     );
 }
 
+/// What is added to a hue of 8 bits, which wraps around, to turn it by a share of the circle in [−0.5, 0.5].
+pub(super) fn hue_turn(share: f64) -> u8 {
+    (share * 255.0) as i32 as u8
+}
+
 /// Turns every hue by `turn`, a share of the circle in [−0.5, 0.5]. Through Pillow's 8-bit HSV.
 pub fn adjust_hue(image: &mut Planes, turn: f64) {
-    let turn = (turn * 255.0) as i32 as u8;
+    let turn = hue_turn(turn);
     image.each_block(
         #[inline(always)]
         |[red, green, blue]| {
@@ -279,13 +284,19 @@ pub struct BlurScratch {
     sums: Vec<f32>,
 }
 
-/// Blurs with a Gaussian of standard deviation `sigma` > 0, in pixels: torchvision's `gaussian_blur`, with a kernel that
-/// reaches to 4 σ and a border that mirrors without its edge.
-pub fn gaussian_blur(image: &mut Planes, sigma: f64, scratch: &mut BlurScratch) {
+/// Weights of a Gaussian from its centre outwards, at least two.
+pub(super) fn half_gaussian(sigma: f64) -> Vec<f32> {
     let radius = ((4.0 * sigma).ceil() as usize).max(1);
     let half: Vec<f64> = (0..=radius).map(|x| (-0.5 * (x as f64 / sigma).powi(2)).exp()).collect();
     let total = half[0] + 2.0 * half[1..].iter().sum::<f64>();
-    let half: Vec<f32> = half.iter().map(|weight| (weight / total) as f32).collect();
+    half.iter().map(|weight| (weight / total) as f32).collect()
+}
+
+/// Blurs with a Gaussian of standard deviation `sigma` > 0, in pixels: torchvision's `gaussian_blur`, with a kernel that
+/// reaches to 4 σ and a border that mirrors without its edge.
+pub fn gaussian_blur(image: &mut Planes, sigma: f64, scratch: &mut BlurScratch) {
+    let half = half_gaussian(sigma);
+    let radius = half.len() - 1;
     let (width, height) = (image.width as usize, image.height as usize);
     let BlurScratch { padded, rows, sums } = scratch;
     // Whole vectors, the last of which reach over the end.
@@ -380,7 +391,7 @@ fn weighted_sum<S: Simd, const V: usize>(
 }
 
 /// The position inside `0..length` that is seen at `position`, when the ends are mirrors that show no edge twice.
-fn mirror(position: isize, length: usize) -> usize {
+pub(super) fn mirror(position: isize, length: usize) -> usize {
     let period = 2 * (length as isize - 1).max(1);
     let position = position.rem_euclid(period);
     let position = if position < length as isize { position } else { period - position };

@@ -3,8 +3,8 @@
 //! Every random number is keyed by seed, epoch, sample and view, and none by thread or time. So the batches of an
 //! epoch are the same for any number of threads, and [`Loader::batches`] can start at any of them.
 //!
-//! One work item is one sample: a worker reads it, draws what its views see of it, decodes as much as that, once, and writes
-//! all views into their places in the batch's tensors. The consumer's thread allocates the next batch and hands out its items
+//! One work item is one sample: a worker reads it, draws its views, decodes as much as they see of it, once, and writes
+//! them into their places in the batch's tensors. The consumer's thread allocates the next batch and hands out its items
 //! whenever it takes one, so at most [`prefetch`](LoaderOptions::prefetch) batches exist besides the one in use. In bytes that is
 //!
 //! ```text
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! 309 MB for 3 × 128 single views of 224 px, and nothing else grows with time. (A decoder holds a JPEG's planes beside its
-//! pixels; a PNG has up to 8 bytes for each pixel.)
+//! pixels; a PNG has up to 8 bytes for each pixel, and a progressive JPEG takes 12. With [`Augment::Gpu`], the 4 is a 1.)
 
 use std::any::Any;
 use std::collections::{HashSet, VecDeque};
@@ -25,14 +25,15 @@ use crossbeam_channel::{Receiver, Sender};
 use jepa_plugin_api::{Rng, ViewSpec};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, TchError, Tensor};
 
-use super::augment::{Augmenter, Scratch, check_views};
+use super::augment::{Augmenter, Operation, Plan, Scratch, check_views};
 use super::batch::BatchMemory;
 use super::clock::{Clock, Work};
 use super::dataset::Dataset;
 use super::decode::{Encoded, Region, Rgb};
 use super::error::DataError;
+use super::finish::finish;
 use super::order::Order;
 use super::resample::CropBox;
 use crate::trace::Trace;
@@ -70,6 +71,17 @@ pub enum Decode {
     Exact,
 }
 
+/// Where views get their colours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Augment {
+    /// In the loader's threads.
+    #[default]
+    Cpu,
+    /// On the run's device, a batch at once: the loader's threads only crop and resize. The views are the same.
+    Gpu,
+}
+
 /// What a [`Loader`] makes, and how.
 #[derive(Clone, Debug)]
 pub struct LoaderOptions {
@@ -91,6 +103,8 @@ pub struct LoaderOptions {
     pub on_error: OnError,
     /// How exactly images are decoded.
     pub decode: Decode,
+    /// Where views get their colours.
+    pub augment: Augment,
     /// Batches that may be in the making or ready, besides the one that the consumer holds.
     pub prefetch: usize,
     /// Where the threads write what they do when.
@@ -110,6 +124,7 @@ impl LoaderOptions {
             drop_last: true,
             on_error: OnError::Fail,
             decode: Decode::Fast,
+            augment: Augment::Cpu,
             prefetch: 2,
             trace: None,
         }
@@ -119,8 +134,10 @@ impl LoaderOptions {
 /// One batch of B images.
 #[derive(Debug)]
 pub struct LoadedBatch {
-    /// One f32 `(B, 3, S, S)` per view, in the order of the options.
+    /// One f32 `(B, 3, S, S)` per view, in the order of the options; u8 where there are operations.
     pub views: Vec<Tensor>,
+    /// What is left to do to the views, of [`Augment::Gpu`]: of each image, of each view.
+    pub operations: Option<Vec<Vec<Vec<Operation>>>>,
     /// i64 `(B,)`; −1 where the data set has no label.
     pub labels: Tensor,
     /// Which images of the data set these are; a replaced one has its replacement's index.
@@ -134,6 +151,7 @@ impl LoadedBatch {
     pub fn shallow_clone(&self) -> LoadedBatch {
         LoadedBatch {
             views: self.views.iter().map(Tensor::shallow_clone).collect(),
+            operations: self.operations.clone(),
             labels: self.labels.shallow_clone(),
             indices: self.indices.clone(),
             replaced: self.replaced,
@@ -161,6 +179,7 @@ struct Shared {
     seed: u64,
     on_error: OnError,
     decode: Decode,
+    augment: Augment,
     clock: Arc<Clock>,
     /// Corrupt images that have been warned of.
     warned: Mutex<HashSet<u64>>,
@@ -182,6 +201,7 @@ impl Loader {
             drop_last,
             on_error,
             decode,
+            augment,
             prefetch,
             ..
         } = options;
@@ -199,7 +219,8 @@ impl Loader {
         let threads =
             if threads == 0 { thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
         let warned = Mutex::default();
-        let shared = Arc::new(Shared { dataset, views, size, seed, on_error, decode, clock, warned });
+        let shared =
+            Arc::new(Shared { dataset, views, size, seed, on_error, decode, augment, clock, warned });
         Ok(Loader { shared, batch_size, threads, prefetch: prefetch.max(1), shuffle, drop_last })
     }
 
@@ -221,6 +242,23 @@ impl Loader {
     /// The same batches by another number of threads, at least 1.
     pub fn with_threads(self, threads: usize) -> Loader {
         Loader { threads: threads.max(1), ..self }
+    }
+
+    /// The batch on `device`, with everything done to its views.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn finish(&self, batch: LoadedBatch, device: Device) -> Result<LoadedBatch, TchError> {
+        let moved = batch.views.iter().map(|view| view.f_to_device(device));
+        let mut views = moved.collect::<Result<Vec<_>, _>>()?;
+        if let Some(operations) = &batch.operations {
+            for (number, (view, augmenter)) in views.iter_mut().zip(&self.shared.views).enumerate() {
+                let operations: Vec<&[Operation]> =
+                    operations.iter().map(|views| views[number].as_slice()).collect();
+                *view = tch::no_grad(|| finish(view, &operations, augmenter.normalization()))?;
+            }
+        }
+        Ok(LoadedBatch { views, operations: None, labels: batch.labels.f_to_device(device)?, ..batch })
     }
 
     /// What its threads have done so far.
@@ -315,14 +353,22 @@ struct Item {
 /// A batch in the making.
 #[derive(Debug)]
 struct Pending {
-    memory: BatchMemory,
+    memory: Memory,
     state: Mutex<PendingState>,
     done: Condvar,
 }
 
 #[derive(Debug)]
+enum Memory {
+    Views(BatchMemory<f32>),
+    /// Views that are still to be finished.
+    Pixels(BatchMemory<u8>),
+}
+
+#[derive(Debug)]
 struct PendingState {
     remaining: usize,
+    operations: Vec<Vec<Vec<Operation>>>,
     indices: Vec<u64>,
     labels: Vec<i64>,
     replaced: u64,
@@ -361,15 +407,18 @@ impl Batches {
         if self.workers.is_empty() {
             return Err(DataError::Options("no loader thread could be started; lower data.threads".into()));
         }
-        let memory =
-            BatchMemory::new(self.shared.views.len(), indices.len(), self.shared.size).map_err(|error| {
-                DataError::Options(format!(
-                    "a batch of {} images cannot be allocated: {error}",
-                    indices.len()
-                ))
-            })?;
+        let Shared { views, size, augment, .. } = &*self.shared;
+        let memory = match augment {
+            Augment::Cpu => BatchMemory::new(views.len(), indices.len(), *size).map(Memory::Views),
+            Augment::Gpu => BatchMemory::new(views.len(), indices.len(), *size).map(Memory::Pixels),
+        };
+        let memory = memory.map_err(|error| {
+            let images = indices.len();
+            DataError::Options(format!("a batch of {images} images cannot be allocated: {error}"))
+        })?;
         let state = PendingState {
             remaining: indices.len(),
+            operations: vec![Vec::new(); indices.len()],
             labels: vec![-1; indices.len()],
             indices: indices.clone(),
             replaced: 0,
@@ -430,7 +479,8 @@ impl Pending {
     fn finish(&self, position: usize, result: Result<Made, DataError>) {
         let mut state = self.lock();
         match result {
-            Ok(Made { index, label, replaced }) => {
+            Ok(Made { index, label, replaced, operations }) => {
+                state.operations[position] = operations;
                 state.indices[position] = index;
                 state.labels[position] = label;
                 state.replaced += u64::from(replaced);
@@ -467,8 +517,13 @@ impl Pending {
         if let Some((_, error)) = state.failure {
             return Err(error);
         }
+        let (views, operations) = match memory {
+            Memory::Views(memory) => (memory.into_views(), None),
+            Memory::Pixels(memory) => (memory.into_views(), Some(state.operations)),
+        };
         Ok(LoadedBatch {
-            views: memory.into_views(),
+            views,
+            operations,
             labels: Tensor::from_slice(&state.labels),
             indices: state.indices,
             replaced: state.replaced,
@@ -491,8 +546,8 @@ struct Worker {
 struct Decoded {
     origin: (u32, u32),
     shrink: u32,
-    /// What each view sees, and what the rest of it is drawn from.
-    views: Vec<(CropBox, Rng)>,
+    /// What was drawn for each view.
+    plans: Vec<Plan>,
 }
 
 /// What went into a place of the batch.
@@ -500,6 +555,8 @@ struct Made {
     index: u64,
     label: i64,
     replaced: bool,
+    /// What is left to do to each view.
+    operations: Vec<Vec<Operation>>,
 }
 
 impl Worker {
@@ -521,7 +578,7 @@ impl Worker {
     }
 
     /// Makes every view of one sample in its place.
-    fn make(&mut self, memory: &BatchMemory, position: usize, index: u64) -> Result<Made, DataError> {
+    fn make(&mut self, memory: &Memory, position: usize, index: u64) -> Result<Made, DataError> {
         let shared = self.shared.clone();
         let (used, decoded) = match self.fetch(index, index)? {
             Ok(decoded) => (index, decoded),
@@ -529,13 +586,24 @@ impl Worker {
         };
         let mut lap = shared.clock.start();
         let region = Region { pixels: &self.image, origin: decoded.origin, shrink: decoded.shrink };
-        let views = shared.views.iter().zip(decoded.views).zip(memory.sample(position));
-        for ((view, (crop, mut rng)), out) in views {
-            view.make(&region, crop, &mut rng, &mut self.scratch, out);
+        let views = shared.views.iter().zip(&decoded.plans);
+        let mut operations = Vec::new();
+        match memory {
+            Memory::Views(memory) => {
+                for ((view, plan), out) in views.zip(memory.sample(position)) {
+                    view.make(&region, plan, &mut self.scratch, out);
+                }
+            }
+            Memory::Pixels(memory) => {
+                for ((view, plan), out) in views.zip(memory.sample(position)) {
+                    view.make_pixels(&region, plan, &mut self.scratch, out);
+                }
+                operations.extend(decoded.plans.into_iter().map(|plan| plan.operations));
+            }
         }
         lap.end(Work::Augment);
         let label = shared.dataset.labels().map_or(-1, |labels| labels[used as usize]);
-        Ok(Made { index: used, label, replaced: used != index })
+        Ok(Made { index: used, label, replaced: used != index, operations })
     }
 
     /// Reads image `index` and decodes what the views of sample `sample` see of it; the inner error is the reason why it does
@@ -553,12 +621,12 @@ impl Worker {
     fn decode(&mut self, sample: u64) -> Result<Decoded, String> {
         let Shared { views, seed, decode, .. } = &*self.shared;
         let encoded = Encoded::open(&self.encoded)?;
-        let drawn = views.iter().zip(purpose::VIEW..).map(|(view, purpose)| {
+        let plans = views.iter().zip(purpose::VIEW..).map(|(view, purpose)| {
             let mut rng = Rng::keyed(*seed, self.epoch, sample, purpose);
-            (view.draw_crop(encoded.width, encoded.height, &mut rng), rng)
+            view.draw(encoded.width, encoded.height, &mut rng)
         });
-        let drawn: Vec<(CropBox, Rng)> = drawn.collect();
-        let crops = || drawn.iter().map(|(crop, _)| *crop);
+        let plans: Vec<Plan> = plans.collect();
+        let crops = || plans.iter().map(|plan| plan.crop);
         let part = crops().reduce(CropBox::around).unwrap_or_else(|| encoded.whole());
         let shrink = match decode {
             Decode::Exact => 1,
@@ -567,7 +635,7 @@ impl Worker {
             }
         };
         let Region { origin, shrink, .. } = encoded.decode(part, shrink, &mut self.image)?;
-        Ok(Decoded { origin, shrink, views: drawn })
+        Ok(Decoded { origin, shrink, plans })
     }
 
     /// Applies the policy to a corrupt image: an error, or another image in its place.

@@ -304,7 +304,7 @@ impl<'t> Run<'t> {
             self.ledger.lap(Part::Wait);
             images += batch.indices.len();
             replaced += batch.replaced;
-            let batch = self.to_device(batch, true);
+            let batch = self.for_method(self.train.finish(batch, self.device)?, true);
             self.ledger.lap(Part::Copy);
             if i == 0 {
                 self.show_examples(&batch)?;
@@ -480,7 +480,7 @@ impl<'t> Run<'t> {
         for (i, batch) in loader.batches(VALIDATION_EPOCH, 0).enumerate() {
             self.check_signals()?;
             seed_torch(self.state.seed, VALIDATION_EPOCH, i);
-            let batch = self.to_device(batch?, false);
+            let batch = self.for_method(loader.finish(batch?, self.device)?, false);
             let size = batch.len();
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let step = no_grad(|| autocast_bf16(bf16, self.device, || self.model.method.step(batch)))??;
@@ -592,10 +592,10 @@ impl<'t> Run<'t> {
         Err(TrainError::Diverged { step, metric, value, checkpoint: newest })
     }
 
-    fn to_device(&self, batch: LoadedBatch, train: bool) -> Batch {
+    fn for_method(&self, batch: LoadedBatch, train: bool) -> Batch {
         Batch {
-            views: batch.views.into_iter().map(|view| view.to_device(self.device)).collect(),
-            labels: batch.labels.to_device(self.device),
+            views: batch.views,
+            labels: batch.labels,
             samples: batch.indices,
             seed: self.state.seed,
             epoch: self.state.epoch,

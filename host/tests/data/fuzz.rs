@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use jepa_host::data::augment::{Augmenter, Scratch, random_crop};
+use jepa_host::data::augment::{Augmenter, Scratch};
 use jepa_host::data::decode::{Encoded, Rgb};
 use jepa_host::data::{self, Dataset, PackOptions, inspect};
 use jepa_plugin_api::{Interpolation, Rng, ViewSpec};
@@ -163,7 +163,8 @@ fn decoders_take_any_bytes() {
         }
         let Ok(encoded) = Encoded::open(&bytes) else { return false };
         let (width, height) = (encoded.width, encoded.height);
-        let crop = random_crop(width, height, (0.05, 1.0), (0.5, 2.0), rng);
+        let plan = views[0].draw(width, height, rng);
+        let crop = plan.crop;
         let Ok(region) = encoded.decode(crop, 1 << rng.below(3), &mut image) else { return false };
         let (pixels, (left, top)) = (region.pixels, region.origin);
         assert_eq!(pixels.pixels.len(), pixels.width as usize * pixels.height as usize * 3);
@@ -171,7 +172,7 @@ fn decoders_take_any_bytes() {
             left + pixels.width <= width && top + pixels.height <= height,
             "{width} × {height}, {crop:?}"
         );
-        views[0].make(&region, crop, rng, &mut scratch, &mut out);
+        views[0].make(&region, &plan, &mut scratch, &mut out);
         if region.origin == (0, 0) && region.shrink == 1 {
             views[1].apply(pixels, rng, &mut scratch, &mut out);
         }

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jepa_host::data::decode::Rgb;
-use jepa_host::data::{DataError, Dataset, LoadedBatch, Loader, LoaderOptions, OnError};
-use jepa_plugin_api::{Interpolation, ViewSpec};
-use tch::{Kind, Tensor};
+use jepa_host::data::decode::{Rgb, decode};
+use jepa_host::data::{Augment, DataError, Dataset, Decode, LoadedBatch, Loader, LoaderOptions, OnError};
+use jepa_plugin_api::{Interpolation, Transform, ViewSpec};
+use tch::{Device, Kind, Tensor};
 
-use crate::fixtures::{picture, png, small_set, write_reference};
+use crate::fixtures::{jpeg, picture, png, small_set, write_reference};
 
 fn views() -> Vec<ViewSpec> {
     let view = |name| {
@@ -75,6 +75,76 @@ fn shapes_types_and_labels_are_as_promised() {
     assert_eq!((batch.labels.size(), batch.labels.kind()), (vec![6], Kind::Int64));
     let labels = Vec::<i64>::try_from(&batch.labels).unwrap();
     assert!(labels.iter().zip(&batch.indices).all(|(&label, &index)| label == index as i64 % 4));
+}
+
+#[test]
+fn views_are_the_same_to_the_bit_when_the_device_finishes_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = small_set(directory.path(), 40, &[3]);
+    let crop = |name| ViewSpec::new(name).random_resized_crop((0.1, 1.0), Interpolation::Bicubic);
+    let views = vec![
+        crop("all")
+            .horizontal_flip(0.5)
+            .color_jitter(0.8, 0.8, 0.8, 0.8, 0.2)
+            .grayscale(0.2)
+            .normalize_imagenet(),
+        crop("blurred")
+            .color_jitter(0.5, 0.4, 0.4, 0.0, 0.5)
+            .gaussian_blur(0.9)
+            .solarize(0.5)
+            .normalize_imagenet(),
+        // Wider than the picture.
+        crop("strong").then(Transform::GaussianBlur { p: 0.7, sigma: (0.1, 20.0) }),
+        crop("plain").normalize_imagenet(),
+    ];
+    for size in [8, 33] {
+        let batches = |augment| {
+            let options = LoaderOptions {
+                augment,
+                batch_size: 13,
+                drop_last: false,
+                on_error: OnError::Replace,
+                ..LoaderOptions::new(views.clone(), size)
+            };
+            let loader = loader(&path, options);
+            let finish = |batch: Result<LoadedBatch, DataError>| {
+                contents(loader.finish(batch.unwrap(), Device::Cpu).unwrap())
+            };
+            loader.batches(1, 0).map(finish).collect::<Vec<_>>()
+        };
+        let (ours, theirs) = (batches(Augment::Gpu), batches(Augment::Cpu));
+        assert_eq!(ours.len(), 4);
+        for (ours, theirs) in ours.iter().zip(&theirs) {
+            for (view, (ours, theirs)) in views.iter().zip(ours.0.iter().zip(&theirs.0)) {
+                let different = ours.iter().zip(theirs).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                assert_eq!(different, 0, "{} of {size} px", view.name);
+            }
+            assert!(ours == theirs);
+        }
+    }
+}
+
+#[test]
+fn of_jpegs_the_views_are_those_of_their_pixels() {
+    let directory = tempfile::tempdir().unwrap();
+    let pictures: Vec<Rgb> = (0..12).map(|i| picture(60 + 7 * i, 90 - 3 * i, i)).collect();
+    let jpegs: Vec<Vec<u8>> = pictures.iter().map(jpeg).collect();
+    let pngs: Vec<Vec<u8>> = jpegs.iter().map(|jpeg| png(&decode(jpeg).unwrap())).collect();
+    let batches = |name: &str, images: &[Vec<u8>], decode| {
+        let path = directory.path().join(name);
+        write_reference(&path, images, None);
+        epoch(&loader(&path, LoaderOptions { decode, ..options(2) }), 0, 0)
+    };
+    let expected = batches("pixels.h5", &pngs, Decode::Exact);
+    assert_eq!(batches("exact.h5", &jpegs, Decode::Exact), expected);
+    // Views of 8 pixels see enough to be made from a smaller image: near, and not the same.
+    let fast = batches("fast.h5", &jpegs, Decode::Fast);
+    let all = |batches: &[Contents]| batches.iter().flat_map(|batch| batch.0.concat()).collect::<Vec<f32>>();
+    let (fast, expected) = (all(&fast), all(&expected));
+    let differences: Vec<f32> = fast.iter().zip(&expected).map(|(a, b)| (a - b).abs()).collect();
+    let mean = differences.iter().sum::<f32>() / differences.len() as f32;
+    // In units of a channel's deviation, of which 0.02 are about one level.
+    assert!(mean > 0.0 && mean < 0.04, "{mean}");
 }
 
 #[test]

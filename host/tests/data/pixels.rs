@@ -136,11 +136,11 @@ fn what_is_decoded_smaller_looks_the_same() {
             let make = |exact: bool| {
                 let mut rng = rng();
                 let encoded = Encoded::open(&encoded).unwrap();
-                let crop = augmenter.draw_crop(encoded.width, encoded.height, &mut rng);
-                assert_eq!(augmenter.shrink(crop), shrink);
+                let plan = augmenter.draw(encoded.width, encoded.height, &mut rng);
+                assert_eq!(augmenter.shrink(plan.crop), shrink);
                 let (mut image, mut out) = (Rgb::default(), vec![0.0; augmenter.len()]);
-                let region = encoded.decode(crop, if exact { 1 } else { shrink }, &mut image).unwrap();
-                augmenter.make(&region, crop, &mut rng, &mut Scratch::default(), &mut out);
+                let region = encoded.decode(plan.crop, if exact { 1 } else { shrink }, &mut image).unwrap();
+                augmenter.make(&region, &plan, &mut Scratch::default(), &mut out);
                 to_bytes(&out)
             };
             let (mean, max) = difference(&make(false), &make(true));

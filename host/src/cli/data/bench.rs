@@ -2,10 +2,12 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
+use jepa_plugin_api::tch::Device;
 use serde::Serialize;
 
 use crate::cli::bench::time_steps;
@@ -59,21 +61,20 @@ impl BenchArgs {
         let prepared = prepare(&session, Purpose::Measuring, None)?;
 
         let mut rows = Vec::new();
-        let all = prepared.train.threads();
-        for threads in [1, all].into_iter().take(all.min(2)) {
+        let mut counts = vec![1, prepared.train.threads()];
+        counts.dedup();
+        for threads in counts {
             let loader = prepared.train.clone().with_threads(threads);
             rows.push(Row::measure(&loader, Duration::from_secs(self.seconds.into()), &signals)?);
         }
         let views = prepared.model.method.views().len();
         let (method, images) = (session.method.clone(), prepared.train.dataset().len());
-        let step = match self.steps {
+        let cores_are_shared = prepared.device == Device::Cpu;
+        let step_images_per_s = match self.steps {
             0 => None,
             steps => {
                 tracing::info!("timing {} steps of {}", steps + 1, config.optimizer.batch_size);
-                let (_, measured) = time_steps(session, prepared, None, signals, (1, steps), true)?;
-                let mut seconds: Vec<f64> = measured.steps.iter().map(|step| step.iter().sum()).collect();
-                seconds.sort_by(f64::total_cmp);
-                Some(measured.images as f64 / seconds[seconds.len() / 2])
+                Some(time_steps(session, prepared, None, signals, (1, steps), true)?.images_per_s)
             }
         };
         let report = Report {
@@ -83,8 +84,12 @@ impl BenchArgs {
             views,
             size: config.data.size,
             decode: config.data.decode,
+            verdict: step_images_per_s.zip(rows.last()).map(|(step, row)| {
+                let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+                verdict(row.images_per_s, step, cores_are_shared, cores.saturating_sub(row.threads))
+            }),
             threads: rows,
-            step_images_per_s: step,
+            step_images_per_s,
         };
         print(self.format, &report, Report::text)
     }
@@ -118,10 +123,7 @@ impl Row {
             images += next()?;
         }
         let (seconds, after) = (begin.elapsed().as_secs_f64(), loader.clock().seconds());
-        let ms = |work: Work| {
-            let place = Work::ALL.iter().position(|other| *other == work).unwrap_or_default();
-            (after[place] - before[place]) * 1e3 / images as f64
-        };
+        let ms = |work: Work| (after[work as usize] - before[work as usize]) * 1e3 / images as f64;
         Ok(Row {
             threads: loader.threads(),
             images_per_s: images as f64 / seconds,
@@ -143,6 +145,32 @@ struct Report {
     threads: Vec<Row>,
     /// Of training steps that have their batch.
     step_images_per_s: Option<f64>,
+    verdict: Option<String>,
+}
+
+/// What training would wait for, when `data` and `step` are the images/s of each without the other.
+fn verdict(data: f64, step: f64, cores_are_shared: bool, idle_cores: usize) -> String {
+    let advice = match idle_cores {
+        0 => "pack the images smaller (data pack --shorter-side)",
+        _ => "give it more data.threads, or pack the images smaller (data pack --shorter-side)",
+    };
+    if cores_are_shared {
+        // Each takes the time of the cores that the other has not.
+        let (share, both) = (step / (step + data), step * data / (step + data));
+        let bottleneck = match share {
+            ..0.5 => "the step is the bottleneck".to_owned(),
+            _ => format!("the data pipeline is the bottleneck: {advice}"),
+        };
+        let percent = 100.0 * share;
+        return format!(
+            "data and step share the cores: {percent:.0} % of the time for data, some {both:.1} images/s; {bottleneck}"
+        );
+    }
+    match data / step {
+        ratio @ 1.25.. => format!("the step is the bottleneck: its data could come {ratio:.1} times as fast"),
+        1.0.. => format!("the step is the bottleneck, but not by much: {advice}"),
+        _ => format!("the data pipeline is the bottleneck: {advice}"),
+    }
 }
 
 impl Report {
@@ -160,18 +188,28 @@ impl Report {
             (cells, Vec::new())
         };
         print_columns(head, &self.threads.iter().map(cells).collect::<Vec<_>>(), out)?;
-        let (Some(step), Some(row)) = (self.step_images_per_s, self.threads.last()) else { return Ok(()) };
-        writeln!(out, "\na step takes {step:.1} images/s")?;
-        let ratio = row.images_per_s / step;
-        match ratio {
-            // Threads that compute compete with those that load.
-            1.25.. => {
-                writeln!(out, "the step is the bottleneck: its data could come {ratio:.1} times as fast")
-            }
-            _ => writeln!(
-                out,
-                "the data pipeline is the bottleneck, or nearly: give it more data.threads, or pack the images smaller"
-            ),
+        match (self.step_images_per_s, &self.verdict) {
+            (Some(step), Some(verdict)) => writeln!(out, "\na step takes {step:.1} images/s\n{verdict}"),
+            _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verdict_names_what_training_waits_for() {
+        let shared = verdict(100.0, 25.0, true, 0);
+        assert!(shared.contains("20 % of the time") && shared.contains("some 20.0 images/s"), "{shared}");
+        assert!(shared.contains("the step is the bottleneck"), "{shared}");
+        let pipeline = verdict(10.0, 90.0, true, 0);
+        assert!(pipeline.contains("90 %") && pipeline.contains("the data pipeline is"), "{pipeline}");
+        assert!(!pipeline.contains("threads"), "every core has one: {pipeline}");
+
+        assert!(verdict(500.0, 250.0, false, 4).contains("could come 2.0 times as fast"));
+        assert!(verdict(260.0, 250.0, false, 4).contains("not by much"));
+        assert!(verdict(200.0, 250.0, false, 4).contains("more data.threads"));
     }
 }
