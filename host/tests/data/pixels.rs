@@ -5,9 +5,8 @@ use jepa_host::data::decode::{Encoded, Region, Rgb, decode};
 use jepa_host::data::resample::{CropBox, Resampler};
 use jepa_plugin_api::{Interpolation, Rng, ViewSpec};
 use libjpeg_turbo_rs::{Encoder, PixelFormat, Subsampling};
-use serde_json::Value;
 
-use crate::fixtures::{Tensors, path, picture};
+use crate::fixtures::{Tensors, picture};
 
 const MODES: [(&str, Interpolation); 2] =
     [("bilinear", Interpolation::Bilinear), ("bicubic", Interpolation::Bicubic)];
@@ -237,61 +236,6 @@ fn flip_and_normalise_equal_torchvision() {
         assert_eq!(to_bytes(&view_of(&crop, whole().horizontal_flip(1.0), 32)), flipped);
         for (ours, theirs) in view_of(&crop, whole().normalize_imagenet(), 32).iter().zip(normalised) {
             assert!((ours - theirs).abs() <= 1e-6, "{ours} and {theirs}");
-        }
-    }
-}
-
-/// A number about a box, where it has one.
-type Statistic<'a> = &'a dyn Fn(&CropBox) -> Option<f64>;
-
-#[test]
-fn random_crops_are_distributed_as_torchvisions() {
-    let expected: Value =
-        serde_json::from_slice(&std::fs::read(path("crop_distribution.json")).unwrap()).unwrap();
-    let number = |value: &Value| value.as_f64().unwrap();
-    let (width, height) = (number(&expected["width"]) as u32, number(&expected["height"]) as u32);
-    for case in expected["cases"].as_array().unwrap() {
-        let range = |name: &str| (number(&case[name][0]), number(&case[name][1]));
-        let boxes: Vec<CropBox> = (0..20_000)
-            .map(|draw| {
-                random_crop(width, height, range("scale"), range("ratio"), &mut Rng::keyed(7, 0, draw, 0))
-            })
-            .collect();
-        let share = |of: fn(&CropBox) -> u32, all: u32| {
-            boxes.iter().filter(|crop| of(crop) == all).count() as f64 / boxes.len() as f64
-        };
-        assert!((share(|crop| crop.height, height) - number(&case["full_height"])).abs() < 0.004);
-        assert!((share(|crop| crop.width, width) - number(&case["full_width"])).abs() < 0.004);
-
-        let area = |crop: &CropBox| {
-            Some(f64::from(crop.width) * f64::from(crop.height) / (f64::from(width) * f64::from(height)))
-        };
-        let log_aspect = |crop: &CropBox| Some((f64::from(crop.width) / f64::from(crop.height)).ln());
-        let relative =
-            |at: u32, side: u32, all: u32| (side < all).then(|| f64::from(at) / f64::from(all - side));
-        let top = |crop: &CropBox| relative(crop.top, crop.height, height);
-        let left = |crop: &CropBox| relative(crop.left, crop.width, width);
-        let statistics: [(&str, Statistic); 4] = [
-            ("area_fraction", &area),
-            ("log_aspect", &log_aspect),
-            ("relative_top", &top),
-            ("relative_left", &left),
-        ];
-        for (name, statistic) in statistics {
-            let mut values: Vec<f64> = boxes.iter().filter_map(statistic).collect();
-            values.sort_by(f64::total_cmp);
-            let mean = values.iter().sum::<f64>() / values.len() as f64;
-            let std =
-                (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
-            let theirs = &case[name];
-            // Four standard errors of a difference of two means over 20,000 draws each.
-            let bound = 4.0 * std * (2.0 / 20_000_f64).sqrt();
-            assert!((mean - number(&theirs["mean"])).abs() < bound, "{name}: mean {mean}");
-            assert!((std - number(&theirs["std"])).abs() < bound, "{name}: std {std}");
-            for (decile, theirs) in theirs["deciles"].as_array().unwrap().iter().enumerate() {
-                let ours = values[values.len() * (decile + 1) / 10];
-                assert!((ours - number(theirs)).abs() < 0.06 * std, "{name}: decile {decile} is {ours}");
-            }
         }
     }
 }
