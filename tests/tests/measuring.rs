@@ -49,10 +49,11 @@ fn a_file_s_pipeline_is_timed_and_judged() {
     let arguments = |more: &[&str]| {
         let images = demo_images().to_string_lossy().into_owned();
         let more = more.iter().copied().chain(["--plugin", "simclr", "--seconds", "1"]);
-        let settings = more.chain(TINY_BACKBONE).chain(TINY_SIMCLR).map(str::to_owned);
+        let settings =
+            more.chain(TINY_BACKBONE).chain(TINY_SIMCLR).chain(["data.threads=2"]).map(str::to_owned);
         ["data".to_owned(), "bench".to_owned(), images].into_iter().chain(settings).collect::<Vec<_>>()
     };
-    let ended = room.run(arguments(&["--format", "json", "data.threads=2"])).expect(0);
+    let ended = room.run(arguments(&["--format", "json"])).expect(0);
     let report: Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!((&report["images"], &report["views"]), (&Value::from(8000), &Value::from(2)));
     let rows = report["threads"].as_array().unwrap();

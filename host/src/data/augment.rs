@@ -298,8 +298,10 @@ impl Augmenter {
                 resampler.resize(image, crop, (self.size, self.size), interpolation, pixels);
             }
             Crop::Center { shorter, interpolation } => {
+                let crop = not_longer_than(LONGEST, crop);
                 let size = shorter_side_to(shorter, crop.width, crop.height);
-                resampler.resize_center(image.pixels, size, self.size, interpolation, pixels);
+                resampler.resize(image, crop, size, interpolation, pixels);
+                cut_center(pixels, self.size);
             }
         }
         planes.set(pixels);
@@ -379,6 +381,32 @@ pub fn random_crop(width: u32, height: u32, scale: (f64, f64), ratio: (f64, f64)
 pub(super) fn shorter_side_to(shorter: u32, width: u32, height: u32) -> (u32, u32) {
     let longer = |long: u32, short: u32| (u64::from(shorter) * u64::from(long) / u64::from(short)) as u32;
     if width <= height { (shorter, longer(height, width)) } else { (longer(width, height), shorter) }
+}
+
+/// Times its shorter side that the longer side of an image may have before it is resized for a centre crop: more would only
+/// be made to be cut off, and of a strip of pixels it would be gigabytes.
+const LONGEST: u32 = 16;
+
+/// The middle of a box, of a longer side that is at most so many times the shorter one.
+fn not_longer_than(times: u32, whole: CropBox) -> CropBox {
+    let CropBox { top, left, height, width } = whole;
+    let longest = width.min(height).saturating_mul(times);
+    let (width, height) = (width.min(longest), height.min(longest));
+    CropBox { top: top + (whole.height - height) / 2, left: left + (whole.width - width) / 2, height, width }
+}
+
+/// Keeps the centred square of an image, in place. torchvision rounds its corner half to even.
+fn cut_center(image: &mut Rgb, size: u32) {
+    let corner = |side: u32| (f64::from(side - size) / 2.0).round_ties_even() as usize;
+    let (top, left) = (corner(image.height), corner(image.width));
+    let (from_stride, to_stride) = (image.width as usize * 3, size as usize * 3);
+    for row in 0..size as usize {
+        let from = (top + row) * from_stride + left * 3;
+        image.pixels.copy_within(from..from + to_stride, row * to_stride);
+    }
+    image.pixels.truncate(size as usize * to_stride);
+    image.width = size;
+    image.height = size;
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@
 //! An image is [opened](Encoded::open), which tells its size, and then as much of it is [decoded](Encoded::decode) as is
 //! needed.
 
+use std::any::Any;
 use std::io::Cursor;
+use std::panic::{self, AssertUnwindSafe};
 
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::PngDecoder;
@@ -126,6 +128,10 @@ impl<'a> Encoded<'a> {
     /// # Errors
     /// A phrase, as from [`decode`], for an image that is too large too.
     pub fn open(bytes: &'a [u8]) -> Result<Self, String> {
+        guarded(|| Self::read_header(bytes))
+    }
+
+    fn read_header(bytes: &'a [u8]) -> Result<Self, String> {
         if bytes.is_empty() {
             return Err("it has no bytes".into());
         }
@@ -170,22 +176,31 @@ impl<'a> Encoded<'a> {
     /// # Errors
     /// A phrase, as from [`decode`]. What lies below the part may be damaged.
     pub fn decode(self, part: CropBox, shrink: u32, image: &mut Rgb) -> Result<Region<'_>, String> {
-        match self.decoder {
+        let (origin, shrink) = guarded(|| match self.decoder {
             Codec::Jpeg(decoder) => {
                 check_jpeg_end(self.bytes)?;
                 decode_jpeg(*decoder, part, shrink, image)
             }
             Codec::Cmyk(decoder) => {
                 check_jpeg_end(self.bytes)?;
-                read(decoder, image)?;
-                Ok(Region::whole(image))
+                read(decoder, image).map(|()| ((0, 0), 1))
             }
-            Codec::Png(decoder) => {
-                read(decoder, image)?;
-                Ok(Region::whole(image))
-            }
-        }
+            Codec::Png(decoder) => read(decoder, image).map(|()| ((0, 0), 1)),
+        })?;
+        Ok(Region { pixels: image, origin, shrink })
     }
+}
+
+/// Of a decoder that panics, the image is bad and not the run: what it leaves behind is only bytes.
+fn guarded<R>(decode: impl FnOnce() -> Result<R, String>) -> Result<R, String> {
+    panic::catch_unwind(AssertUnwindSafe(decode))
+        .unwrap_or_else(|payload| Err(format!("its decoder panics: {}", panic_message(payload.as_ref()))))
+}
+
+/// What a panic says.
+pub(super) fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }
 
 fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
@@ -204,14 +219,16 @@ fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
     Ok((Codec::Jpeg(Box::new(decoder)), size))
 }
 
+/// Returns origin and scale of what it has decoded, as in a [`Region`].
+///
 /// Entropy coding has to be undone for all of it, and of a progressive one what comes behind that too. Otherwise columns and
 /// rows beside the part are left out.
-fn decode_jpeg<'a>(
+fn decode_jpeg(
     mut decoder: Decoder,
     part: CropBox,
     shrink: u32,
-    image: &'a mut Rgb,
-) -> Result<Region<'a>, String> {
+    image: &mut Rgb,
+) -> Result<((u32, u32), u32), String> {
     // A pixel's colour is interpolated between its neighbours, which have to be decoded too.
     const BESIDE: u32 = 2;
     let words = |error: libjpeg_turbo_rs::JpegError| error.to_string();
@@ -231,7 +248,7 @@ fn decode_jpeg<'a>(
         let decoded = decoder.decode_image_into(&mut image.pixels).map_err(words)?;
         image.pixels.truncate(decoded.bytes_written);
         (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
-        return Ok(Region { pixels: image, origin: (0, 0), shrink });
+        return Ok(((0, 0), shrink));
     }
     let (columns, rows) = ((right - left) as usize, (bottom - top) as usize);
     decoder.set_crop_region(left as usize, top as usize, columns, rows);
@@ -240,7 +257,7 @@ fn decode_jpeg<'a>(
     (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
     // It begins where a block of columns does.
     match (right.checked_sub(image.width), bottom.checked_sub(image.height)) {
-        (Some(left), Some(top)) => Ok(Region { pixels: image, origin: (left, top), shrink }),
+        (Some(left), Some(top)) => Ok(((left, top), shrink)),
         _ => Err(format!("it was decoded to {} × {} pixels", image.width, image.height)),
     }
 }

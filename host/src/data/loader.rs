@@ -14,7 +14,6 @@
 //! 309 MB for 3 × 128 single views of 224 px, and nothing else grows with time. (A decoder holds a JPEG's planes beside its
 //! pixels; a PNG has up to 8 bytes for each pixel, and a progressive JPEG takes 12. With [`Augment::Gpu`], the 4 is a 1.)
 
-use std::any::Any;
 use std::collections::{HashSet, VecDeque};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,7 +30,7 @@ use super::augment::{Augmenter, Operation, Plan, Scratch, check_views};
 use super::batch::BatchMemory;
 use super::clock::{Clock, Work};
 use super::dataset::Dataset;
-use super::decode::{Encoded, Region, Rgb};
+use super::decode::{Encoded, Region, Rgb, panic_message};
 use super::error::DataError;
 use super::finish::finish;
 use super::order::Order;
@@ -665,9 +664,4 @@ impl Shared {
             tracing::warn!("{path}: image {index} is corrupt and is replaced by another: {reason}");
         }
     }
-}
-
-fn panic_message(payload: &(dyn Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }

@@ -1,7 +1,8 @@
 //! Bytes that nobody meant: whatever they are, an error comes of it, or an image, and in bounded time and memory.
 //!
-//! Each test changes good files at random, a few thousand times, or for `FUZZ_SECONDS`. A case is made from its number, and the
-//! number is printed where one fails: `FUZZ_CASE` runs that one alone.
+//! Each test changes good files at random, some thousand times, or for `FUZZ_SECONDS`. A case is made from its number, and the
+//! number is printed where one fails: `FUZZ_CASE` runs that one alone, and of a decoder leaves its bytes in the
+//! folder of temporary files.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use jepa_host::data::augment::{Augmenter, Scratch};
-use jepa_host::data::decode::{Encoded, Rgb};
+use jepa_host::data::decode::{Encoded, Rgb, decode};
 use jepa_host::data::{self, Dataset, PackOptions, inspect};
 use jepa_plugin_api::{Interpolation, Rng, ViewSpec};
 use libjpeg_turbo_rs::{PixelFormat, Subsampling, compress, compress_progressive};
@@ -156,10 +157,13 @@ fn decoders_take_any_bytes() {
     let center = ViewSpec::new("center").resize_center_crop(0.875, Interpolation::Bicubic);
     let views = [crop, center].map(|view| Augmenter::new(&view, 16).unwrap());
     let (mut image, mut scratch, mut out) = (Rgb::default(), Scratch::default(), vec![0.0; 3 * 16 * 16]);
-    fuzz("decoders", 4000, |rng| {
+    fuzz("decoders", 40_000, |rng| {
         let mut bytes = changed(&good, rng);
         if bytes.starts_with(b"\x89PNG") {
             repair_checksums(&mut bytes);
+        }
+        if from_environment("FUZZ_CASE").is_some() {
+            fs::write(std::env::temp_dir().join("fuzz-decoders"), &bytes).unwrap();
         }
         let Ok(encoded) = Encoded::open(&bytes) else { return false };
         let (width, height) = (encoded.width, encoded.height);
@@ -201,7 +205,7 @@ fn hdf5_readers_take_any_bytes() {
         .map(|path| fs::read(path).unwrap())
         .collect();
     let file = directory.path().join("changed.h5");
-    fuzz("hdf5", 1000, |rng| {
+    fuzz("hdf5", 4000, |rng| {
         fs::write(&file, changed(&good, rng)).unwrap();
         read_all(&file)
     });
@@ -212,4 +216,11 @@ fn hdf5_readers_take_any_bytes() {
 fn a_heap_that_has_no_end_is_not_read() {
     let dataset = Dataset::open(path("bad_heap.h5")).unwrap();
     assert_eq!((dataset.len(), dataset.class_names()), (12, None));
+}
+
+/// Whose palette is cut within a colour, which this fuzzing found: a panic in a decoder.
+#[test]
+fn an_image_whose_decoder_panics_is_a_bad_image() {
+    let error = decode(&fs::read(path("bad_palette.png")).unwrap()).unwrap_err();
+    assert!(error.contains("its decoder panics: range end index 3"), "{error}");
 }

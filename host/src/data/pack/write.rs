@@ -47,9 +47,11 @@ pub(super) fn write(
 
     let temporary = Temporary::of(out);
     let path = &temporary.path;
-    // Nobody else knows this file's name: the journal is locked.
+    // Nobody else knows this file's name: the journal is locked. No times are kept in it, so that the same images give the same
+    // bytes.
     let file = hdf5::File::with_options()
         .with_fapl(|access| access.file_locking(false))
+        .with_fcpl(|create| create.obj_track_times(false))
         .create(path)
         .map_err(DataError::hdf5(path, "create it"))?;
     let bytes = write_tables(&file, &attributes, &offsets, tables)
@@ -104,7 +106,6 @@ fn write_tables(
         file.new_attr::<u32>().create("shorter_side")?.write_scalar(shorter_side)?;
         file.new_attr::<u8>().create("jpeg_quality")?.write_scalar(quality)?;
     }
-    // No times are kept, so that the same images give the same file.
     let build = || file.new_dataset_builder().obj_track_times(false);
     build().with_data(offsets).create(packed::OFFSETS)?;
     if let Some(labels) = labels {
