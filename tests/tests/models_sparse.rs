@@ -2,6 +2,7 @@
 //! hidden: over random masks, sizes, kernels, strides, and channels.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jepa_host::device::autocast_bf16;
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions, LayerNorm2d};
@@ -25,11 +26,24 @@ impl Draw {
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
+/// What follows is of `seed` alone: libtorch has one generator for all tests of a process, which take turns therefore.
+fn alone(seed: u64) -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed as i64);
+    turn
+}
+
 fn worst(name: &str, seed: u64, ours: &Tensor, expected: &Tensor, tolerance: f64) {
+    worst_of(name, seed, ours, expected, tolerance, 1e-3);
+}
+
+/// The greatest difference, over the greatest number that is expected; or over `least`, if that is more.
+fn worst_of(name: &str, seed: u64, ours: &Tensor, expected: &Tensor, tolerance: f64, least: f64) {
     assert_eq!(ours.size(), expected.size(), "seed {seed}: {name}");
     let expected = expected.to_kind(Kind::Double);
     let difference = f64::try_from((ours.to_kind(Kind::Double) - &expected).abs().max()).unwrap();
-    let scale = f64::try_from(expected.abs().max()).unwrap().max(1e-3);
+    let scale = f64::try_from(expected.abs().max()).unwrap().max(least);
     assert!(difference <= tolerance * scale, "seed {seed}: {name} is off by {difference:.2e} of {scale:.2e}");
 }
 
@@ -53,7 +67,7 @@ fn at(mask: &Tensor, side: i64) -> Tensor {
 fn convolutions_equal_libtorchs_of_the_whole_map() {
     for seed in 0..300 {
         let mut draw = Draw(seed);
-        tch::manual_seed(seed as i64);
+        let _turn = alone(seed);
         let (batch, cells, per_cell) = (1 + draw.below(3), 1 + draw.below(4), draw.of(&[1, 2, 4]));
         let side = cells * per_cell;
         let stride = if per_cell > 1 { draw.of(&[1, 2]) } else { 1 };
@@ -89,9 +103,10 @@ fn convolutions_equal_libtorchs_of_the_whole_map() {
 
         worst("output", seed, &y, &expected, 2e-6);
         worst("gradient of the input", seed, &images.grad(), &x.grad(), 2e-6);
-        worst("gradient of the weight", seed, &conv.weight.grad(), &weight.grad(), 5e-6);
+        // Sums of many numbers of about 1, which may leave next to nothing.
+        worst_of("gradient of the weight", seed, &conv.weight.grad(), &weight.grad(), 5e-6, 1.0);
         if let (Some(bias), Some(expected)) = (&conv.bias, &of_bias) {
-            worst("gradient of the bias", seed, &bias.grad(), &expected.grad(), 5e-6);
+            worst_of("gradient of the bias", seed, &bias.grad(), &expected.grad(), 5e-6, 1.0);
         }
     }
 }
@@ -100,7 +115,7 @@ fn convolutions_equal_libtorchs_of_the_whole_map() {
 fn max_pools_equal_libtorchs_of_the_whole_map() {
     for seed in 0..100 {
         let mut draw = Draw(seed);
-        tch::manual_seed(seed as i64);
+        let _turn = alone(seed);
         let (batch, cells, channels) = (1 + draw.below(3), 1 + draw.below(4), draw.of(&[1, 8, 33]));
         let (kernel, stride, padding, per_cell) =
             draw.of(&[(3, 2, 1, 2), (3, 2, 1, 4), (2, 2, 0, 2), (3, 1, 1, 2)]);
@@ -157,7 +172,7 @@ impl Network {
 
 #[test]
 fn bf16_follows_fp32() {
-    tch::manual_seed(0);
+    let _turn = alone(0);
     let params = Params::new(Device::Cpu);
     let network = Network::new(&params, 24);
     let images = Tensor::randn([2, 3, 64, 64], F32);
