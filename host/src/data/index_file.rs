@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use super::dataset::{Contents, Layout, NO_ADDRESS, Slot};
 
 /// Below this many images, asking again is as fast.
-const WORTHWHILE: usize = 20_000;
+pub(super) const WORTHWHILE: usize = 20_000;
 const MAGIC: [u8; 8] = *b"JEPAIDX2";
 
 /// Where the index of a file may be: beside it, and in the user's cache directory.

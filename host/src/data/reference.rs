@@ -9,6 +9,7 @@ use hdf5::types::TypeDescriptor;
 
 use super::dataset::{Contents, Layout, NO_ADDRESS, Slot};
 use super::error::DataError;
+use super::index_file;
 
 const IMAGES: &str = "images";
 const LABELS: &str = "labels";
@@ -22,6 +23,9 @@ pub(super) fn read_contents(path: &Path, file: &hdf5::File) -> Result<Contents, 
         DataError::layout(path, format!("`{IMAGES}` is not a group of one data set per image"))
     })?;
     let count = images.len() as usize;
+    if count >= index_file::WORTHWHILE {
+        tracing::info!("{}: asking where {count} images lie, once: the answer is kept", path.display());
+    }
     let slots = (0..count).map(|index| slot(path, &images, index)).collect::<Result<Vec<_>, _>>()?;
     let labels = if file.link_exists(LABELS) {
         let group = file.group(LABELS).map_err(|_| {

@@ -260,7 +260,10 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
     let (total, mean) = (HumanBytes(summary.image_bytes), HumanBytes(mean));
     writeln!(out, "images       {}, {total}, {mean} each", HumanCount(summary.images as u64))?;
     let (width, height) = (range(sample.width), range(sample.height));
-    writeln!(out, "sample       {}: {width} × {height} pixels", formats.join(", "))?;
+    match formats.join(", ") {
+        none if none.is_empty() => writeln!(out, "sample       no image can be read")?,
+        formats => writeln!(out, "sample       {formats}: {width} × {height} pixels")?,
+    }
     if sample.unreadable > 0 {
         let hint = "run `jepa-host data verify`";
         writeln!(out, "             unreadable: {} of {}; {hint}", sample.unreadable, sample.images)?;
