@@ -7,6 +7,7 @@
 //! [`packed`](super::packed).
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -263,6 +264,21 @@ impl Dataset {
         }
         bytes.resize(slot.len as usize, 0);
         self.file.read_exact_at(bytes, slot.offset).map_err(DataError::io("read", &self.path))
+    }
+
+    /// Tells the system that this image is going to be read, so that it comes from the disk meanwhile.
+    pub fn will_need(&self, index: usize) {
+        let Some(slot) = self.slots.get(index).filter(|slot| slot.offset != NO_ADDRESS) else { return };
+        // SAFETY: the descriptor is that of an open file, and no memory is touched. A system that cannot do it says so, and
+        // nothing is lost but time.
+        let _ = unsafe {
+            libc::posix_fadvise(
+                self.file.as_raw_fd(),
+                slot.offset as libc::off_t,
+                slot.len as libc::off_t,
+                libc::POSIX_FADV_WILLNEED,
+            )
+        };
     }
 
     fn read_through_library(&self, index: usize) -> Result<Vec<u8>, DataError> {

@@ -403,6 +403,7 @@ impl Batches {
         let first = batch * self.batch_size;
         let places = first..self.order.len().min(first + self.batch_size);
         let indices: Vec<u64> = places.map(|place| self.order.at(place)).collect();
+        indices.iter().for_each(|index| self.shared.dataset.will_need(*index as usize));
         if self.workers.is_empty() {
             return Err(DataError::Options("no loader thread could be started; lower data.threads".into()));
         }
