@@ -32,7 +32,12 @@ unsafe impl<T: Send> Send for BatchMemory<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for BatchMemory<T> {}
 
-impl<T: Element> BatchMemory<T> {
+/// Of which any bytes are a value.
+pub(super) trait Number: Element {}
+impl Number for f32 {}
+impl Number for u8 {}
+
+impl<T: Number> BatchMemory<T> {
     /// Allocates, without clearing, `views` tensors for `samples` images of `size × size`.
     pub fn new(views: usize, samples: usize, size: u32) -> Result<BatchMemory<T>, tch::TchError> {
         let shape = [samples as i64, 3, i64::from(size), i64::from(size)];

@@ -268,7 +268,9 @@ impl Dataset {
 
     /// Tells the system that this image is going to be read, so that it comes from the disk meanwhile.
     pub fn will_need(&self, index: usize) {
-        let Some(slot) = self.slots.get(index).filter(|slot| slot.offset != NO_ADDRESS) else { return };
+        // A length of 0 would stand for the rest of the file.
+        let has_bytes = |slot: &&Slot| slot.offset != NO_ADDRESS && slot.len > 0;
+        let Some(slot) = self.slots.get(index).filter(has_bytes) else { return };
         // SAFETY: the descriptor is that of an open file, and no memory is touched. A system that cannot do it says so, and
         // nothing is lost but time.
         let _ = unsafe {
@@ -294,7 +296,14 @@ impl Dataset {
                 };
                 let Some(chunks) = Chunks::locate(&image) else { return image.read_raw().map_err(refuse) };
                 drop((image, library));
-                chunks.read(&self.file).map_err(DataError::io("read", &self.path))
+                chunks.read(&self.file).map_err(|error| match error.raw_os_error() {
+                    Some(_) => DataError::io("read", &self.path)(error),
+                    // It can be read, and is not what was written.
+                    None => {
+                        let (path, reason) = (self.path.clone(), error.to_string());
+                        DataError::Corrupt { path, index: index as u64, reason }
+                    }
+                })
             }
         }
     }

@@ -8,12 +8,14 @@
 //! needed.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::io::Cursor;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::Once;
 
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::PngDecoder;
-use image::{ColorType, ImageDecoder, ImageError, ImageFormat, Limits};
+use image::{ColorType, ImageDecoder, ImageFormat, Limits};
 use libjpeg_turbo_rs::{DecodeLimits, Decoder, PixelFormat, ScalingFactor};
 
 use super::resample::CropBox;
@@ -128,10 +130,6 @@ impl<'a> Encoded<'a> {
     /// # Errors
     /// A phrase, as from [`decode`], for an image that is too large too.
     pub fn open(bytes: &'a [u8]) -> Result<Self, String> {
-        guarded(|| Self::read_header(bytes))
-    }
-
-    fn read_header(bytes: &'a [u8]) -> Result<Self, String> {
         if bytes.is_empty() {
             return Err("it has no bytes".into());
         }
@@ -141,7 +139,7 @@ impl<'a> Encoded<'a> {
                 // Bounds what metadata may unpack to; pixels are bounded by MAX_PIXELS.
                 let mut limits = Limits::no_limits();
                 limits.max_alloc = Some(64 << 20);
-                let decoder = PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(words)?;
+                let decoder = guarded(|| PngDecoder::with_limits(Cursor::new(bytes), limits))?;
                 let size = decoder.dimensions();
                 (Codec::Png(Box::new(decoder)), size)
             }
@@ -176,25 +174,48 @@ impl<'a> Encoded<'a> {
     /// # Errors
     /// A phrase, as from [`decode`]. What lies below the part may be damaged.
     pub fn decode(self, part: CropBox, shrink: u32, image: &mut Rgb) -> Result<Region<'_>, String> {
-        let (origin, shrink) = guarded(|| match self.decoder {
+        let (origin, shrink) = match self.decoder {
             Codec::Jpeg(decoder) => {
                 check_jpeg_end(self.bytes)?;
-                decode_jpeg(*decoder, part, shrink, image)
+                decode_jpeg(*decoder, part, shrink, image)?
             }
             Codec::Cmyk(decoder) => {
                 check_jpeg_end(self.bytes)?;
-                read(decoder, image).map(|()| ((0, 0), 1))
+                read(decoder, image)?;
+                ((0, 0), 1)
             }
-            Codec::Png(decoder) => read(decoder, image).map(|()| ((0, 0), 1)),
-        })?;
+            Codec::Png(decoder) => {
+                read(decoder, image)?;
+                ((0, 0), 1)
+            }
+        };
         Ok(Region { pixels: image, origin, shrink })
     }
 }
 
-/// Of a decoder that panics, the image is bad and not the run: what it leaves behind is only bytes.
-fn guarded<R>(decode: impl FnOnce() -> Result<R, String>) -> Result<R, String> {
-    panic::catch_unwind(AssertUnwindSafe(decode))
-        .unwrap_or_else(|payload| Err(format!("its decoder panics: {}", panic_message(payload.as_ref()))))
+thread_local! {
+    /// Whether a panic in this thread is a decoder's, and comes back as an error.
+    static IS_GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls a decoder. Of one that panics, the image is bad and not the run: what it leaves behind is only bytes.
+fn guarded<R, E: ToString>(decode: impl FnOnce() -> Result<R, E>) -> Result<R, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let other = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !IS_GUARDED.get() {
+                other(info);
+            }
+        }));
+    });
+    IS_GUARDED.set(true);
+    let decoded = panic::catch_unwind(AssertUnwindSafe(decode));
+    IS_GUARDED.set(false);
+    match decoded {
+        Ok(decoded) => decoded.map_err(|error| words(&error)),
+        Err(payload) => Err(format!("its decoder panics: {}", panic_message(payload.as_ref()))),
+    }
 }
 
 /// What a panic says.
@@ -205,13 +226,13 @@ pub(super) fn panic_message(payload: &(dyn Any + Send)) -> String {
 
 fn open_jpeg(bytes: &[u8]) -> Result<(Codec<'_>, (u32, u32)), String> {
     let limits = DecodeLimits { max_scans: MAX_SCANS, ..DecodeLimits::default() };
-    let decoder = Decoder::new_with_limits(bytes, limits).map_err(|error| error.to_string())?;
+    let decoder = guarded(|| Decoder::new_with_limits(bytes, limits))?;
     let header = decoder.header();
     if header.precision != 8 {
         return Err(format!("its samples have {} bits, and only 8 are read", header.precision));
     }
     if header.components.len() == 4 {
-        let decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(words)?;
+        let decoder = guarded(|| JpegDecoder::new(Cursor::new(bytes)))?;
         let size = decoder.dimensions();
         return Ok((Codec::Cmyk(decoder), size));
     }
@@ -231,11 +252,10 @@ fn decode_jpeg(
 ) -> Result<((u32, u32), u32), String> {
     // A pixel's colour is interpolated between its neighbours, which have to be decoded too.
     const BESIDE: u32 = 2;
-    let words = |error: libjpeg_turbo_rs::JpegError| error.to_string();
     // What is coded without loss has no blocks that could be left out or made smaller.
     let shrink = if decoder.header().is_lossless { 1 } else { shrink };
     decoder.set_output_format(PixelFormat::Rgb);
-    decoder.set_scale(ScalingFactor::try_new(1, shrink).map_err(words)?);
+    decoder.set_scale(ScalingFactor::try_new(1, shrink).map_err(|error| words(&error))?);
     let (width, height) = (decoder.output_width() as u32, decoder.output_height() as u32);
     let range = |from: u32, length: u32, side: u32| {
         ((from / shrink).saturating_sub(BESIDE), ((from + length).div_ceil(shrink) + BESIDE).min(side))
@@ -244,15 +264,15 @@ fn decode_jpeg(
     let (top, bottom) = range(part.top, part.height, height);
     if (right - left, bottom - top) == (width, height) || decoder.header().is_lossless {
         // The memory is only cleared where it grows.
-        image.pixels.resize(decoder.output_buffer_size().map_err(words)?, 0);
-        let decoded = decoder.decode_image_into(&mut image.pixels).map_err(words)?;
+        image.pixels.resize(guarded(|| decoder.output_buffer_size())?, 0);
+        let decoded = guarded(|| decoder.decode_image_into(&mut image.pixels))?;
         image.pixels.truncate(decoded.bytes_written);
         (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
         return Ok(((0, 0), shrink));
     }
     let (columns, rows) = ((right - left) as usize, (bottom - top) as usize);
     decoder.set_crop_region(left as usize, top as usize, columns, rows);
-    let decoded = decoder.decode_image().map_err(words)?;
+    let decoded = guarded(|| decoder.decode_image())?;
     image.pixels = decoded.data;
     (image.width, image.height) = (decoded.width as u32, decoded.height as u32);
     // It begins where a block of columns does.
@@ -263,7 +283,7 @@ fn decode_jpeg(
 }
 
 /// A decoder's words on one line.
-fn words(error: ImageError) -> String {
+fn words(error: &impl ToString) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -275,7 +295,7 @@ fn read(decoder: impl ImageDecoder, image: &mut Rgb) -> Result<(), String> {
     image.height = height;
     // The decoder writes every byte, so the memory is only cleared where it grows.
     image.pixels.resize(count * usize::from(color.bytes_per_pixel()), 0);
-    decoder.read_image(&mut image.pixels).map_err(words)?;
+    guarded(|| decoder.read_image(&mut image.pixels))?;
     match color {
         ColorType::Rgb8 => {}
         ColorType::Rgba8 => {

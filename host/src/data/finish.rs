@@ -7,36 +7,12 @@
 //! Each image has operations of its own in an order of its own. All images go through their lists together: of each place in
 //! the lists, those that have the same kind of operation there are gathered, worked on, and put back.
 
+use std::mem;
+
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::augment::Operation;
 use super::color::{half_gaussian, hue_turn, mirror};
-
-/// Images of a batch that have the same kind of operation at a place of their lists.
-#[derive(Default)]
-struct Group {
-    /// Places in the batch.
-    images: Vec<i64>,
-    /// A number for each.
-    parameters: Vec<f64>,
-}
-
-/// Kinds of operations.
-const KINDS: usize = 8;
-
-/// A number for the kind of an operation, and the one that says how it is done.
-fn kind_and_parameter(operation: Operation) -> (usize, f64) {
-    match operation {
-        Operation::Flip => (0, 0.0),
-        Operation::Brightness(factor) => (1, factor.into()),
-        Operation::Contrast(factor) => (2, factor.into()),
-        Operation::Saturation(factor) => (3, factor.into()),
-        Operation::Hue(turn) => (4, hue_turn(turn).into()),
-        Operation::Grayscale => (5, 0.0),
-        Operation::Blur(sigma) => (6, sigma),
-        Operation::Solarize(threshold) => (7, threshold.into()),
-    }
-}
 
 /// Finishes a view of a batch: from u8 `(B, 3, S, S)` on any device to f32 of that shape.
 ///
@@ -50,21 +26,25 @@ pub fn finish(
     let device = pixels.device();
     let mut values = pixels.f_to_kind(Kind::Float)?;
     for place in 0..operations.iter().map(|operations| operations.len()).max().unwrap_or(0) {
-        let mut groups: [Group; KINDS] = Default::default();
+        // The images that have the same kind of operation at this place, by their places in the batch.
+        let mut groups: Vec<(Vec<i64>, Vec<Operation>)> = Vec::new();
         for (image, operations) in operations.iter().enumerate() {
-            if let Some(operation) = operations.get(place) {
-                let (kind, parameter) = kind_and_parameter(*operation);
-                groups[kind].images.push(image as i64);
-                groups[kind].parameters.push(parameter);
+            let Some(operation) = operations.get(place) else { continue };
+            let same = |(_, others): &&mut (_, Vec<Operation>)| {
+                mem::discriminant(&others[0]) == mem::discriminant(operation)
+            };
+            match groups.iter_mut().find(same) {
+                Some((images, operations)) => {
+                    images.push(image as i64);
+                    operations.push(*operation);
+                }
+                None => groups.push((vec![image as i64], vec![*operation])),
             }
         }
-        for (kind, Group { images, parameters }) in groups.iter().enumerate() {
-            if images.is_empty() {
-                continue;
-            }
-            let images = to(device, &Tensor::from_slice(images))?;
-            let changed = operate(kind, &values.f_index_select(0, &images)?, parameters)?;
-            values = values.f_index_copy(0, &images, &changed)?;
+        for (images, operations) in groups {
+            let images = to(device, &Tensor::from_slice(&images))?;
+            let changed = operate(&values.f_index_select(0, &images)?, &operations)?;
+            values = values.f_index_copy_(0, &images, &changed)?;
         }
     }
     // By tensors: to divide by a number is to multiply by its inverse, on some devices.
@@ -78,19 +58,49 @@ fn to(device: Device, tensor: &Tensor) -> Result<Tensor, TchError> {
     tensor.f_to_device_(device, tensor.kind(), true, false)
 }
 
-/// One operation on `values`, f32 `(N, 3, H, W)`, with a parameter for each.
-fn operate(kind: usize, values: &Tensor, parameters: &[f64]) -> Result<Tensor, TchError> {
-    let parameter = || to(values.device(), &Tensor::from_slice(parameters).f_view([-1, 1, 1, 1])?);
-    let factor = || parameter()?.f_to_kind(Kind::Float);
-    match kind {
-        0 => values.f_flip([3]),
-        1 => blend(&values.f_zeros_like()?, values, &factor()?),
-        2 => blend(&mean_luma(values)?, values, &factor()?),
-        3 => blend(&luma(values)?, values, &factor()?),
-        4 => turn_hue(values, &parameter()?),
-        5 => luma(values)?.f_expand_as(values),
-        6 => blur(values, parameters),
-        _ => values.f_where_self(&values.f_lt_tensor(&factor()?)?, &from(255.0, values)?),
+/// The operations of one kind on `values`, f32 `(N, 3, H, W)`, one for each image.
+fn operate(values: &Tensor, operations: &[Operation]) -> Result<Tensor, TchError> {
+    let each = |parameter: fn(&Operation) -> f64| {
+        let parameters: Vec<f64> = operations.iter().map(parameter).collect();
+        to(values.device(), &Tensor::from_slice(&parameters).f_view([-1, 1, 1, 1])?)
+    };
+    let factor = || {
+        let factors = each(|operation| match *operation {
+            Operation::Brightness(factor) | Operation::Contrast(factor) | Operation::Saturation(factor) => {
+                factor.into()
+            }
+            _ => f64::NAN,
+        });
+        factors?.f_to_kind(Kind::Float)
+    };
+    match operations[0] {
+        Operation::Flip => values.f_flip([3]),
+        Operation::Brightness(_) => blend(&values.f_zeros_like()?, values, &factor()?),
+        Operation::Contrast(_) => blend(&mean_luma(values)?, values, &factor()?),
+        Operation::Saturation(_) => blend(&luma(values)?, values, &factor()?),
+        Operation::Hue(_) => {
+            let turns = each(|operation| match *operation {
+                Operation::Hue(share) => hue_turn(share).into(),
+                _ => f64::NAN,
+            });
+            turn_hue(values, &turns?)
+        }
+        Operation::Grayscale => luma(values)?.f_expand_as(values),
+        Operation::Blur(_) => {
+            let sigma = |operation: &Operation| match *operation {
+                Operation::Blur(sigma) => Some(sigma),
+                _ => None,
+            };
+            blur(values, &operations.iter().filter_map(sigma).collect::<Vec<_>>())
+        }
+        Operation::Solarize(_) => {
+            let thresholds = each(|operation| match *operation {
+                Operation::Solarize(threshold) => threshold.into(),
+                _ => f64::NAN,
+            });
+            let below = values.f_lt_tensor(&thresholds?.f_to_kind(Kind::Float)?)?;
+            values.f_where_self(&below, &from(255.0, values)?)
+        }
     }
 }
 

@@ -63,7 +63,7 @@ pub enum OnError {
 #[serde(rename_all = "snake_case")]
 pub enum Decode {
     /// A JPEG of which every view sees at least 2 or 4 times its own side is made that much smaller as it is decoded: faster,
-    /// and up to some levels of 255 beside the exact pixels.
+    /// and of photos 0.3 to 1.4 levels of 255 beside the exact pixels in the mean, at sharp edges up to some 30.
     #[default]
     Fast,
     /// The pixels of torchvision on Pillow.
@@ -611,7 +611,10 @@ impl Worker {
     fn fetch(&mut self, sample: u64, index: u64) -> Result<Result<Decoded, String>, DataError> {
         let shared = self.shared.clone();
         let mut lap = shared.clock.start();
-        shared.dataset.read_into(index as usize, &mut self.encoded)?;
+        match shared.dataset.read_into(index as usize, &mut self.encoded) {
+            Err(DataError::Corrupt { reason, .. }) => return Ok(Err(reason)),
+            read => read?,
+        }
         lap.end(Work::Read);
         let decoded = self.decode(sample);
         lap.end(Work::Decode);

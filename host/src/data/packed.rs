@@ -17,7 +17,7 @@
 use std::path::Path;
 use std::str::FromStr;
 
-use hdf5::types::{FixedUnicode, TypeDescriptor};
+use hdf5::types::{FixedAscii, FixedUnicode, TypeDescriptor};
 
 use super::dataset::{Contents, Layout, NO_ADDRESS, Provenance, Slot};
 use super::error::DataError;
@@ -32,6 +32,8 @@ pub(super) const CLASS_NAMES: &str = "class_names";
 
 /// A string as it is stored.
 pub(super) type Text = FixedUnicode<256>;
+/// As h5py stores bytes.
+type AsciiText = FixedAscii<256>;
 
 /// Whether the file has what a packed one has.
 pub(super) fn is_packed(file: &hdf5::File) -> bool {
@@ -102,8 +104,15 @@ fn provenance(path: &Path, file: &hdf5::File) -> Result<Provenance, DataError> {
 }
 
 fn dataset(path: &Path, file: &hdf5::File, name: &str) -> Result<hdf5::Dataset, DataError> {
-    file.dataset(name)
-        .map_err(|_| DataError::layout(path, format!("it calls itself packed but has no `{name}`")))
+    let dataset = file
+        .dataset(name)
+        .map_err(|_| DataError::layout(path, format!("it calls itself packed but has no `{name}`")))?;
+    // A damaged file may claim any length. (Images may be compressed, and are not read at once.)
+    if name != BYTES && dataset.size() as u64 > file.size() {
+        let reason = format!("`{name}` has {} entries, more than the file has bytes", dataset.size());
+        return Err(DataError::layout(path, reason));
+    }
+    Ok(dataset)
 }
 
 fn kind(path: &Path, dataset: &hdf5::Dataset, name: &str) -> Result<TypeDescriptor, DataError> {
@@ -117,10 +126,6 @@ fn kind(path: &Path, dataset: &hdf5::Dataset, name: &str) -> Result<TypeDescript
 fn table<T: hdf5::H5Type>(path: &Path, file: &hdf5::File, name: &str) -> Result<Vec<T>, DataError> {
     let table = dataset(path, file, name)?;
     let kind = kind(path, &table, name)?;
-    if matches!(table.layout(), hdf5::dataset::Layout::Contiguous) && table.size() as u64 > file.size() {
-        let reason = format!("`{name}` has {} numbers, more than the file has bytes", table.size());
-        return Err(DataError::layout(path, reason));
-    }
     if !matches!(kind, TypeDescriptor::Integer(_) | TypeDescriptor::Unsigned(_)) || table.ndim() != 1 {
         let reason = format!("`{name}` is {kind} of shape {:?} and not a list of integers", table.shape());
         return Err(DataError::layout(path, reason));
@@ -131,19 +136,30 @@ fn table<T: hdf5::H5Type>(path: &Path, file: &hdf5::File, name: &str) -> Result<
 /// `None` for names of variable length.
 fn class_names(path: &Path, file: &hdf5::File) -> Result<Option<Vec<String>>, DataError> {
     let names = dataset(path, file, CLASS_NAMES)?;
-    if !has_fixed_length(&kind(path, &names, CLASS_NAMES)?) {
-        tracing::warn!(
-            "{}: names of classes are not read from a file that an early version packed: pack it again",
-            path.display()
-        );
-        return Ok(None);
-    }
-    let names = names.read_raw::<Text>().map_err(DataError::hdf5(path, format!("read `{CLASS_NAMES}`")))?;
-    Ok(Some(names.iter().map(|name| name.to_string()).collect()))
-}
-
-fn has_fixed_length(kind: &TypeDescriptor) -> bool {
-    matches!(kind, TypeDescriptor::FixedUnicode(_) | TypeDescriptor::FixedAscii(_))
+    let action = || format!("read `{CLASS_NAMES}`");
+    let names: Vec<Vec<u8>> = match kind(path, &names, CLASS_NAMES)? {
+        TypeDescriptor::FixedUnicode(_) => {
+            let names = names.read_raw::<Text>().map_err(DataError::hdf5(path, action()))?;
+            names.iter().map(|name| name.as_bytes().to_vec()).collect()
+        }
+        TypeDescriptor::FixedAscii(_) => {
+            let names = names.read_raw::<AsciiText>().map_err(DataError::hdf5(path, action()))?;
+            names.iter().map(|name| name.as_bytes().to_vec()).collect()
+        }
+        _ => {
+            tracing::warn!(
+                "{}: names of classes are not read from a file that an early version packed: pack the original again, \
+                 or give --class-names",
+                path.display()
+            );
+            return Ok(None);
+        }
+    };
+    // The library believes what the file says, and it says that this is UTF-8.
+    let names: Result<Vec<String>, _> = names.into_iter().map(String::from_utf8).collect();
+    names
+        .map(Some)
+        .map_err(|_| DataError::layout(path, format!("`{CLASS_NAMES}` is damaged: it is not UTF-8")))
 }
 
 fn has_attribute(file: &hdf5::File, name: &str) -> bool {
@@ -152,9 +168,12 @@ fn has_attribute(file: &hdf5::File, name: &str) -> bool {
 
 fn string_attribute(file: &hdf5::File, name: &str) -> Option<String> {
     let attribute = has_attribute(file, name).then(|| file.attr(name).ok()).flatten()?;
-    let kind = attribute.dtype().and_then(|kind| kind.to_descriptor()).ok()?;
-    let value = has_fixed_length(&kind).then(|| attribute.read_scalar::<Text>().ok()).flatten()?;
-    Some(value.to_string())
+    let bytes = match attribute.dtype().and_then(|kind| kind.to_descriptor()).ok()? {
+        TypeDescriptor::FixedUnicode(_) => attribute.read_scalar::<Text>().ok()?.as_bytes().to_vec(),
+        TypeDescriptor::FixedAscii(_) => attribute.read_scalar::<AsciiText>().ok()?.as_bytes().to_vec(),
+        _ => return None,
+    };
+    String::from_utf8(bytes).ok()
 }
 
 fn number(file: &hdf5::File, name: &str) -> Option<u32> {

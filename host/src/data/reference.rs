@@ -24,7 +24,7 @@ pub(super) fn read_contents(path: &Path, file: &hdf5::File) -> Result<Contents, 
     })?;
     let count = images.len() as usize;
     if count >= index_file::WORTHWHILE {
-        tracing::info!("{}: asking where {count} images lie, once: the answer is kept", path.display());
+        tracing::info!("{}: asking where {count} images lie", path.display());
     }
     let slots = (0..count).map(|index| slot(path, &images, index)).collect::<Result<Vec<_>, _>>()?;
     let labels = if file.link_exists(LABELS) {

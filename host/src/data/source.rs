@@ -23,6 +23,8 @@ pub(super) struct Source {
     pub class_names: Option<Vec<String>>,
     /// Files that are not JPEG or PNG by their names.
     pub ignored: usize,
+    /// Of the file that has them all, if one has.
+    stamp: String,
 }
 
 enum Kind {
@@ -67,6 +69,7 @@ impl Source {
             labels: dataset.labels().map(<[_]>::to_vec),
             class_names: dataset.class_names().map(<[_]>::to_vec),
             ignored: 0,
+            stamp: file_stamp(path)?,
             kind: Kind::Hdf5(dataset),
         })
     }
@@ -74,7 +77,15 @@ impl Source {
     fn idx(path: &Path) -> Result<Source, DataError> {
         let mut idx = Idx::open(path)?;
         let labels = idx.labels.take();
-        Ok(Source { kind: Kind::Idx(idx), path: path.to_owned(), labels, class_names: None, ignored: 0 })
+        let stamp = file_stamp(path)?;
+        Ok(Source {
+            kind: Kind::Idx(idx),
+            path: path.to_owned(),
+            labels,
+            class_names: None,
+            ignored: 0,
+            stamp,
+        })
     }
 
     /// Class folders, sorted by name; in each the files of all levels, sorted by path. A directory that holds images
@@ -92,6 +103,7 @@ impl Source {
                 labels: None,
                 class_names: None,
                 ignored,
+                stamp: String::new(),
             });
         }
         let names = folders.iter().filter_map(|folder| folder.file_name()?.to_str());
@@ -128,6 +140,7 @@ impl Source {
             labels: Some(labels),
             class_names: Some(class_names),
             ignored,
+            stamp: String::new(),
         })
     }
 
@@ -159,14 +172,12 @@ impl Source {
         }
     }
 
-    /// Changes when the image does, as far as the file system tells: length and time of the file that has it.
+    /// Another for every image, and another when the image changes, as far as the file system tells.
     pub fn stamp(&self, index: usize) -> Result<String, DataError> {
-        let path = match &self.kind {
-            Kind::Folder(files) => &files[index],
-            Kind::Hdf5(_) | Kind::Idx(_) => &self.path,
-        };
-        let metadata = fs::metadata(path).map_err(DataError::io("open", path))?;
-        Ok(format!("{path:?} {} {}.{}", metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
+        match &self.kind {
+            Kind::Folder(files) => file_stamp(&files[index]),
+            Kind::Hdf5(_) | Kind::Idx(_) => Ok(format!("{index} {}", self.stamp)),
+        }
     }
 
     /// The encoded bytes of an image; the same at every call.
@@ -177,6 +188,13 @@ impl Source {
             Kind::Idx(idx) => Ok(idx.encode(index)),
         }
     }
+}
+
+/// The file, its length, and when it was written.
+fn file_stamp(path: &Path) -> Result<String, DataError> {
+    let metadata = path.metadata().map_err(DataError::io("open", path))?;
+    let absolute = std::path::absolute(path).map_err(DataError::io("open", path))?;
+    Ok(format!("{absolute:?} {} {}.{}", metadata.len(), metadata.mtime(), metadata.mtime_nsec()))
 }
 
 /// The folders and the files of a directory, each sorted by name. Links are followed.

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 
 use super::dataset::Dataset;
+use super::error::DataError;
 use super::pack::BadImage;
 use super::{decode, parallel};
 
@@ -22,7 +23,10 @@ pub struct VerifyReport {
 pub fn verify(dataset: &Dataset, threads: usize, progress: &(dyn Fn(usize, usize) + Sync)) -> VerifyReport {
     let images = dataset.len();
     let check = |index: usize| {
-        let encoded = dataset.read(index).map_err(|error| error.to_string());
+        let encoded = dataset.read(index).map_err(|error| match error {
+            DataError::Corrupt { reason, .. } => reason,
+            error => error.to_string(),
+        });
         Ok::<_, Infallible>(encoded.and_then(|encoded| decode::decode(&encoded)).map(drop))
     };
     let Ok(results) = parallel::try_map(images, threads, &|done| progress(done, images), check);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use jepa_plugin_api::tch::{self, Device, Kind, no_grad};
 use jepa_plugin_api::{Batch, Rng};
 
@@ -317,7 +318,10 @@ impl<'t> Run<'t> {
             (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
             measured.push(step, "train/loss".to_owned(), &output.loss)?;
             for (name, value) in output.metrics {
-                measured.push(step, format!("train/{}/{name}", self.state.method), &value)?;
+                let name = format!("train/{}/{name}", self.state.method);
+                measured
+                    .push(step, name.clone(), &value)
+                    .with_context(|| format!("{name} is no single number"))?;
             }
             self.ledger.lap(Part::Backward);
         }

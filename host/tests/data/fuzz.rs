@@ -138,6 +138,18 @@ fn repair_checksums(png: &mut [u8]) {
     }
 }
 
+/// What is read. A decoder's panic is an error like any other, but a new one is worth a look.
+fn sound<T>(result: Result<T, String>) -> Option<T> {
+    // In png 0.18.1, of a palette that is cut within a colour.
+    const KNOWN: [&str; 1] = ["range end index 3 out of range for slice of length"];
+    result
+        .inspect_err(|reason| {
+            let is_new = reason.contains("panics") && !KNOWN.iter().any(|known| reason.contains(known));
+            assert!(!is_new, "{reason}");
+        })
+        .ok()
+}
+
 #[test]
 fn decoders_take_any_bytes() {
     let image = picture(67, 45, 1);
@@ -165,11 +177,11 @@ fn decoders_take_any_bytes() {
         if from_environment("FUZZ_CASE").is_some() {
             fs::write(std::env::temp_dir().join("fuzz-decoders"), &bytes).unwrap();
         }
-        let Ok(encoded) = Encoded::open(&bytes) else { return false };
+        let Some(encoded) = sound(Encoded::open(&bytes)) else { return false };
         let (width, height) = (encoded.width, encoded.height);
         let plan = views[0].draw(width, height, rng);
         let crop = plan.crop;
-        let Ok(region) = encoded.decode(crop, 1 << rng.below(3), &mut image) else { return false };
+        let Some(region) = sound(encoded.decode(crop, 1 << rng.below(3), &mut image)) else { return false };
         let (pixels, (left, top)) = (region.pixels, region.origin);
         assert_eq!(pixels.pixels.len(), pixels.width as usize * pixels.height as usize * 3);
         assert!(
@@ -191,6 +203,9 @@ fn read_all(file: &Path) -> bool {
         let _ = dataset.read(index);
     }
     let _ = (dataset.fingerprint(), inspect(&dataset));
+    let texts = dataset.class_names().into_iter().flatten();
+    let texts = texts.chain(dataset.provenance().into_iter().flat_map(|from| [&from.tool, &from.source]));
+    texts.for_each(|text| assert!(std::str::from_utf8(text.as_bytes()).is_ok()));
     true
 }
 
@@ -214,6 +229,7 @@ fn hdf5_readers_take_any_bytes() {
 /// A packed file of version 1 with a flipped bit, which this fuzzing found: the library never came back from its strings.
 #[test]
 fn a_heap_that_has_no_end_is_not_read() {
+    let _watchdog = Watchdog::start("a damaged heap");
     let dataset = Dataset::open(path("bad_heap.h5")).unwrap();
     assert_eq!((dataset.len(), dataset.class_names()), (12, None));
 }

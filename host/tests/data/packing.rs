@@ -329,11 +329,13 @@ fn a_pack_goes_on_where_another_ended() {
         fs::File::options().write(true).open(&photo).unwrap().set_times(times).unwrap();
     };
     write(&vec![0; bytes.len()]);
-    assert!(pack_to("d.h5", small, true).unwrap() == undisturbed_small);
-    let error = pack_to("c.h5", None, true).unwrap_err().to_string();
+    // Nor is the rest, when what was wrong has been mended.
+    fs::remove_file(&broken).unwrap();
+    assert!(pack_to("d.h5", small, false).unwrap() == undisturbed_small);
+    let error = pack_to("c.h5", None, false).unwrap_err().to_string();
     assert!(error.contains("1.jpg changed while it was being packed"), "{error}");
     write(&bytes);
-    assert!(pack_to("c.h5", None, true).unwrap() == undisturbed);
+    assert!(pack_to("c.h5", None, false).unwrap() == undisturbed);
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5, "nothing else is left");
 }
 
@@ -341,11 +343,41 @@ fn a_pack_goes_on_where_another_ended() {
 fn what_cannot_be_read_is_not_left_out_as_bad() {
     let directory = tempfile::tempdir().unwrap();
     let root = class_folders(directory.path());
-    std::os::unix::fs::symlink("/no/such/photo.jpg", root.join("cats/link.jpg")).unwrap();
+    // Its length and time are known, and to read it is an error of the system's.
+    std::os::unix::fs::symlink("/proc/self/mem", root.join("cats/link.jpg")).unwrap();
     let out = directory.path().join("photos.h5");
     let error = pack(&root, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap_err();
     assert!(matches!(error, DataError::Io { .. }) && error.to_string().contains("link.jpg"), "{error}");
-    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "the photos");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_corrupt_chunk_is_a_bad_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("chunked.h5");
+    let mut bytes = fs::read(path("chunked.h5")).unwrap();
+    // What h5py deflates at its usual level begins so.
+    let at = bytes.windows(2).position(|start| start == [0x78, 0x5e]).unwrap();
+    bytes[at + 2..at + 20].fill(0xff);
+    fs::write(&source, bytes).unwrap();
+    let bad = data::verify(&Dataset::open(&source).unwrap(), 1, &|_, _| {}).bad;
+    assert_eq!(bad.len(), 1, "{bad:?}");
+    let out = directory.path().join("out.h5");
+    let report = pack(&source, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap();
+    assert_eq!(report.skipped.iter().map(|bad| bad.index).collect::<Vec<_>>(), [bad[0].index]);
+}
+
+#[test]
+fn names_that_are_damaged_are_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("photos.h5");
+    pack(&class_folders(directory.path()), &out, &PackOptions::default()).unwrap();
+    let mut bytes = fs::read(&out).unwrap();
+    let at = bytes.windows(4).rposition(|name| name == b"cats").unwrap();
+    bytes[at] = 0xe3;
+    fs::write(&out, bytes).unwrap();
+    let error = Dataset::open(&out).unwrap_err().to_string();
+    assert!(error.contains("`class_names` is damaged: it is not UTF-8"), "{error}");
 }
 
 #[test]

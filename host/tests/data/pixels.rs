@@ -120,11 +120,15 @@ fn a_part_is_what_the_whole_has_there() {
 
 #[test]
 fn what_is_decoded_smaller_looks_the_same() {
-    // As smooth as photos are.
-    let smooth = |x: f64, y: f64, c: f64| (127.0 + 90.0 * (x / 37.0 + c).sin() * (y / 29.0 - c).cos()) as u8;
-    let pixels = (0..900).flat_map(|y| {
-        (0..1200).flat_map(move |x| [0.0, 1.0, 2.0].map(|c| smooth(f64::from(x), f64::from(y), c)))
-    });
+    // As photos are: smooth, but for sharp edges and a sensor's noise.
+    let photo = |x: u32, y: u32, c: u32| {
+        let (across, down, turn) = (f64::from(x), f64::from(y), f64::from(c));
+        let smooth = 110.0 + 60.0 * (across / 97.0 + turn).sin() * (down / 79.0 - turn).cos();
+        let edge = if (across * 0.9 + down * 0.4) % 180.0 < 60.0 { 70.0 } else { 0.0 };
+        let noise = ((x * 7919 + y * 104_729 + c * 31).wrapping_mul(2_654_435_761) >> 29) as f64;
+        (smooth + edge + noise) as u8
+    };
+    let pixels = (0..900).flat_map(|y| (0..1200).flat_map(move |x| [0, 1, 2].map(|c| photo(x, y, c))));
     let image = Rgb { width: 1200, height: 900, pixels: pixels.collect() };
     for (encoding, encoded) in jpegs(&image) {
         for (case, shrink) in [1, 2, 4].into_iter().enumerate() {
@@ -144,7 +148,8 @@ fn what_is_decoded_smaller_looks_the_same() {
             };
             let (mean, max) = difference(&make(false), &make(true));
             println!("{encoding} over {shrink}: mean {mean:.3}, max {max}");
-            assert!(mean < 1.0 && max <= 4, "{encoding} over {shrink}: mean {mean}, max {max}");
+            assert!(mean < 1.5 && max <= 60, "{encoding} over {shrink}: mean {mean}, max {max}");
+            assert!(shrink > 1 || max == 0);
         }
     }
 }

@@ -13,7 +13,7 @@ use jepa_plugin_api::{Interpolation, Rng};
 use libjpeg_turbo_rs::{PixelFormat, Subsampling};
 use sha2::{Digest, Sha256};
 
-use self::journal::{Journal, Packable};
+use self::journal::{Journal, Packable, Stamp};
 use self::write::{Tables, write};
 use super::augment::shorter_side_to;
 use super::decode::{Region, Rgb};
@@ -115,9 +115,11 @@ pub fn pack(
     options: &PackOptions,
     progress: &(dyn Fn(PackProgress) + Sync),
 ) -> Result<PackReport, DataError> {
-    if out.exists() && !options.force {
-        return Err(DataError::Exists { path: out.to_owned() });
-    }
+    let exists = || match out.exists() && !options.force {
+        true => Err(DataError::Exists { path: out.to_owned() }),
+        false => Ok(()),
+    };
+    exists()?;
     if let Some(Smaller { shorter_side, quality }) = options.smaller
         && (shorter_side == 0 || !(1..=100).contains(&quality))
     {
@@ -134,8 +136,10 @@ pub fn pack(
     }
     let class_names = class_names(&source, options)?;
     let chosen = choose(source.len(), source.labels.as_deref(), options.limit);
-    let journal = Journal::open(out, key(&source, &chosen, options.smaller)?)?;
-    let packed = pack_with(&journal, &source, &chosen, class_names.as_deref(), out, options, progress);
+    let journal = Journal::open(out)?;
+    // Again, for another process may have made it before this one could.
+    let packed = exists()
+        .and_then(|()| pack_with(&journal, &source, &chosen, class_names.as_deref(), out, options, progress));
     match &packed {
         Ok(_) => journal.remove(),
         Err(_) => journal.keep(),
@@ -163,7 +167,7 @@ fn pack_with(
     let mut bad = Vec::new();
     for (&index, result) in chosen.iter().zip(checked) {
         match result {
-            Ok(image) => images.push(image),
+            Ok(image) => images.push((index, image)),
             Err(reason) => bad.push(BadImage { index, name: source.name(index), reason }),
         }
     }
@@ -179,7 +183,7 @@ fn pack_with(
     }
 
     let labels: Option<Vec<i64>> =
-        source.labels.as_ref().map(|labels| images.iter().map(|image| labels[image.index]).collect());
+        source.labels.as_ref().map(|labels| images.iter().map(|(index, _)| labels[*index]).collect());
     let tables = Tables { labels: labels.as_deref(), class_names, smaller: options.smaller };
     write(out, source, journal, &images, &tables, progress)?;
 
@@ -192,24 +196,19 @@ fn pack_with(
         source_kind: source.kind(),
         images: images.len(),
         classes: classes.len(),
-        image_bytes: images.iter().map(|image| image.len).sum(),
-        made_smaller: images.iter().filter(|image| image.smaller.is_some()).count(),
+        image_bytes: images.iter().map(|(_, image)| image.packed_len).sum(),
+        made_smaller: images.iter().filter(|(_, image)| image.smaller.is_some()).count(),
         skipped: bad,
         ignored_files: source.ignored,
     })
 }
 
-/// What a journal has to agree in, to go on from it: the same version, the same images as far as the file system tells, and
-/// made as small.
-fn key(source: &Source, chosen: &[usize], smaller: Option<Smaller>) -> Result<[u8; 32], DataError> {
-    let mut hash = Sha256::new();
-    let mut add = |text: String| hash.update(format!("{} {text}\n", text.len()));
-    add(env!("CARGO_PKG_VERSION").to_owned());
-    add(format!("{:?} {smaller:?}", source.path.canonicalize()));
-    for &index in chosen {
-        add(format!("{index} {}", source.stamp(index)?));
-    }
-    Ok(hash.finalize().into())
+/// Raised when something else is made of the same image.
+const MADE: u32 = 1;
+
+/// Of an image as it is now, as far as the file system tells, and what is to be made of it.
+fn stamp(source: &Source, index: usize, smaller: Option<Smaller>) -> Result<Stamp, DataError> {
+    Ok(Sha256::digest(format!("{MADE} {smaller:?} {}", source.stamp(index)?)).into())
 }
 
 /// Decodes an image, and makes it smaller if that is asked for and needed. The inner error says why it does not decode.
@@ -219,13 +218,14 @@ fn check(
     smaller: Option<Smaller>,
     journal: &Journal,
 ) -> Result<Result<Packable, String>, DataError> {
-    if let Some(image) = journal.find(index) {
+    let stamp = stamp(source, index, smaller)?;
+    if let Some(image) = journal.find(&stamp) {
         return Ok(Ok(image));
     }
     let encoded = match source.read(index) {
+        Err(DataError::Corrupt { reason, .. }) => return Ok(Err(reason)),
         // Another machine or another day may read it.
-        Err(error @ DataError::Io { .. }) => return Err(error),
-        Err(error) => return Ok(Err(error.to_string())),
+        Err(error) => return Err(error),
         Ok(encoded) => encoded,
     };
     let digest = Sha256::digest(&encoded).into();
@@ -236,7 +236,7 @@ fn check(
         _ => Ok(None),
     });
     match made {
-        Ok(made) => journal.add(index, encoded.len() as u64, digest, made.as_deref()).map(Ok),
+        Ok(made) => journal.add(&stamp, digest, encoded.len() as u64, made.as_deref()).map(Ok),
         Err(reason) => Ok(Err(reason)),
     }
 }

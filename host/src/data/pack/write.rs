@@ -11,6 +11,7 @@ use super::{PackProgress, Smaller};
 use crate::data::error::DataError;
 use crate::data::packed::{self, Text, text};
 use crate::data::source::Source;
+use crate::files;
 
 /// What stands beside the images.
 pub(super) struct Tables<'a> {
@@ -24,18 +25,18 @@ pub(super) fn write(
     out: &Path,
     source: &Source,
     journal: &Journal,
-    images: &[Packable],
+    images: &[(usize, Packable)],
     tables: &Tables,
     progress: &(dyn Fn(PackProgress) + Sync),
 ) -> Result<(), DataError> {
     let mut offsets = vec![0];
-    offsets.extend(images.iter().scan(0, |end, image| {
-        *end += image.len;
+    offsets.extend(images.iter().scan(0, |end, (_, image)| {
+        *end += image.packed_len;
         Some(*end)
     }));
     let source_name = source.path.file_name().unwrap_or_default().to_string_lossy();
     let mut source_hash = Sha256::new();
-    images.iter().for_each(|image| source_hash.update(image.digest));
+    images.iter().for_each(|(_, image)| source_hash.update(image.source_digest));
     let source_hash: String = source_hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let attributes = [
         ("format", text(packed::FORMAT)?),
@@ -45,9 +46,9 @@ pub(super) fn write(
         ("source_sha256", text(&source_hash)?),
     ];
 
-    let temporary = Temporary::of(out);
+    let temporary = Temporary { path: files::temporary_beside(out) };
     let path = &temporary.path;
-    // Nobody else knows this file's name: the journal is locked. No times are kept in it, so that the same images give the same
+    // The journal is locked, so nobody else writes there. No times are kept in it, so that the same images give the same
     // bytes.
     let file = hdf5::File::with_options()
         .with_fapl(|access| access.file_locking(false))
@@ -60,10 +61,10 @@ pub(super) fn write(
     const BLOCK: usize = 8 << 20;
     let mut block = Vec::with_capacity(BLOCK);
     let mut written = 0;
-    for (position, image) in images.iter().enumerate() {
+    for (position, (index, image)) in images.iter().enumerate() {
         let encoded = match image.smaller {
-            Some((at, digest)) => journal.read(at, image.len, digest)?,
-            None => read_again(source, image)?,
+            Some((at, digest)) => journal.read(at, image.packed_len, digest)?,
+            None => read_again(source, *index, image)?,
         };
         block.extend(encoded);
         if block.len() >= BLOCK || position + 1 == images.len() {
@@ -81,12 +82,12 @@ pub(super) fn write(
 }
 
 /// An image of the source, which has to be the one that was decoded.
-fn read_again(source: &Source, image: &Packable) -> Result<Vec<u8>, DataError> {
-    let encoded = source.read(image.index)?;
-    if Sha256::digest(&encoded)[..] == image.digest {
+fn read_again(source: &Source, index: usize, image: &Packable) -> Result<Vec<u8>, DataError> {
+    let encoded = source.read(index)?;
+    if Sha256::digest(&encoded)[..] == image.source_digest {
         return Ok(encoded);
     }
-    let name = source.name(image.index);
+    let name = source.name(index);
     let reason = format!("{name} changed while it was being packed; pack it again");
     Err(DataError::Source { path: source.path.clone(), reason })
 }
@@ -128,19 +129,18 @@ struct Temporary {
 }
 
 impl Temporary {
-    fn of(out: &Path) -> Temporary {
-        let mut name = out.as_os_str().to_owned();
-        name.push(".part");
-        Temporary { path: name.into() }
-    }
-
     fn rename(self, out: &Path) -> Result<(), DataError> {
-        let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all());
-        sync(&self.path).map_err(DataError::io("sync", &self.path))?;
+        let synced = File::open(&self.path).and_then(|file| file.sync_all());
+        synced.map_err(DataError::io("sync", &self.path))?;
         fs::rename(&self.path, out).map_err(DataError::io("write", out))?;
-        let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let directory = directory.unwrap_or(Path::new("."));
-        sync(directory).map_err(DataError::io("sync", directory))
+        // It is there now, whatever follows.
+        if let Err(error) = files::sync_folder(out.parent().unwrap_or(Path::new(""))) {
+            tracing::warn!(
+                "{} may be gone after a power cut: its folder cannot be synced: {error}",
+                out.display()
+            );
+        }
+        Ok(())
     }
 }
 
