@@ -12,7 +12,7 @@ echo "features know of the classes, on 2,000 images that were not trained on."
 
 cat <<EOF
 
-Before: random weights. After: pretrained. linear_top1_final and knn_top1 are what papers report; chance is 0.1.
+Before: random weights. After: pretrained. linear_top1 is of the probe's best epoch, as in papers; chance is 0.1.
 To go on:
     $release/jepa-host eval knn runs/demo                       # the same figures again, from the checkpoint
     $release/jepa-host export runs/demo backbone.safetensors    # for timm, or for init.from in another run

@@ -207,7 +207,7 @@ build() {
     local made_from
     made_from=$(
         echo "$root ${CXX:-c++} $(realpath "$deps/site/torch") $(version_of "$deps/site/torch")"
-        cat "$folder"/*
+        find "$folder" -type f -print0 | sort -z | xargs -0 cat
     )
     made_from=$(sha256sum <<<"$made_from")
     [[ -f $deps/lib/$name && -f $stamp && $(<"$stamp") == "$made_from" ]] && return

@@ -3,6 +3,8 @@
 
 #include "native.h"
 
+#include "guarded.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -28,32 +30,6 @@
 #include <torch/version.h>
 
 namespace {
-
-void report(char** error, const char* message) {
-    if (error != nullptr) {
-        *error = strdup(message);
-    }
-}
-
-// Runs `body` without a graph and turns an exception into an error.
-template <typename Body>
-bool guarded(char** error, Body body) {
-    try {
-        at::NoGradGuard no_grad;
-        body();
-        return true;
-    } catch (const c10::Error& caught) {
-        // Without libtorch's backtrace, which says nothing to the reader of a training log.
-        report(error, caught.what_without_backtrace());
-    } catch (const std::exception& caught) {
-        report(error, caught.what());
-    } catch (...) {
-        report(error, "an unknown C++ exception");
-    }
-    return false;
-}
-
-const at::Tensor& tensor(jepa_tensor handle) { return *static_cast<const at::Tensor*>(handle); }
 
 // All tensors of a list; a missing one is an error that says which.
 std::vector<at::Tensor> all(const char* what, size_t count, const jepa_tensor* handles) {

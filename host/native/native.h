@@ -101,6 +101,38 @@ bool jepa_fused_sgd(size_t count, const jepa_tensor* params, const jepa_tensor* 
 bool jepa_lars_scale(size_t count, const jepa_tensor* params, const jepa_tensor* grads, double weight_decay,
                      double trust_coefficient, double eps, char** error);
 
+/* --- ranks: processes that train together, over libtorch's c10d ------------------------------------------- */
+
+/* A connection to the others. Used by one thread at a time. */
+typedef void* jepa_comm;
+
+/* Connects to the key-value store at host:port, within the time that every later call has too; with `serve`, this process
+ * is where it is. Keys get `prefix`. The connection is closed by jepa_comm_close. */
+bool jepa_comm_open(const char* host, uint16_t port, bool serve, const char* prefix, int64_t timeout_ms,
+                    jepa_comm* comm, char** error);
+void jepa_comm_close(jepa_comm comm);
+
+/* Sets a key of the store for all to see. */
+bool jepa_comm_set(jepa_comm comm, const char* key, const char* value, char** error);
+
+/* The value of a key, to be freed by jepa_native_free_string, or NULL when nobody has set it in that time. */
+bool jepa_comm_get(jepa_comm comm, const char* key, int64_t timeout_ms, char** value, char** error);
+
+/* Makes the process group, which is what the functions below need; all ranks have to call it. On CPUs it is gloo's, over the
+ * interface that has `address`, or where that is NULL, that of the machine's name. */
+bool jepa_comm_join(jepa_comm comm, int32_t rank, int32_t size, const char* address, char** error);
+
+/* All ranks call these with tensors of equal shape and dtype, in the same order; they return when it is done. A rank that has
+ * ended is an error, and one that does not come is, when the time is over. */
+
+enum { JEPA_SUM = 0, JEPA_MAX = 1 };
+
+/* Replaces `tensor`, in place, by the sum or the maximum over all ranks. */
+bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor tensor, int32_t operation, char** error);
+
+/* Replaces `tensor`, in place, by that of rank `from`. */
+bool jepa_comm_broadcast(jepa_comm comm, jepa_tensor tensor, int32_t from, char** error);
+
 #ifdef __cplusplus
 }
 #endif

@@ -9,6 +9,7 @@ pub mod config;
 pub mod conformance;
 pub mod data;
 pub mod device;
+pub mod dist;
 pub mod eval;
 mod files;
 mod linker;

@@ -9,6 +9,7 @@ use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::device::DeviceError;
+use crate::dist::DistError;
 use crate::plugin::scaffold::ScaffoldError;
 use crate::plugin::{LockError, PluginError};
 use crate::sweep::SweepError;
@@ -67,6 +68,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if let Some(error) = cause.downcast_ref() {
         return Some(if matches!(error, ScaffoldError::Write { .. }) { 1 } else { 2 });
+    }
+    if let Some(DistError::Environment { .. }) = cause.downcast_ref() {
+        return Some(2);
     }
     if let Some(DeviceError::NoCuda { .. }) = cause.downcast_ref() {
         return Some(2);

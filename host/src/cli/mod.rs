@@ -80,7 +80,7 @@ struct Common {
     /// Say why, not only what: debug messages and their sources
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     verbose: bool,
-    /// Say nothing but warnings and errors
+    /// Say nothing but results, warnings and errors
     #[arg(short, long, global = true)]
     quiet: bool,
 }
@@ -162,7 +162,11 @@ fn computes(command: Option<&Command>) -> bool {
     matches!(
         command,
         None | Some(
-            Command::Train(_) | Command::Eval(_) | Command::Embed(_) | Command::Bench(_) | Command::Data(_)
+            Command::Train(_)
+                | Command::Eval(_)
+                | Command::Embed(_)
+                | Command::Bench(_)
+                | Command::Data(data::DataCommand::Bench(_))
         )
     )
 }

@@ -21,8 +21,9 @@ use crate::checkpoint::{
     self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, read_encoder, resolve_resume, restore,
 };
 use crate::config::{Base, Config, Layers, LrScale, nearest};
-use crate::data::{Dataset, Loader, LoaderOptions};
+use crate::data::{Augment, Dataset, Loader, LoaderOptions};
 use crate::device::{cpu_capability, libtorch};
+use crate::dist::Launch;
 use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::{Kind, LoadedPlugin, PluginSources};
 use crate::provenance;
@@ -77,6 +78,7 @@ impl TrainArgs {
 
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         self.refuse_words()?;
+        refuse_ranks()?;
         let signals = Signals::install(ON_SIGNAL).context("cannot take over signals")?;
         let session = self.session(sources)?;
         if self.print_config {
@@ -215,6 +217,11 @@ pub(super) struct Prepared {
 pub(super) fn prepare(session: &Session, purpose: Purpose, trace: Option<Trace>) -> anyhow::Result<Prepared> {
     let config = session.config();
     let device = session.device()?;
+    if session.config().data.augment == Augment::Gpu && device == tch::Device::Cpu {
+        tracing::warn!(
+            "data.augment = \"gpu\" on a CPU: colours take the time of the steps, which is slower"
+        );
+    }
     let train_set = session.open_images("data.train", config.train_file()?)?;
     let val_set = match &config.data.val {
         Some(path) if purpose != Purpose::Measuring => Some(session.open_images("data.val", path)?),
@@ -368,6 +375,17 @@ fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
     }
     tracing::info!("{} tensors of the backbone come from {}", weights.len(), from.display());
     Ok(())
+}
+
+/// Several processes would each train a model of their own, in each other's way.
+fn refuse_ranks() -> Result<(), Usage> {
+    match Launch::from_environment() {
+        Ok(Some(Launch { launcher, size: 2.., .. })) => Err(Usage(format!(
+            "{launcher} has started several processes, and a run over several is not there yet: start one (doctor --dist \
+             tries how they talk)"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn loader(

@@ -90,6 +90,7 @@ pub struct Data {
     /// Train on images most of which are smaller than `size`, and have to be enlarged. Default false: they are refused.
     pub upscale: bool,
     /// Threads that decode and augment; 0: one per core. Results do not depend on it. Default 0.
+    #[schemars(range(max = 1024))]
     pub threads: usize,
     /// What to do about an image that cannot be decoded. Default `fail`.
     pub on_error: OnError,

@@ -118,7 +118,20 @@ impl Source {
                 ),
             });
         }
-        ignored += loose.len();
+        let (mut beside, path_of) = (Vec::new(), |file: &PathBuf| {
+            file.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        });
+        keep_images(loose, &mut beside, &mut ignored);
+        if !beside.is_empty() {
+            let names: Vec<String> = beside.iter().take(3).map(path_of).collect();
+            let more = if beside.len() > names.len() { ", …" } else { "" };
+            tracing::warn!(
+                "{}: {} lie beside the class folders, have no class, and are left out ({}{more})",
+                path.display(),
+                beside.len(),
+                names.join(", ")
+            );
+        }
         let mut labels = Vec::new();
         let mut class_names = Vec::new();
         for (label, folder) in folders.iter().enumerate() {

@@ -352,6 +352,42 @@ fn what_cannot_be_read_is_not_left_out_as_bad() {
 }
 
 #[test]
+fn what_is_not_there_or_not_allowed_is_left_out_on_demand() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    std::os::unix::fs::symlink("/no/such/photo.jpg", root.join("cats/link.jpg")).unwrap();
+    let out = directory.path().join("photos.h5");
+    let error = pack(&root, &out, &PackOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("cats/link.jpg (No such file"), "{error}");
+    let report = pack(&root, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap();
+    assert_eq!((report.images, report.skipped.len()), (5, 1));
+}
+
+#[test]
+fn nothing_but_a_file_is_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let forced = PackOptions { force: true, ..PackOptions::default() };
+    // What a link leads to, and not the link.
+    let (file, link) = (directory.path().join("file.h5"), directory.path().join("link.h5"));
+    fs::write(&file, "old").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    assert!(pack(&root, &link, &PackOptions::default()).unwrap_err().to_string().contains("--force"));
+    pack(&root, &link, &forced).unwrap();
+    assert!(link.is_symlink() && Dataset::open(&file).unwrap().len() == 5);
+
+    let fifo = directory.path().join("fifo.h5");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    for (out, is) in [(&root, "a directory"), (&fifo, "no file")] {
+        let error = pack(&root, out, &forced).unwrap_err().to_string();
+        assert!(error.contains(is) && error.contains("give another name"), "{error}");
+    }
+    fs::remove_file(&file).unwrap();
+    let error = pack(&root, &link, &forced).unwrap_err().to_string();
+    assert!(error.contains("cannot follow"), "{error}");
+}
+
+#[test]
 fn a_corrupt_chunk_is_a_bad_image() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("chunked.h5");

@@ -9,13 +9,15 @@ use anyhow::Context as _;
 use clap::Args;
 use jepa_plugin_api::tch::Device;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::cli::bench::time_steps;
+use crate::cli::exit::Usage;
 use crate::cli::output::{Format, print, print_columns};
 use crate::cli::session::Session;
 use crate::cli::train::{Purpose, prepare};
-use crate::config::Layers;
-use crate::data::{Decode, Loader, Work};
+use crate::config::{Base, Layers};
+use crate::data::{Dataset, Decode, Loader, Work};
 use crate::plugin::PluginSources;
 use crate::train::{Signals, TrainError};
 
@@ -38,13 +40,13 @@ pub(in crate::cli) struct BenchArgs {
     /// Seconds for each number of threads
     #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
-    /// Training steps that are timed to compare with; 0: none
+    /// Training steps that are timed to compare with, behind one that is not; 0: none
     #[arg(long, value_name = "N", default_value_t = 3)]
     steps: u32,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// Settings of training, such as optimizer.batch_size=64
+    /// Settings of training, such as optimizer.batch_size=64; the backbone is a resnet50 unless one is named
     #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
@@ -52,10 +54,20 @@ pub(in crate::cli) struct BenchArgs {
 impl BenchArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         let signals = Signals::install("ending").context("cannot take over signals")?;
+        if let Some(other) = self.overrides.iter().find(|setting| setting.starts_with("data.train=")) {
+            return Err(Usage(format!("FILE is what is timed: leave {other} out")).into());
+        }
+        // Before anything that may be wrong with the method.
+        drop(Dataset::open(&self.file)?);
         // A JSON string is a TOML string as well.
         let file = format!("data.train={}", serde_json::to_string(&self.file.to_string_lossy())?);
         let overrides = self.overrides.into_iter().chain([file]).collect();
-        let layers = Layers { file: self.config, overrides, ..Layers::default() };
+        let usual = json!({ "backbone": { "name": "resnet50" } });
+        let base = Base {
+            layer: "default of data bench".to_owned(),
+            settings: usual.as_object().cloned().unwrap_or_default(),
+        };
+        let layers = Layers { base: Some(base), file: self.config, overrides, ..Layers::default() };
         let session = Session::open(&self.plugin, layers, sources)?;
         let config = session.config().clone();
         let prepared = prepare(&session, Purpose::Measuring, None)?;
@@ -73,7 +85,7 @@ impl BenchArgs {
         let step_images_per_s = match self.steps {
             0 => None,
             steps => {
-                tracing::info!("timing {} steps of {}", steps + 1, config.optimizer.batch_size);
+                tracing::info!("timing {steps} steps of {} behind one", config.optimizer.batch_size);
                 Some(time_steps(session, prepared, None, signals, (1, steps), true)?.images_per_s)
             }
         };

@@ -58,7 +58,7 @@ pub(super) struct PackArgs {
     /// Quality of these JPEGs
     #[arg(long, value_name = "1-100", default_value_t = 90, requires = "shorter_side", value_parser = clap::value_parser!(u8).range(1..=100))]
     quality: u8,
-    /// Leave unreadable images out instead of refusing the source
+    /// Leave unreadable images out instead of refusing the source; an error of the disk ends it all the same
     #[arg(long)]
     skip_bad: bool,
     /// Overwrite OUT if it exists
@@ -211,7 +211,7 @@ fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
     }
     if report.ignored_files > 0 {
         let files = count(report.ignored_files as u64, "file");
-        writeln!(out, "ignored {files} without the name of a .jpg, .jpeg or .png")?;
+        writeln!(out, "ignored {files} whose name does not end in .jpg, .jpeg or .png")?;
     }
     if report.made_smaller > 0 {
         writeln!(out, "made {} smaller", count(report.made_smaller as u64, "image"))?;
@@ -295,7 +295,7 @@ fn print_verify(report: &VerifyReport, out: &mut dyn Write) -> io::Result<()> {
     }
     if report.bad.is_empty() {
         let images = count(report.images as u64, "image");
-        writeln!(out, "{}: {images} checked, nothing is corrupt", report.path.display())?;
+        writeln!(out, "{}: {images}, and all of them decode", report.path.display())?;
     }
     Ok(())
 }

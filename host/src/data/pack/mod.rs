@@ -7,6 +7,7 @@
 mod journal;
 mod write;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use jepa_plugin_api::{Interpolation, Rng};
@@ -115,9 +116,18 @@ pub fn pack(
     options: &PackOptions,
     progress: &(dyn Fn(PackProgress) + Sync),
 ) -> Result<PackReport, DataError> {
-    let exists = || match out.exists() && !options.force {
-        true => Err(DataError::Exists { path: out.to_owned() }),
-        false => Ok(()),
+    // A link is not replaced, but what it leads to.
+    let led_to =
+        out.is_symlink().then(|| out.canonicalize()).transpose().map_err(DataError::io("follow", out))?;
+    let out = led_to.as_deref().unwrap_or(out);
+    let exists = || match out.metadata() {
+        Ok(metadata) if !metadata.is_file() => Err(DataError::Options(format!(
+            "{} is {}, and cannot become a data set: give another name",
+            out.display(),
+            if metadata.is_dir() { "a directory" } else { "no file" }
+        ))),
+        Ok(_) if !options.force => Err(DataError::Exists { path: out.to_owned() }),
+        _ => Ok(()),
     };
     exists()?;
     if let Some(Smaller { shorter_side, quality }) = options.smaller
@@ -175,6 +185,10 @@ fn pack_with(
         let examples: Vec<_> =
             bad.iter().take(3).map(|bad| format!("{} ({})", bad.name, bad.reason)).collect();
         let more = if bad.len() > examples.len() { ", …" } else { "" };
+        if options.skip_bad {
+            let reason = format!("none of its images can be read: {}", examples.join(", ") + more);
+            return Err(DataError::Source { path: source.path.clone(), reason });
+        }
         return Err(DataError::BadSource {
             path: source.path.clone(),
             count: bad.len(),
@@ -218,15 +232,26 @@ fn check(
     smaller: Option<Smaller>,
     journal: &Journal,
 ) -> Result<Result<Packable, String>, DataError> {
-    let stamp = stamp(source, index, smaller)?;
+    let unreadable = |error: DataError| match error {
+        DataError::Corrupt { reason, .. } => Ok(Err(reason)),
+        DataError::Io { ref source, .. }
+            if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) =>
+        {
+            Ok(Err(source.to_string()))
+        }
+        // On another day it may be read.
+        error => Err(error),
+    };
+    let stamp = match stamp(source, index, smaller) {
+        Ok(stamp) => stamp,
+        Err(error) => return unreadable(error),
+    };
     if let Some(image) = journal.find(&stamp) {
         return Ok(Ok(image));
     }
     let encoded = match source.read(index) {
-        Err(DataError::Corrupt { reason, .. }) => return Ok(Err(reason)),
-        // Another machine or another day may read it.
-        Err(error) => return Err(error),
         Ok(encoded) => encoded,
+        Err(error) => return unreadable(error),
     };
     let digest = Sha256::digest(&encoded).into();
     let made = decode::decode(&encoded).and_then(|image| match smaller {

@@ -1,23 +1,38 @@
 //! `jepa-host doctor`: what is there, and what is missing.
 
+mod dist;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use clap::Args;
 use jepa_plugin_api::abi::{API_MAJOR, API_MINOR, BRIDGE, Offer};
 use jepa_plugin_api::tch;
 use serde_json::{Value, json};
 
-use super::output::{Format, print};
-use super::trackers::beside_bridge;
+use crate::cli::output::{Format, print};
+use crate::cli::trackers::beside_bridge;
 use crate::config::Device;
 use crate::device::{self, DeviceError, check_native, cpu_capability, libtorch};
 use crate::plugin::PluginSources;
 use crate::track::wandb::core::Program;
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  jepa-host doctor
+  torchrun --no-python --nproc-per-node 4 jepa-host doctor --dist
+  srun --nodes 2 --ntasks-per-node 8 jepa-host doctor --dist")]
 pub(super) struct DoctorArgs {
+    /// Try the processes that torchrun, srun or RANK and WORLD_SIZE start: whether they find each other, and how fast they
+    /// talk
+    #[arg(long)]
+    dist: bool,
+    /// Seconds to wait for a rank
+    #[arg(long, value_name = "S", default_value_t = 60, requires = "dist", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -25,6 +40,9 @@ pub(super) struct DoctorArgs {
 
 impl DoctorArgs {
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
+        if self.dist {
+            return dist::run(Duration::from_secs(self.timeout), self.format);
+        }
         let torch = libtorch();
         let path = |p: &Option<std::path::PathBuf>| p.as_ref().map(|p| p.display().to_string());
         let native = check_native().err().map(|error| error.to_string());

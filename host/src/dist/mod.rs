@@ -1,0 +1,78 @@
+//! Processes that work together: which of them this one is, and what they tell each other, over libtorch's c10d.
+//!
+//! Launchers are those that people have: `torchrun --no-python`, `srun`, or anything that sets `RANK`, `WORLD_SIZE`,
+//! `MASTER_ADDR` and `MASTER_PORT`.
+
+mod comm;
+mod launch;
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+pub use comm::{Comm, Peer, Reduce};
+pub use launch::{Launch, Launcher};
+
+use crate::device::DeviceError;
+
+/// Processes do not come together, or fall apart.
+#[derive(Debug, Error)]
+pub enum DistError {
+    /// The environment says that there are several processes, and not enough about them.
+    #[error("{launcher} has started several processes, but {problem}")]
+    Environment {
+        /// Who has.
+        launcher: Launcher,
+        /// What is missing or makes no sense, and what to do.
+        problem: String,
+    },
+    /// The store, where all meet, is not reached.
+    #[error(
+        "rank {rank} does not reach {host}:{port} within {} s: {reason}; is rank 0 running there, and is the port open?",
+        timeout.as_secs()
+    )]
+    Unreachable {
+        /// Who asks.
+        rank: u32,
+        /// Where.
+        host: String,
+        /// Where there.
+        port: u16,
+        /// How long it was tried.
+        timeout: Duration,
+        /// libtorch's words.
+        reason: String,
+    },
+    /// Not everybody has come.
+    #[error(
+        "{} of {size} ranks have not come within {} s: {}; look at what they have printed",
+        missing.len(), timeout.as_secs(), list(missing)
+    )]
+    Missing {
+        /// Who has not.
+        missing: Vec<u32>,
+        /// How many there are to be.
+        size: u32,
+        /// How long was waited.
+        timeout: Duration,
+    },
+    /// What all ranks do together has failed on the way: one has ended, or the network has.
+    #[error("rank {rank} lost the others while it {action}: {reason}; look at what they have printed")]
+    Lost {
+        /// Who says so.
+        rank: u32,
+        /// As in "while it *adds up a tensor*".
+        action: &'static str,
+        /// libtorch's words.
+        reason: String,
+    },
+    /// The library that does it.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+fn list(ranks: &[u32]) -> String {
+    const MOST: usize = 16;
+    let shown: Vec<String> = ranks.iter().take(MOST).map(u32::to_string).collect();
+    shown.join(", ") + if ranks.len() > MOST { ", …" } else { "" }
+}

@@ -1,0 +1,137 @@
+//! Several processes that find each other and talk, and what they say when one is missing.
+
+use std::net::TcpListener;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use jepa_host::dist::{Comm, DistError, Launch, Launcher, Reduce};
+use jepa_tests::real::{Room, Running};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+/// A port that nobody listens at.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Starts rank `rank` of `size`, which meet at a port.
+fn start(room: &Room, (rank, size, port): (u32, u32, u16), arguments: &[&str]) -> Running {
+    let (rank, size, port) = (rank.to_string(), size.to_string(), port.to_string());
+    let variables =
+        [("RANK", &*rank), ("WORLD_SIZE", &*size), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &*port)];
+    room.start_in(&variables, arguments)
+}
+
+#[test]
+fn ranks_find_each_other_and_the_first_tells() {
+    for size in [1, 2, 4] {
+        let (room, port) = (Room::new(), free_port());
+        let ranks: Vec<Running> = (0..size)
+            .map(|rank| start(&room, (rank, size, port), &["doctor", "--dist", "--format", "json"]))
+            .collect();
+        let processes: Vec<u32> = ranks.iter().map(Running::id).collect();
+        let mut ended = ranks.into_iter().map(|rank| rank.wait().expect(0));
+        let report: Value = serde_json::from_str(&ended.next().unwrap().stdout).unwrap();
+        let told: Vec<u64> = report["ranks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|rank| rank["process"].as_u64().unwrap())
+            .collect();
+        assert_eq!(told, processes.iter().map(|process| u64::from(*process)).collect::<Vec<_>>());
+        assert!(report["latency_s"].as_f64().unwrap() > 0.0);
+        assert_eq!(report["all_reduce"].as_array().unwrap().len(), 3);
+        ended.for_each(|other| assert_eq!((other.stdout.as_str(), other.stderr.as_str()), ("", "")));
+    }
+}
+
+#[test]
+fn who_is_missing_is_named_within_the_time() {
+    let (room, port, began) = (Room::new(), free_port(), Instant::now());
+    let arguments = ["doctor", "--dist", "--timeout", "3"];
+    let ranks = [0, 2].map(|rank| start(&room, (rank, 4, port), &arguments));
+    let [first, other] = ranks.map(|rank| rank.wait().expect(1));
+    assert!(first.stderr.contains("2 of 4 ranks have not come within 3 s: 1, 3"), "{}", first.stderr);
+    // It says the same, unless the first has ended a moment before.
+    assert!(other.stderr.starts_with("error: ") && other.stderr.lines().count() == 1, "{}", other.stderr);
+    assert!(began.elapsed() < Duration::from_secs(20));
+
+    let alone = start(&room, (1, 2, free_port()), &["doctor", "--dist", "--timeout", "2"]).wait().expect(1);
+    assert!(alone.stderr.contains("is rank 0 running there"), "{}", alone.stderr);
+}
+
+#[test]
+fn what_no_launcher_would_start_is_refused() {
+    let room = Room::new();
+    let ended = room.run(["doctor", "--dist"]).expect(2);
+    assert!(ended.stderr.contains("torchrun --no-python"), "{}", ended.stderr);
+    let variables = [("RANK", "0"), ("WORLD_SIZE", "2")];
+    let ended = room.start_in(&variables, ["doctor", "--dist"]).wait().expect(2);
+    assert!(ended.stderr.contains("MASTER_ADDR is not set"), "{}", ended.stderr);
+    // Two runs of one name at once.
+    let ended = start(&room, (0, 2, 29500), &["--plugin", "simclr", "data.train=images.h5"]).wait().expect(2);
+    assert!(ended.stderr.contains("a run over several is not there yet"), "{}", ended.stderr);
+}
+
+/// Joins `size` ranks that are threads of this process, and runs `work` in each.
+fn in_threads<T: Send>(size: u32, timeout: Duration, work: impl Fn(Comm) -> T + Sync) -> Vec<T> {
+    let port = free_port();
+    thread::scope(|scope| {
+        let ranks: Vec<_> = (0..size)
+            .map(|rank| {
+                let launch = Launch {
+                    launcher: Launcher::Environment,
+                    rank,
+                    size,
+                    local_rank: rank,
+                    host: "127.0.0.1".to_owned(),
+                    port,
+                    attempt: 0,
+                };
+                let work = &work;
+                scope.spawn(move || work(Comm::join(launch, timeout).unwrap()))
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn tensors_are_added_up_and_handed_on() {
+    let of_ranks = in_threads(3, Duration::from_secs(30), |mut comm| {
+        let rank = f64::from(comm.launch().rank);
+        let numbers = |tensor: &Tensor| Vec::<f64>::try_from(tensor.to_kind(Kind::Double)).unwrap();
+        let mut sum = Tensor::from_slice(&[rank, 10.0]);
+        comm.all_reduce(&mut sum, Reduce::Sum).unwrap();
+        let mut most = Tensor::from_slice(&[rank as f32, -rank as f32]);
+        comm.all_reduce(&mut most, Reduce::Max).unwrap();
+        let mut of_last = Tensor::from_slice(&[rank as i64]);
+        comm.broadcast(&mut of_last, 2).unwrap();
+        comm.wait_for_all().unwrap();
+        [numbers(&sum), numbers(&most), numbers(&of_last)]
+    });
+    assert!(
+        of_ranks.iter().all(|rank| *rank == [vec![3.0, 30.0], vec![2.0, 0.0], vec![2.0]]),
+        "{of_ranks:?}"
+    );
+}
+
+#[test]
+fn a_rank_that_leaves_is_an_error_of_the_others_at_once() {
+    let began = Instant::now();
+    let ended = in_threads(3, Duration::from_secs(60), |mut comm| {
+        comm.wait_for_all().unwrap();
+        match comm.launch().rank {
+            1 => None,
+            _ => Some(comm.all_reduce(&mut Tensor::from_slice(&[1.0f32]), Reduce::Sum).unwrap_err()),
+        }
+    });
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    for (rank, error) in ended.iter().enumerate().filter_map(|(rank, error)| Some((rank, error.as_ref()?))) {
+        assert!(matches!(error, DistError::Lost { .. }), "{error}");
+        assert!(
+            error.to_string().contains(&format!("rank {rank} lost the others while it adds up")),
+            "{error}"
+        );
+    }
+}
