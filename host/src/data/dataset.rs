@@ -7,11 +7,12 @@
 //! [`packed`](super::packed).
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::fs::Advice;
 use sha2::{Digest, Sha256};
 
 use super::chunked::Chunks;
@@ -268,19 +269,11 @@ impl Dataset {
 
     /// Tells the system that this image is going to be read, so that it comes from the disk meanwhile.
     pub fn will_need(&self, index: usize) {
-        // A length of 0 would stand for the rest of the file.
-        let has_bytes = |slot: &&Slot| slot.offset != NO_ADDRESS && slot.len > 0;
-        let Some(slot) = self.slots.get(index).filter(has_bytes) else { return };
-        // SAFETY: the descriptor is that of an open file, and no memory is touched. A system that cannot do it says so, and
-        // nothing is lost but time.
-        let _ = unsafe {
-            libc::posix_fadvise(
-                self.file.as_raw_fd(),
-                slot.offset as libc::off_t,
-                slot.len as libc::off_t,
-                libc::POSIX_FADV_WILLNEED,
-            )
-        };
+        let has_address = |slot: &&Slot| slot.offset != NO_ADDRESS;
+        let Some(slot) = self.slots.get(index).filter(has_address) else { return };
+        let Some(len) = NonZeroU64::new(slot.len) else { return };
+        // A system that cannot do it says so, and nothing is lost but time.
+        let _ = rustix::fs::fadvise(&self.file, slot.offset, Some(len), Advice::WillNeed);
     }
 
     fn read_through_library(&self, index: usize) -> Result<Vec<u8>, DataError> {
