@@ -38,3 +38,24 @@ fn every_shipped_configuration_is_valid_and_trains_what_its_name_says() {
     }
     assert_eq!(seen, 26, "the demo, and five data sets for each of five methods");
 }
+
+#[test]
+fn every_setting_is_listed_with_what_it_means() {
+    let room = Room::new();
+    let told = room.run(["settings"]).expect(0).stdout;
+    let blocks: Vec<&str> = told.split("\n\n").collect();
+    assert!(blocks.len() > 50, "{told}");
+    for block in blocks {
+        let (setting, about) =
+            block.trim().split_once('\n').unwrap_or_else(|| panic!("{block} says nothing"));
+        assert!(setting.contains(" = ") && about.trim().len() > 15, "{block}");
+    }
+    let told = room.run(["settings", "data", "optimizer.lr"]).expect(0).stdout;
+    assert!(
+        told.contains("data.augment = \"cpu\"")
+            && told.contains("optimizer.lr = ")
+            && !told.contains("lr_scale = ")
+    );
+    let ended = room.run(["settings", "data.thread"]).expect(2);
+    assert!(ended.stderr.contains("did you mean data.threads?"), "{}", ended.stderr);
+}

@@ -13,6 +13,7 @@ mod output;
 mod plugin;
 mod report;
 mod session;
+mod settings;
 mod sweep;
 mod track;
 mod trackers;
@@ -39,6 +40,7 @@ Examples:
   jepa-host --plugin cnn_jepa --config configs/demo.toml optimizer.lr=0.02 trainer.epochs=20
   jepa-host --plugin cnn_jepa --config configs/demo.toml --resume auto
   jepa-host plugin info cnn_jepa
+  jepa-host settings data
   jepa-host ls
   jepa-host report runs/demo
   jepa-host sweep examples/sweep.yaml --parallel 2
@@ -92,6 +94,8 @@ enum Command {
     /// List plugins, and what they offer
     #[command(subcommand)]
     Plugin(plugin::PluginCommand),
+    /// List the host's settings: defaults, choices, and what they mean
+    Settings(settings::SettingsArgs),
     /// Pack, inspect, verify and time image data sets
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -190,6 +194,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         None => cli.train.run(&sources),
         Some(Command::Train(args)) => args.run(&sources),
         Some(Command::Plugin(command)) => command.run(&sources),
+        Some(Command::Settings(args)) => args.run(),
         Some(Command::Data(command)) => command.run(&sources),
         Some(Command::Eval(command)) => command.run(&sources),
         Some(Command::Embed(args)) => args.run(&sources),

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::check::CheckArgs;
 use super::exit::Usage;
 use super::output::{Format, print, print_text};
+use super::settings::print_option;
 use crate::checkpoint::replace_file;
 use crate::config::schema_options;
 use crate::plugin::scaffold;
@@ -248,17 +249,7 @@ fn print_schema(section: &str, schema: &Value, out: &mut dyn Write) -> io::Resul
         writeln!(out, "  {}", about.replace('\n', "\n  "))?;
     }
     for option in schema_options(section, schema) {
-        let default = match option.default {
-            None | Some(Value::Null) => "not set".to_owned(),
-            Some(value) => value.to_string(),
-        };
-        let choices: Vec<String> = option.choices.iter().map(|value| value.to_string()).collect();
-        let choices =
-            if choices.is_empty() { String::new() } else { format!("   ({})", choices.join(" | ")) };
-        writeln!(out, "\n  {} = {default}{choices}", option.key)?;
-        if let Some(about) = option.about {
-            writeln!(out, "      {}", about.replace('\n', "\n      "))?;
-        }
+        print_option(&option, out)?;
     }
     Ok(())
 }

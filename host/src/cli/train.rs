@@ -413,7 +413,7 @@ fn loader(
 /// The table that a run ends with.
 fn print_outcome(outcome: &Outcome, seconds: f64, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "{} steps, {seconds:.0} s", outcome.steps)?;
-    if let Some(last) = &outcome.last {
+    if let Some(last) = outcome.last.as_ref().filter(|last| !last.is_empty()) {
         let first = outcome.first.as_ref();
         let width = last.keys().map(String::len).max().unwrap_or(0).max(22) + 2;
         writeln!(out, "\n{:<width$}{:>10}{:>10}", "", "before", "after")?;
