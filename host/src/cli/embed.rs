@@ -49,7 +49,7 @@ impl EmbedArgs {
         let loader = feature_loader(config, view, &set, false)?;
         let mut file: Option<FeatureFile> = None;
         for batch in loader.batches(0, 0) {
-            let batch = batch?;
+            let batch = batch?.finish(Device::Cpu)?;
             let x = saved.model.encode(&batch.views[0], saved.device)?.to_device(Device::Cpu);
             let features = Features::new(&x, &batch.labels)?;
             let file = match &mut file {

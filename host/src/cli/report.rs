@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Args;
-use jepa_plugin_api::tch::Tensor;
+use jepa_plugin_api::tch::{Device, Tensor};
 use serde_json::json;
 
 use super::exit::Usage;
@@ -155,7 +155,7 @@ fn map_features(run: &Path, count: usize, sources: &PluginSources) -> anyhow::Re
     let batches = count.div_ceil(config.eval.batch_size);
     let mut indices: Vec<u64> = Vec::new();
     let batches = loader.batches(0, 0).take(batches).map(|batch| {
-        let batch = batch?;
+        let batch = batch?.finish(Device::Cpu)?;
         indices.extend(&batch.indices);
         Ok((batch.views[0].shallow_clone(), batch.labels))
     });

@@ -133,10 +133,8 @@ impl LoaderOptions {
 /// One batch of B images.
 #[derive(Debug)]
 pub struct LoadedBatch {
-    /// One f32 `(B, 3, S, S)` per view, in the order of the options; u8 where there are operations.
+    /// One f32 `(B, 3, S, S)` per view, in the order of the options.
     pub views: Vec<Tensor>,
-    /// What is left to do to the views, of [`Augment::Gpu`]: of each image, of each view.
-    pub operations: Option<Vec<Vec<Vec<Operation>>>>,
     /// i64 `(B,)`; −1 where the data set has no label.
     pub labels: Tensor,
     /// Which images of the data set these are; a replaced one has its replacement's index.
@@ -145,16 +143,51 @@ pub struct LoadedBatch {
     pub replaced: u64,
 }
 
-impl LoadedBatch {
-    /// The same tensors once more.
-    pub fn shallow_clone(&self) -> LoadedBatch {
-        LoadedBatch {
-            views: self.views.iter().map(Tensor::shallow_clone).collect(),
-            operations: self.operations.clone(),
-            labels: self.labels.shallow_clone(),
-            indices: self.indices.clone(),
-            replaced: self.replaced,
+/// A batch as the loader's threads have made it; [`finish`](Self::finish) does the rest.
+#[derive(Debug)]
+pub struct RawBatch {
+    /// The same, but that views are u8 where there are operations.
+    batch: LoadedBatch,
+    /// What is left to do to the views, of [`Augment::Gpu`]: of each image, of each view.
+    operations: Option<Vec<Vec<Vec<Operation>>>>,
+    shared: Arc<Shared>,
+}
+
+impl RawBatch {
+    /// The batch on `device`, with everything done to its views.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn finish(self, device: Device) -> Result<LoadedBatch, TchError> {
+        let RawBatch { batch, operations, shared } = self;
+        let moved = batch.views.iter().map(|view| view.f_to_device(device));
+        let mut views = moved.collect::<Result<Vec<_>, _>>()?;
+        if let Some(operations) = operations {
+            for (number, (view, augmenter)) in views.iter_mut().zip(&shared.views).enumerate() {
+                let operations: Vec<&[Operation]> =
+                    operations.iter().map(|views| views[number].as_slice()).collect();
+                *view = tch::no_grad(|| finish(view, &operations, augmenter.normalization()))?;
+            }
         }
+        Ok(LoadedBatch { views, labels: batch.labels.f_to_device(device)?, ..batch })
+    }
+
+    /// Number of images.
+    #[expect(clippy::len_without_is_empty, reason = "a batch has images")]
+    pub fn len(&self) -> usize {
+        self.batch.indices.len()
+    }
+
+    /// The same tensors once more.
+    pub fn shallow_clone(&self) -> RawBatch {
+        let LoadedBatch { views, labels, indices, replaced } = &self.batch;
+        let batch = LoadedBatch {
+            views: views.iter().map(Tensor::shallow_clone).collect(),
+            labels: labels.shallow_clone(),
+            indices: indices.clone(),
+            replaced: *replaced,
+        };
+        RawBatch { batch, operations: self.operations.clone(), shared: self.shared.clone() }
     }
 }
 
@@ -241,23 +274,6 @@ impl Loader {
     /// The same batches by another number of threads, at least 1.
     pub fn with_threads(self, threads: usize) -> Loader {
         Loader { threads: threads.max(1), ..self }
-    }
-
-    /// The batch on `device`, with everything done to its views.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn finish(&self, batch: LoadedBatch, device: Device) -> Result<LoadedBatch, TchError> {
-        let moved = batch.views.iter().map(|view| view.f_to_device(device));
-        let mut views = moved.collect::<Result<Vec<_>, _>>()?;
-        if let Some(operations) = &batch.operations {
-            for (number, (view, augmenter)) in views.iter_mut().zip(&self.shared.views).enumerate() {
-                let operations: Vec<&[Operation]> =
-                    operations.iter().map(|views| views[number].as_slice()).collect();
-                *view = tch::no_grad(|| finish(view, &operations, augmenter.normalization()))?;
-            }
-        }
-        Ok(LoadedBatch { views, operations: None, labels: batch.labels.f_to_device(device)?, ..batch })
     }
 
     /// What its threads have done so far.
@@ -437,14 +453,14 @@ impl Batches {
 }
 
 impl Iterator for Batches {
-    type Item = Result<LoadedBatch, DataError>;
+    type Item = Result<RawBatch, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.failed {
             return None;
         }
         self.top_up();
-        let batch = self.in_flight.pop_front()?.and_then(Pending::wait);
+        let batch = self.in_flight.pop_front()?.and_then(|pending| Pending::wait(pending, &self.shared));
         self.failed = batch.is_err();
         // Before the consumer goes off with this batch, its place is given to the next.
         if !self.failed {
@@ -498,7 +514,7 @@ impl Pending {
     }
 
     /// Waits for the last sample and takes the batch out.
-    fn wait(mut pending: Arc<Self>) -> Result<LoadedBatch, DataError> {
+    fn wait(mut pending: Arc<Self>, shared: &Arc<Shared>) -> Result<RawBatch, DataError> {
         drop(
             pending
                 .done
@@ -521,13 +537,13 @@ impl Pending {
             Memory::Views(memory) => (memory.into_views(), None),
             Memory::Pixels(memory) => (memory.into_views(), Some(state.operations)),
         };
-        Ok(LoadedBatch {
+        let batch = LoadedBatch {
             views,
-            operations,
             labels: Tensor::from_slice(&state.labels),
             indices: state.indices,
             replaced: state.replaced,
-        })
+        };
+        Ok(RawBatch { batch, operations, shared: shared.clone() })
     }
 }
 

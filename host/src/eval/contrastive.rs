@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use jepa_plugin_api::nn::nt_xent;
-use jepa_plugin_api::tch::{Kind, Tensor};
+use jepa_plugin_api::tch::{Device, Kind, Tensor};
 use jepa_plugin_api::{Augmentation, Transform, ViewSpec};
 
 use super::GoOn;
@@ -49,7 +49,7 @@ impl Contrastive {
         for batch in self.pairs.batches(0, 0) {
             go_on()?;
             let mut features = Vec::new();
-            for view in batch?.views {
+            for view in batch?.finish(Device::Cpu)?.views {
                 features.push(encode(&view)?.f_to_kind(Kind::Float)?);
             }
             let (_, accuracy) = nt_xent(&features[0], &features[1], 1.0);

@@ -189,7 +189,7 @@ impl Evaluation {
     ) -> Result<Features, EvalError> {
         let batches = limit.map_or(usize::MAX, |limit| limit.div_ceil(self.settings.batch_size));
         let batches = loader.batches(0, 0).take(batches).map(|batch| {
-            let batch = batch?;
+            let batch = batch?.finish(Device::Cpu)?;
             Ok((batch.views.into_iter().next().expect("one view was asked for"), batch.labels))
         });
         let features = extract(batches, encode)?;

@@ -16,7 +16,7 @@ use super::unread::Unread;
 use super::{Model, Optimizer, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
-use crate::data::{DataError, LoadedBatch, Loader, Work};
+use crate::data::{DataError, LoadedBatch, Loader, RawBatch, Work};
 use crate::device::autocast_bf16;
 use crate::eval::{EvalError, Evaluation};
 use crate::trace::Trace;
@@ -134,7 +134,7 @@ pub fn measure(
     run.ledger.synchronize(run.device);
     let loader = run.train.clone();
     let images = run.config.optimizer.batch_size * run.config.trainer.accumulate;
-    let mut batches: Box<dyn Iterator<Item = Result<LoadedBatch, DataError>>> = match same_batch {
+    let mut batches: Box<dyn Iterator<Item = Result<RawBatch, DataError>>> = match same_batch {
         true => match loader.batches(0, 0).next() {
             Some(first) => {
                 let first = first?;
@@ -279,10 +279,7 @@ impl<'t> Run<'t> {
     }
 
     /// One optimizer step: EMA, then forward and backward for each of its batches, update.
-    fn step(
-        &mut self,
-        batches: &mut dyn Iterator<Item = Result<LoadedBatch, DataError>>,
-    ) -> anyhow::Result<()> {
+    fn step(&mut self, batches: &mut dyn Iterator<Item = Result<RawBatch, DataError>>) -> anyhow::Result<()> {
         let (epoch, step) = (self.state.epoch, self.state.step);
         let accumulate = self.config.trainer.accumulate;
         self.ledger.start_step();
@@ -303,9 +300,10 @@ impl<'t> Run<'t> {
             };
             let batch = batch?;
             self.ledger.lap(Part::Wait);
-            images += batch.indices.len();
+            images += batch.len();
+            let batch = batch.finish(self.device)?;
             replaced += batch.replaced;
-            let batch = self.for_method(self.train.finish(batch, self.device)?, true);
+            let batch = self.for_method(batch, true);
             self.ledger.lap(Part::Copy);
             if i == 0 {
                 self.show_examples(&batch)?;
@@ -484,7 +482,7 @@ impl<'t> Run<'t> {
         for (i, batch) in loader.batches(VALIDATION_EPOCH, 0).enumerate() {
             self.check_signals()?;
             seed_torch(self.state.seed, VALIDATION_EPOCH, i);
-            let batch = self.for_method(loader.finish(batch?, self.device)?, false);
+            let batch = self.for_method(batch?.finish(self.device)?, false);
             let size = batch.len();
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let step = no_grad(|| autocast_bf16(bf16, self.device, || self.model.method.step(batch)))??;

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jepa_host::data::decode::{Rgb, decode};
-use jepa_host::data::{Augment, DataError, Dataset, Decode, LoadedBatch, Loader, LoaderOptions, OnError};
+use jepa_host::data::{
+    Augment, DataError, Dataset, Decode, LoadedBatch, Loader, LoaderOptions, OnError, RawBatch,
+};
 use jepa_plugin_api::{Interpolation, Transform, ViewSpec};
 use tch::{Device, Kind, Tensor};
 
@@ -41,8 +43,12 @@ fn contents(batch: LoadedBatch) -> Contents {
     (batch.views.iter().map(values).collect(), labels, batch.indices, batch.replaced)
 }
 
+fn finished(batch: Result<RawBatch, DataError>) -> LoadedBatch {
+    batch.unwrap().finish(Device::Cpu).unwrap()
+}
+
 fn epoch(loader: &Loader, epoch: u64, start: usize) -> Vec<Contents> {
-    loader.batches(epoch, start).map(|batch| contents(batch.unwrap())).collect()
+    loader.batches(epoch, start).map(|batch| contents(finished(batch))).collect()
 }
 
 #[test]
@@ -65,7 +71,7 @@ fn batches_are_the_same_for_any_number_of_threads_and_from_any_start() {
 fn shapes_types_and_labels_are_as_promised() {
     let directory = tempfile::tempdir().unwrap();
     let loader = loader(&small_set(directory.path(), 20, &[]), options(2));
-    let batch = loader.batches(0, 0).next().unwrap().unwrap();
+    let batch = finished(loader.batches(0, 0).next().unwrap());
     assert_eq!(batch.views.len(), 2);
     for view in &batch.views {
         assert_eq!((view.size(), view.kind()), (vec![6, 3, 8, 8], Kind::Float));
@@ -107,10 +113,7 @@ fn views_are_the_same_to_the_bit_when_the_device_finishes_them() {
                 ..LoaderOptions::new(views.clone(), size)
             };
             let loader = loader(&path, options);
-            let finish = |batch: Result<LoadedBatch, DataError>| {
-                contents(loader.finish(batch.unwrap(), Device::Cpu).unwrap())
-            };
-            loader.batches(1, 0).map(finish).collect::<Vec<_>>()
+            epoch(&loader, 1, 0)
         };
         let (ours, theirs) = (batches(Augment::Gpu), batches(Augment::Cpu));
         assert_eq!(ours.len(), 4);
@@ -154,7 +157,7 @@ fn every_image_comes_once_an_epoch_in_an_order_of_its_own() {
     let loader = loader(&path, LoaderOptions { drop_last: false, ..options(2) });
     assert_eq!(loader.batches_per_epoch(), 4);
     let order =
-        |epoch| -> Vec<u64> { loader.batches(epoch, 0).flat_map(|batch| batch.unwrap().indices).collect() };
+        |epoch| -> Vec<u64> { loader.batches(epoch, 0).flat_map(|batch| finished(batch).indices).collect() };
     let (first, second) = (order(0), order(1));
     let order_0 = loader.order(0);
     assert_eq!(first, (0..order_0.len()).map(|place| order_0.at(place)).collect::<Vec<_>>());
@@ -169,7 +172,7 @@ fn every_image_comes_once_an_epoch_in_an_order_of_its_own() {
 fn an_image_looks_different_in_every_epoch() {
     let directory = tempfile::tempdir().unwrap();
     let loader = loader(&small_set(directory.path(), 6, &[]), LoaderOptions { shuffle: false, ..options(1) });
-    let look = |epoch| values(&loader.batches(epoch, 0).next().unwrap().unwrap().views[0]);
+    let look = |epoch| values(&finished(loader.batches(epoch, 0).next().unwrap()).views[0]);
     assert_ne!(look(0), look(1));
     assert_eq!(look(1), look(1));
 }
@@ -186,7 +189,7 @@ fn without_shuffle_and_drop_last_evaluation_sees_the_file_as_it_is() {
         threads: 3,
         ..LoaderOptions::new(vec![view], 8)
     };
-    let batches: Vec<_> = loader(&path, options).batches(0, 0).map(Result::unwrap).collect();
+    let batches: Vec<_> = loader(&path, options).batches(0, 0).map(finished).collect();
     assert_eq!(batches.iter().map(|batch| batch.indices.len()).collect::<Vec<_>>(), [8, 8, 4]);
     assert!(batches.iter().flat_map(|batch| &batch.indices).copied().eq(0..20));
     assert!(
@@ -200,7 +203,7 @@ fn images_without_labels_have_label_minus_one() {
     let path = directory.path().join("unlabelled.h5");
     let images: Vec<_> = (0..6).map(|seed| png(&picture(8, 8, seed))).collect();
     write_reference(&path, &images, None);
-    let batch = loader(&path, options(2)).batches(0, 0).next().unwrap().unwrap();
+    let batch = finished(loader(&path, options(2)).batches(0, 0).next().unwrap());
     assert_eq!(Vec::<i64>::try_from(&batch.labels).unwrap(), [-1; 6]);
 }
 
@@ -226,7 +229,7 @@ fn replaced_images_are_counted_and_bring_their_own_label() {
     let directory = tempfile::tempdir().unwrap();
     let path = small_set(directory.path(), 18, &[7, 13]);
     let options = LoaderOptions { shuffle: false, on_error: OnError::Replace, ..options(2) };
-    let batches: Vec<_> = loader(&path, options).batches(0, 0).map(Result::unwrap).collect();
+    let batches: Vec<_> = loader(&path, options).batches(0, 0).map(finished).collect();
     assert_eq!(batches.iter().map(|batch| batch.replaced).collect::<Vec<_>>(), [0, 1, 1]);
     for (batch, position) in [(&batches[1], 1), (&batches[2], 1)] {
         let used = batch.indices[position];

@@ -124,7 +124,7 @@ impl Row {
         let mut batches = (0..).flat_map(|epoch| loader.batches(epoch, 0));
         let mut next = || match signals.pending() {
             Some(signal) => Err(anyhow::Error::from(TrainError::Stopped { signal })),
-            None => Ok(batches.next().context("the pipeline makes no batch")??.indices.len()),
+            None => Ok(batches.next().context("the pipeline makes no batch")??.len()),
         };
         // Until every batch that is in the making has memory of its own.
         for _ in 0..loader.prefetch() + 2 {
