@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,29 @@ struct Comm {
     c10::intrusive_ptr<c10d::ProcessGroupGloo> group;
 };
 
+// What goes wrong is in our errors. Meanwhile c10d does not say it too, at greater length, unless it is asked to.
+class Quiet {
+  public:
+    Quiet() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (depth++ > 0) return;
+        before = FLAGS_caffe2_log_level;
+        if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) FLAGS_caffe2_log_level = c10::GLOG_FATAL;
+    }
+    ~Quiet() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (--depth == 0) FLAGS_caffe2_log_level = before;
+    }
+    Quiet(const Quiet&) = delete;
+    Quiet& operator=(const Quiet&) = delete;
+
+  private:
+    static std::mutex mutex;
+    static int depth, before;
+};
+std::mutex Quiet::mutex;
+int Quiet::depth = 0, Quiet::before = 0;
+
 Comm& opened(jepa_comm comm) { return *static_cast<Comm*>(comm); }
 
 c10d::ProcessGroupGloo& joined(jepa_comm comm) {
@@ -33,8 +57,7 @@ c10d::ProcessGroupGloo& joined(jepa_comm comm) {
 bool jepa_comm_open(const char* host, uint16_t port, bool serve, const char* prefix, int64_t timeout_ms,
                     jepa_comm* comm, char** error) {
     return guarded(error, [&] {
-        // What goes wrong is in our errors. c10d would say it before, at greater length, unless it is asked to.
-        if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) FLAGS_caffe2_log_level = c10::GLOG_FATAL;
+        const Quiet quiet;
         c10d::TCPStoreOptions options;
         options.port = port;
         options.isServer = serve;
@@ -58,6 +81,7 @@ bool jepa_comm_set(jepa_comm comm, const char* key, const char* value, char** er
 
 bool jepa_comm_get(jepa_comm comm, const char* key, int64_t timeout_ms, char** value, char** error) {
     return guarded(error, [&] {
+        const Quiet quiet;
         auto& store = *opened(comm).store;
         *value = nullptr;
         if (!store.check({key})) {
@@ -73,18 +97,22 @@ bool jepa_comm_get(jepa_comm comm, const char* key, int64_t timeout_ms, char** v
     });
 }
 
-bool jepa_comm_join(jepa_comm comm, int32_t rank, int32_t size, const char* address, char** error) {
+bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size, const char* address,
+                    char** error) {
     return guarded(error, [&] {
-        auto options = c10d::ProcessGroupGloo::Options::create(opened(comm).timeout);
-        options->devices.push_back(address != nullptr
-                                       ? c10d::ProcessGroupGloo::createDeviceForHostname(address)
-                                       : c10d::ProcessGroupGloo::createDefaultDevice());
-        opened(comm).group = c10::make_intrusive<c10d::ProcessGroupGloo>(opened(comm).store, rank, size, options);
+        const Quiet quiet;
+        using Group = c10d::ProcessGroupGloo;
+        auto options = address == nullptr ? Group::Options::create_default(opened(comm).timeout)
+                                          : Group::Options::create(opened(comm).timeout);
+        if (address != nullptr) options->devices.push_back(Group::createDeviceForHostname(address));
+        auto store = c10::make_intrusive<c10d::PrefixStore>(name, opened(comm).store);
+        opened(comm).group = c10::make_intrusive<Group>(std::move(store), rank, size, std::move(options));
     });
 }
 
 bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor handle, int32_t operation, char** error) {
     return guarded(error, [&] {
+        const Quiet quiet;
         std::vector<at::Tensor> tensors{tensor(handle)};
         c10d::AllreduceOptions options;
         options.reduceOp = operation == JEPA_MAX ? c10d::ReduceOp::MAX : c10d::ReduceOp::SUM;
@@ -94,6 +122,7 @@ bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor handle, int32_t operation,
 
 bool jepa_comm_broadcast(jepa_comm comm, jepa_tensor handle, int32_t from, char** error) {
     return guarded(error, [&] {
+        const Quiet quiet;
         std::vector<at::Tensor> tensors{tensor(handle)};
         c10d::BroadcastOptions options;
         options.rootRank = from;

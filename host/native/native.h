@@ -118,9 +118,10 @@ bool jepa_comm_set(jepa_comm comm, const char* key, const char* value, char** er
 /* The value of a key, to be freed by jepa_native_free_string, or NULL when nobody has set it in that time. */
 bool jepa_comm_get(jepa_comm comm, const char* key, int64_t timeout_ms, char** value, char** error);
 
-/* Makes the process group, which is what the functions below need; all ranks have to call it. On CPUs it is gloo's, over the
- * interface that has `address`, or where that is NULL, that of the machine's name. */
-bool jepa_comm_join(jepa_comm comm, int32_t rank, int32_t size, const char* address, char** error);
+/* Makes the process group, which is what the functions below need; all ranks have to call it, with the same name, which no
+ * other group of the store has. On CPUs it is gloo's, over the interface that has `address`; where that is NULL, that of
+ * GLOO_SOCKET_IFNAME, or of the machine's name. */
+bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size, const char* address, char** error);
 
 /* All ranks call these with tensors of equal shape and dtype, in the same order; they return when it is done. A rank that has
  * ended is an error, and one that does not come is, when the time is over. */

@@ -119,6 +119,20 @@ pub fn setting(key: &str, path: &Path) -> String {
 /// An empty folder in which processes are started; gone at the end of the test.
 pub struct Room(TempDir);
 
+/// How variables begin that mean something to the program, or that a launcher sets.
+const CONFIGURING: [&str; 10] = [
+    "JEPA_",
+    "RUST_",
+    "WANDB_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "SLURM_",
+    "GLOO_",
+];
+
 impl Room {
     /// A new one.
     #[expect(clippy::new_without_default, reason = "it makes a folder on the disk")]
@@ -190,8 +204,7 @@ impl Room {
         let (out, err) = (self.file(format!("out.{number}")), self.file(format!("err.{number}")));
         command.args(arguments).current_dir(self.path());
         for (name, _) in env::vars_os() {
-            let configures =
-                |name: &str| ["JEPA_", "RUST_", "WANDB_"].iter().any(|prefix| name.starts_with(prefix));
+            let configures = |name: &str| CONFIGURING.iter().any(|prefix| name.starts_with(prefix));
             if name.to_str().is_some_and(configures) {
                 command.env_remove(name);
             }

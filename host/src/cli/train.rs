@@ -378,12 +378,13 @@ fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
 }
 
 /// Several processes would each train a model of their own, in each other's way.
-fn refuse_ranks() -> Result<(), Usage> {
-    match Launch::from_environment() {
-        Ok(Some(Launch { launcher, size: 2.., .. })) => Err(Usage(format!(
+fn refuse_ranks() -> anyhow::Result<()> {
+    match Launch::from_environment()? {
+        Some(Launch { launcher, size: 2.., .. }) => Err(Usage(format!(
             "{launcher} has started several processes, and a run over several is not there yet: start one (doctor --dist \
              tries how they talk)"
-        ))),
+        ))
+        .into()),
         _ => Ok(()),
     }
 }

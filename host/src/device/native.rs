@@ -66,7 +66,7 @@ pub(super) struct Native {
     comm_close: unsafe extern "C" fn(Handle),
     comm_set: unsafe extern "C" fn(Handle, *const c_char, *const c_char, ErrorOut) -> bool,
     comm_get: unsafe extern "C" fn(Handle, *const c_char, i64, *mut *mut c_char, ErrorOut) -> bool,
-    comm_join: unsafe extern "C" fn(Handle, i32, i32, *const c_char, ErrorOut) -> bool,
+    comm_join: unsafe extern "C" fn(Handle, *const c_char, i32, i32, *const c_char, ErrorOut) -> bool,
     comm_all_reduce: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
     comm_broadcast: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
 }
@@ -212,16 +212,23 @@ impl Ranks {
         Ok((!value.is_null()).then(|| unsafe { native.take(value) }))
     }
 
-    /// Joins all ranks in a process group.
+    /// Joins all ranks in a process group, which meets under a name of its own.
     ///
     /// # Errors
     /// Whatever libtorch reports.
-    pub fn join(&mut self, rank: u32, size: u32, address: Option<&str>) -> Result<(), DeviceError> {
+    pub fn join(
+        &mut self,
+        name: &str,
+        rank: u32,
+        size: u32,
+        address: Option<&str>,
+    ) -> Result<(), DeviceError> {
+        let name = c_string(name)?;
         let address = address.map(c_string).transpose()?;
         let address = address.as_ref().map_or(std::ptr::null(), |address| address.as_ptr());
-        // SAFETY: the handle is ours; an address lives through the call or is null.
+        // SAFETY: the handle is ours; the name lives through the call, and an address does or is null.
         library()?.checked(|native, error| unsafe {
-            (native.comm_join)(self.0, rank as i32, size as i32, address, error)
+            (native.comm_join)(self.0, name.as_ptr(), rank as i32, size as i32, address, error)
         })
     }
 

@@ -1,6 +1,7 @@
 //! The ranks of a run, and what they do together.
 
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use jepa_plugin_api::tch::Tensor;
 
@@ -41,40 +42,28 @@ impl Comm {
     /// # Errors
     /// When the store is not reached or a rank does not come: who.
     pub fn join(launch: Launch, timeout: Duration) -> Result<Comm, DistError> {
-        let began = Instant::now();
-        // After a restart, nothing that was said before counts.
-        let prefix = format!("jepa-host/{}", launch.attempt);
-        let (host, port) = (launch.host.clone(), launch.port);
-        let mut ranks =
-            Ranks::open(&host, port, launch.keeps_store(), &prefix, timeout).map_err(|error| {
-                let (rank, reason) = (launch.rank, words(error));
-                DistError::Unreachable { rank, host, port, timeout, reason }
-            })?;
-        let lost = |error| lost(&launch, "meets them", error);
-        ranks
-            .set(&format!("rank/{}", launch.rank), &format!("{} {}", std::process::id(), machine()))
-            .map_err(lost)?;
-
-        let (mut peers, mut missing) = (Vec::new(), Vec::new());
-        for rank in 0..launch.size {
-            let left = timeout.saturating_sub(began.elapsed()).max(Duration::from_millis(1));
-            match ranks.get(&format!("rank/{rank}"), left).map_err(lost)? {
-                Some(text) => {
-                    let (process, machine) = text.split_once(' ').unwrap_or_default();
-                    let process = process.parse().unwrap_or_default();
-                    peers.push(Peer { rank, machine: machine.to_owned(), process });
-                }
-                None => missing.push(rank),
-            }
-        }
-        if !missing.is_empty() {
-            return Err(DistError::Missing { missing, size: launch.size, timeout });
-        }
+        let until = Instant::now() + timeout;
+        let prefix = format!("jepa-host/{}", launch.group);
+        let mut ranks = Ranks::open(&launch.host, launch.port, launch.keeps_store, &prefix, timeout)
+            .map_err(|error| unreachable(&launch, timeout, error))?;
+        let me = Entry::of_this_process();
+        let met = match launch.rank {
+            0 => call_together(&mut ranks, &launch, &me, until),
+            rank => follow(&mut ranks, rank, launch.size, &me, until),
+        };
+        let (round, entries) = match met.map_err(|error| lost(&launch, "meets them", error))? {
+            Met::All { round, entries } => (round, entries),
+            Met::Missing(missing) => return Err(DistError::Missing { missing, size: launch.size, timeout }),
+        };
         // Ranks of one machine talk within it: its name may not be one that it finds itself by.
-        let of_one_machine = peers.iter().all(|peer| peer.machine == peers[0].machine);
+        let of_one_machine = entries.iter().all(|entry| entry.system == entries[0].system);
         let address = of_one_machine.then_some("127.0.0.1");
-        ranks.join(launch.rank, launch.size, address).map_err(lost)?;
-        Ok(Comm { ranks, launch, peers })
+        ranks
+            .join(&round, launch.rank, launch.size, address)
+            .map_err(|error| lost(&launch, "joins them (GLOO_SOCKET_IFNAME chooses the interface)", error))?;
+        let peers = (0..).zip(entries);
+        let peers = peers.map(|(rank, entry)| Peer { rank, machine: entry.machine, process: entry.process });
+        Ok(Comm { peers: peers.collect(), ranks, launch })
     }
 
     /// The place of this process.
@@ -115,6 +104,123 @@ impl Comm {
     }
 }
 
+/// What a process says of itself where all meet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Entry {
+    process: u32,
+    /// Nanoseconds since 1970: another for every process that ever has this number.
+    began: u128,
+    /// The running system and its network: the same for processes that reach each other by 127.0.0.1.
+    system: String,
+    machine: String,
+}
+
+impl Entry {
+    fn of_this_process() -> Entry {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
+        let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Entry {
+            process: std::process::id(),
+            began: began.as_nanos(),
+            system: format!("{}{}", read("/proc/sys/kernel/random/boot_id"), network.display()),
+            machine: read("/proc/sys/kernel/hostname"),
+        }
+    }
+
+    fn to_line(&self) -> String {
+        let Entry { process, began, system, machine } = self;
+        format!("{process} {began} {system} {machine}")
+    }
+
+    fn from_line(line: &str) -> Option<Entry> {
+        let mut words = line.splitn(4, ' ');
+        let (process, began) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some(Entry { process, began, system: words.next()?.to_owned(), machine: words.next()?.to_owned() })
+    }
+}
+
+/// How a meeting ends.
+enum Met {
+    /// Everybody is there, by rank; the round is theirs alone.
+    All {
+        round: String,
+        entries: Vec<Entry>,
+    },
+    Missing(Vec<u32>),
+}
+
+/// Where the store has the name of the round that is called. Torchrun's store outlives a restart, so there may be older ones.
+const ROUND: &str = "round";
+
+/// How often is looked whether something new is called.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Rank 0: calls a new round, waits for all, and says who they are, or who is missing.
+fn call_together(ranks: &mut Ranks, launch: &Launch, me: &Entry, until: Instant) -> Result<Met, DeviceError> {
+    let round = format!("{}-{}", me.process, me.began);
+    ranks.set(ROUND, &round)?;
+    let (mut entries, mut missing) = (vec![me.clone()], Vec::new());
+    for rank in 1..launch.size {
+        match ranks.get(&format!("{round}/{rank}"), left(until))?.as_deref().and_then(Entry::from_line) {
+            Some(entry) => entries.push(entry),
+            None => missing.push(rank),
+        }
+    }
+    if missing.is_empty() {
+        let lines: Vec<String> = entries.iter().map(Entry::to_line).collect();
+        ranks.set(&format!("{round}/all"), &lines.join("\n"))?;
+        return Ok(Met::All { round, entries });
+    }
+    let words: Vec<String> = missing.iter().map(u32::to_string).collect();
+    ranks.set(&format!("{round}/missing"), &words.join(" "))?;
+    // The store may end with this process: the others shall have heard it.
+    thread::sleep(2 * LOOK);
+    Ok(Met::Missing(missing))
+}
+
+/// Every other rank: answers whatever round is called, until one has it among all.
+fn follow(ranks: &mut Ranks, rank: u32, size: u32, me: &Entry, until: Instant) -> Result<Met, DeviceError> {
+    let line = me.to_line();
+    // Rank 0's time may have begun a little later.
+    let until = until + 4 * LOOK;
+    while let Some(round) = ranks.get(ROUND, left(until))? {
+        ranks.set(&format!("{round}/{rank}"), &line)?;
+        let all = ranks.get(&format!("{round}/all"), LOOK.min(left(until)))?.unwrap_or_default();
+        // Of an older round, others are all.
+        if all.lines().any(|other| other == line) {
+            let entries: Option<Vec<Entry>> = all.lines().map(Entry::from_line).collect();
+            if let Some(entries) = entries.filter(|entries| entries.len() == size as usize) {
+                return Ok(Met::All { round, entries });
+            }
+        } else if !all.is_empty() {
+            thread::sleep(LOOK);
+        }
+        if let Some(missing) = ranks.get(&format!("{round}/missing"), Duration::from_millis(1))? {
+            return Ok(Met::Missing(missing.split(' ').filter_map(|rank| rank.parse().ok()).collect()));
+        }
+        if Instant::now() >= until {
+            let reason = format!("another process is rank {rank}, or rank 0 does not answer");
+            return Err(DeviceError::Torch(reason));
+        }
+    }
+    Ok(Met::Missing(vec![0]))
+}
+
+/// What is left of the time, and never nothing.
+fn left(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+}
+
+fn unreachable(launch: &Launch, timeout: Duration, error: DeviceError) -> DistError {
+    let Launch { rank, host, port, .. } = launch;
+    let (rank, host, port, reason) = (*rank, host.clone(), *port, words(error));
+    match launch.keeps_store {
+        true => DistError::Store { host, port, reason },
+        false => DistError::Unreachable { rank, host, port, timeout, reason },
+    }
+}
+
 fn lost(launch: &Launch, action: &'static str, error: DeviceError) -> DistError {
     DistError::Lost { rank: launch.rank, action, reason: words(error) }
 }
@@ -124,10 +230,4 @@ fn words(error: DeviceError) -> String {
         DeviceError::Torch(words) => words.trim_end_matches('.').to_owned(),
         other => other.to_string(),
     }
-}
-
-/// The name of this machine.
-fn machine() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    name.trim().to_owned()
 }

@@ -7,7 +7,7 @@ use super::DistError;
 /// Who has started the processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launcher {
-    /// `torchrun`, which keeps the store itself and begins anew after a failure.
+    /// `torchrun`, which begins anew after a failure.
     Torchrun,
     /// `srun`.
     Srun,
@@ -20,6 +20,8 @@ pub enum Launcher {
 pub struct Launch {
     /// Who has started them.
     pub launcher: Launcher,
+    /// Which of all that it has started: torchrun's run, SLURM's job and step.
+    pub group: String,
     /// Number of this process, from 0.
     pub rank: u32,
     /// How many there are, at least 1.
@@ -30,8 +32,8 @@ pub struct Launch {
     pub host: String,
     /// Where there.
     pub port: u16,
-    /// How often they have been started before.
-    pub attempt: u32,
+    /// Whether this process keeps the store where they do; otherwise another rank does, or torchrun.
+    pub keeps_store: bool,
 }
 
 impl Launch {
@@ -43,28 +45,22 @@ impl Launch {
         Launch::from(|name| std::env::var(name).ok())
     }
 
-    /// Whether this process keeps the store where all meet.
-    pub fn keeps_store(&self) -> bool {
-        self.rank == 0 && self.launcher != Launcher::Torchrun
-    }
-
     fn from(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Launch>, DistError> {
+        let has = |name: &str| variable(name).is_some();
         let launcher = match () {
-            () if variable("TORCHELASTIC_RUN_ID").is_some() => Launcher::Torchrun,
-            () if variable("RANK").is_some() || variable("WORLD_SIZE").is_some() => Launcher::Environment,
-            // Of a shell that salloc has opened, the number of tasks is known too, but it is none of them.
-            () if variable("SLURM_STEP_ID").is_some() && variable("SLURM_STEP_NUM_TASKS").is_some() => {
-                Launcher::Srun
-            }
+            () if has("TORCHELASTIC_RUN_ID") => Launcher::Torchrun,
+            () if has("RANK") => Launcher::Environment,
+            // A script may export WORLD_SIZE for all steps. Of a shell that salloc has opened, the number of tasks is known
+            // too, but it is none of them.
+            () if has("SLURM_STEP_ID") && has("SLURM_PROCID") => Launcher::Srun,
+            () if variable("WORLD_SIZE").is_some_and(|size| size.trim() != "1") => Launcher::Environment,
             () => return Ok(None),
         };
         let refuse = |problem: String| DistError::Environment { launcher, problem };
         let number = |name: &str| -> Result<Option<u32>, DistError> {
             let Some(text) = variable(name) else { return Ok(None) };
-            text.trim()
-                .parse()
-                .map(Some)
-                .map_err(|_| refuse(format!("{name} is `{text}`, which is no number")))
+            let parsed = text.trim().parse().map(Some);
+            parsed.map_err(|_| refuse(format!("{name} is `{text}`, which is no number")))
         };
         let required = |name: &str| number(name)?.ok_or_else(|| refuse(format!("{name} is not set")));
         let (rank, size, local_rank) = match launcher {
@@ -90,25 +86,36 @@ impl Launch {
             })?;
         let port = match (number("MASTER_PORT")?, launcher) {
             (Some(port), _) => u16::try_from(port).ok().filter(|port| *port > 0),
-            // The same for all of a job, and others for other jobs on the machine.
-            (None, Launcher::Srun) => Some(20_000 + (required("SLURM_JOB_ID")? % 20_000) as u16),
+            // The same for all of a step, and others for other steps on the machine; below those that a system hands out.
+            (None, Launcher::Srun) => {
+                let (job, step) = (required("SLURM_JOB_ID")?, required("SLURM_STEP_ID")?);
+                Some(20_000 + (job.wrapping_mul(31).wrapping_add(step) % 12_000) as u16)
+            }
             (None, _) => None,
         };
         let port = port.ok_or_else(|| refuse("MASTER_PORT is not set to a port, 1 to 65535".into()))?;
-        let attempt = number("TORCHELASTIC_RESTART_COUNT")?.or(number("SLURM_RESTART_COUNT")?).unwrap_or(0);
-        Ok(Some(Launch { launcher, rank, size, local_rank, host, port, attempt }))
+        let named = |name: &str| variable(name).unwrap_or_default();
+        let group = match launcher {
+            Launcher::Torchrun => named("TORCHELASTIC_RUN_ID"),
+            Launcher::Srun => format!("{}.{}", named("SLURM_JOB_ID"), named("SLURM_STEP_ID")),
+            Launcher::Environment => String::new(),
+        };
+        // As torch's own rendezvous has it.
+        let keeps_store = rank == 0 && named("TORCHELASTIC_USE_AGENT_STORE") != "True";
+        Ok(Some(Launch { launcher, group, rank, size, local_rank, host, port, keeps_store }))
     }
 }
 
 /// The first of SLURM's list of machines: `gpu[07-09,12],cpu1` begins with `gpu07`.
 fn first_node(nodes: &str) -> String {
-    let end = |text: &str, ends: &[char]| text.find(ends).unwrap_or(text.len());
-    let name = &nodes[..end(nodes, &['[', ','])];
-    let rest = &nodes[name.len()..];
-    let Some(range) = rest.strip_prefix('[') else { return name.to_owned() };
-    let number = &range[..end(range, &['-', ',', ']'])];
-    let behind = rest.find(']').map_or("", |close| &rest[close + 1..]);
-    format!("{name}{number}{}", &behind[..end(behind, &[',', '['])])
+    let (mut name, mut rest) = (String::new(), nodes);
+    loop {
+        let end = rest.find(['[', ',']).unwrap_or(rest.len());
+        name += &rest[..end];
+        let Some(range) = rest[end..].strip_prefix('[') else { return name };
+        name += &range[..range.find(['-', ',', ']']).unwrap_or(range.len())];
+        rest = range.find(']').map_or("", |close| &range[close + 1..]);
+    }
 }
 
 impl fmt::Display for Launcher {
@@ -144,22 +151,35 @@ mod tests {
         );
         let launch = Launch {
             launcher: Launcher::Environment,
+            group: String::new(),
             rank: 1,
             size: 2,
             local_rank: 0,
             host: "gpu07".into(),
             port: 29500,
-            attempt: 0,
+            keeps_store: false,
         };
         assert_eq!(from(&TWO).unwrap(), Some(launch.clone()));
-        assert!(!launch.keeps_store() && Launch { rank: 0, ..launch.clone() }.keeps_store());
+        assert_eq!(from(&[("WORLD_SIZE", "1")]).unwrap(), None);
 
-        let elastic =
-            [("TORCHELASTIC_RUN_ID", "none"), ("TORCHELASTIC_RESTART_COUNT", "2"), ("LOCAL_RANK", "1")];
-        let of_torchrun =
-            Launch { launcher: Launcher::Torchrun, local_rank: 1, attempt: 2, ..launch.clone() };
-        assert_eq!(from(&[&TWO[..], &elastic].concat()).unwrap(), Some(of_torchrun.clone()));
-        assert!(!Launch { rank: 0, ..of_torchrun }.keeps_store());
+        // torchrun keeps the store, unless it says that it does not.
+        for (agent, keeps_store) in [("True", false), ("False", true)] {
+            let elastic = [
+                ("TORCHELASTIC_RUN_ID", "none"),
+                ("TORCHELASTIC_USE_AGENT_STORE", agent),
+                ("LOCAL_RANK", "1"),
+            ];
+            let of_torchrun = Launch {
+                launcher: Launcher::Torchrun,
+                group: "none".into(),
+                rank: 0,
+                local_rank: 1,
+                keeps_store,
+                ..launch.clone()
+            };
+            let first = [("RANK", "0")].iter().chain(&TWO[1..]).chain(&elastic).copied().collect::<Vec<_>>();
+            assert_eq!(from(&first).unwrap(), Some(of_torchrun));
+        }
 
         let srun = [
             ("SLURM_STEP_ID", "0"),
@@ -168,10 +188,14 @@ mod tests {
             ("SLURM_LOCALID", "1"),
             ("SLURM_JOB_ID", "41234"),
             ("SLURM_STEP_NODELIST", "gpu[07-09,12]"),
-            ("SLURM_RESTART_COUNT", "1"),
         ];
-        let of_srun = Launch { launcher: Launcher::Srun, local_rank: 1, port: 21_234, attempt: 1, ..launch };
-        assert_eq!(from(&srun).unwrap(), Some(of_srun));
+        let port = 20_000 + (41_234 * 31 % 12_000) as u16;
+        let of_srun =
+            Launch { launcher: Launcher::Srun, group: "41234.0".into(), local_rank: 1, port, ..launch };
+        assert_eq!(from(&srun).unwrap(), Some(of_srun.clone()));
+        // A script may have exported what others need.
+        let exported = [&srun[..], &[("WORLD_SIZE", "2")]].concat();
+        assert_eq!(from(&exported).unwrap(), Some(of_srun));
     }
 
     #[test]
@@ -204,6 +228,7 @@ mod tests {
             ("gpu[07-09,12]", "gpu07"),
             ("gpu[3,5],cpu1", "gpu3"),
             ("rack[1-2]-node,cpu", "rack1-node"),
+            ("rack[1-2]node[03-04],cpu", "rack1node03"),
         ] {
             assert_eq!(first_node(nodes), first, "{nodes}");
         }

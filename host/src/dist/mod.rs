@@ -43,6 +43,18 @@ pub enum DistError {
         /// libtorch's words.
         reason: String,
     },
+    /// The store cannot be kept.
+    #[error(
+        "rank 0 cannot keep the store at {host}:{port}: {reason}; is the port taken? MASTER_PORT gives another"
+    )]
+    Store {
+        /// Where.
+        host: String,
+        /// Where there.
+        port: u16,
+        /// libtorch's words.
+        reason: String,
+    },
     /// Not everybody has come.
     #[error(
         "{} of {size} ranks have not come within {} s: {}; look at what they have printed",

@@ -396,7 +396,10 @@ fn a_corrupt_chunk_is_a_bad_image() {
     let at = bytes.windows(2).position(|start| start == [0x78, 0x5e]).unwrap();
     bytes[at + 2..at + 20].fill(0xff);
     fs::write(&source, bytes).unwrap();
-    let bad = data::verify(&Dataset::open(&source).unwrap(), 1, &|_, _| {}).bad;
+    let dataset = Dataset::open(&source).unwrap();
+    dataset.require_size(1).unwrap();
+    assert_eq!(dataset.fingerprint().unwrap().len(), 64);
+    let bad = data::verify(&dataset, 1, &|_, _| {}).bad;
     assert_eq!(bad.len(), 1, "{bad:?}");
     let out = directory.path().join("out.h5");
     let report = pack(&source, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap();

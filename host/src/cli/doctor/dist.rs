@@ -16,7 +16,6 @@ const SIZES: [i64; 3] = [1 << 20, 8 << 20, 64 << 20];
 #[derive(Debug, Serialize)]
 struct Report {
     launcher: String,
-    attempt: u32,
     store: String,
     ranks: Vec<Rank>,
     /// Of the slowest rank, from its start until all had come.
@@ -77,7 +76,6 @@ pub(super) fn run(timeout: Duration, format: Format) -> anyhow::Result<()> {
     });
     let report = Report {
         launcher: launch.launcher.to_string(),
-        attempt: launch.attempt,
         store: format!("{}:{}", launch.host, launch.port),
         ranks: ranks.collect(),
         rendezvous_s,
@@ -120,11 +118,8 @@ fn of_slowest(comm: &mut Comm, seconds: f64) -> Result<f64, DistError> {
 
 impl Report {
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
-        let Report { launcher, attempt, store, ranks, rendezvous_s, latency_s, all_reduce } = self;
+        let Report { launcher, store, ranks, rendezvous_s, latency_s, all_reduce } = self;
         writeln!(out, "{} ranks of {launcher}, met at {store} in {rendezvous_s:.1} s", ranks.len())?;
-        if *attempt > 0 {
-            writeln!(out, "started again {attempt} times")?;
-        }
         for Rank { rank, machine, process } in ranks {
             writeln!(out, "  rank {rank}: process {process} on {machine}")?;
         }
