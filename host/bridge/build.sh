@@ -56,6 +56,7 @@ compile "$sources/torch_api.cpp"
 compile "$here/streams.cpp"
 compile "$here/autograd.cpp"
 compile "$here/parallel.cpp" -fopenmp
+compile "$here/ranks.cpp"
 wait "$generating"
 
 # The absolute path is for a link to this file elsewhere (cargo's build folder), where $ORIGIN would mislead.

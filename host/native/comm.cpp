@@ -1,55 +1,29 @@
 // Ranks, over libtorch's c10d: its TCP store, and its process group over gloo.
 
-#include <chrono>
-#include <cstdlib>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
-#include <c10/util/Logging.h>
-#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include "comm.h"
 #include "guarded.h"
 
 namespace {
-
-struct Comm {
-    c10::intrusive_ptr<c10d::Store> store;
-    std::chrono::milliseconds timeout;
-    c10::intrusive_ptr<c10d::ProcessGroupGloo> group;
-};
-
-// What goes wrong is in our errors. Meanwhile c10d does not say it too, at greater length, unless it is asked to.
-class Quiet {
-  public:
-    Quiet() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (depth++ > 0) return;
-        before = FLAGS_caffe2_log_level;
-        if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) FLAGS_caffe2_log_level = c10::GLOG_FATAL;
-    }
-    ~Quiet() {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (--depth == 0) FLAGS_caffe2_log_level = before;
-    }
-    Quiet(const Quiet&) = delete;
-    Quiet& operator=(const Quiet&) = delete;
-
-  private:
-    static std::mutex mutex;
-    static int depth, before;
-};
-std::mutex Quiet::mutex;
-int Quiet::depth = 0, Quiet::before = 0;
 
 Comm& opened(jepa_comm comm) { return *static_cast<Comm*>(comm); }
 
 c10d::ProcessGroupGloo& joined(jepa_comm comm) {
     TORCH_CHECK(opened(comm).group, "the ranks have not been joined");
     return *opened(comm).group;
+}
+
+// Runs what all ranks do together.
+template <typename Body>
+bool together(jepa_comm comm, char** error, Body body) {
+    const Quiet quiet;
+    const bool done = guarded(error, body);
+    if (!done) opened(comm).lost = true;
+    return done;
 }
 
 }  // namespace
@@ -66,7 +40,7 @@ bool jepa_comm_open(const char* host, uint16_t port, bool serve, const char* pre
         options.timeout = std::chrono::milliseconds(timeout_ms);
         auto store = c10::make_intrusive<c10d::TCPStore>(host, options);
         auto with_prefix = c10::make_intrusive<c10d::PrefixStore>(prefix, std::move(store));
-        *comm = new Comm{std::move(with_prefix), options.timeout, nullptr};
+        *comm = new Comm{std::move(with_prefix), options.timeout, nullptr, nullptr};
     });
 }
 
@@ -105,14 +79,17 @@ bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size
         auto options = address == nullptr ? Group::Options::create_default(opened(comm).timeout)
                                           : Group::Options::create(opened(comm).timeout);
         if (address != nullptr) options->devices.push_back(Group::createDeviceForHostname(address));
-        auto store = c10::make_intrusive<c10d::PrefixStore>(name, opened(comm).store);
-        opened(comm).group = c10::make_intrusive<Group>(std::move(store), rank, size, std::move(options));
+        const auto join = [&](const std::string& name) {
+            auto store = c10::make_intrusive<c10d::PrefixStore>(name, opened(comm).store);
+            return c10::make_intrusive<Group>(std::move(store), rank, size, options);
+        };
+        opened(comm).group = join(name);
+        opened(comm).of_gradients = join(std::string(name) + "/gradients");
     });
 }
 
 bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor handle, int32_t operation, char** error) {
-    return guarded(error, [&] {
-        const Quiet quiet;
+    return together(comm, error, [&] {
         std::vector<at::Tensor> tensors{tensor(handle)};
         c10d::AllreduceOptions options;
         options.reduceOp = operation == JEPA_MAX ? c10d::ReduceOp::MAX : c10d::ReduceOp::SUM;
@@ -120,9 +97,23 @@ bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor handle, int32_t operation,
     });
 }
 
+bool jepa_comm_lost(jepa_comm comm) { return opened(comm).lost; }
+
+bool jepa_comm_sum(jepa_comm comm, jepa_tensor handle, char** error) {
+    return jepa_comm_all_reduce(comm, handle, JEPA_SUM, error);
+}
+
+bool jepa_comm_all_gather(jepa_comm comm, jepa_tensor handle, jepa_tensor all, char** error) {
+    return together(comm, error, [&] {
+        auto& to = *static_cast<at::Tensor*>(all);
+        auto from = tensor(handle);
+        // Nothing of nobody is there already.
+        if (to.numel() > 0) joined(comm)._allgather_base(to, from)->wait();
+    });
+}
+
 bool jepa_comm_broadcast(jepa_comm comm, jepa_tensor handle, int32_t from, char** error) {
-    return guarded(error, [&] {
-        const Quiet quiet;
+    return together(comm, error, [&] {
         std::vector<at::Tensor> tensors{tensor(handle)};
         c10d::BroadcastOptions options;
         options.rootRank = from;

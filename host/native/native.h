@@ -131,8 +131,36 @@ enum { JEPA_SUM = 0, JEPA_MAX = 1 };
 /* Replaces `tensor`, in place, by the sum or the maximum over all ranks. */
 bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor tensor, int32_t operation, char** error);
 
+/* The same, of sums only: what jepa_ranks_install of the bridge takes. */
+bool jepa_comm_sum(jepa_comm comm, jepa_tensor tensor, char** error);
+
+/* Stores the contiguous tensors of all ranks in `all`, which has room for them one after the other. */
+bool jepa_comm_all_gather(jepa_comm comm, jepa_tensor tensor, jepa_tensor all, char** error);
+
 /* Replaces `tensor`, in place, by that of rank `from`. */
 bool jepa_comm_broadcast(jepa_comm comm, jepa_tensor tensor, int32_t from, char** error);
+
+/* Whether any of these has failed, whoever has called it. */
+bool jepa_comm_lost(jepa_comm comm);
+
+/* --- gradients of all ranks ------------------------------------------------------------------------------- */
+
+/* What makes the mean of gradients over all ranks, during the backward pass. Freed by jepa_exchange_close, before its comm. */
+typedef void* jepa_exchange;
+
+/* For these parameters, of one device, whose gradients travel together in parts of so many bytes. All ranks call this and the
+ * functions below with equal parameters, in the same order. */
+bool jepa_exchange_open(jepa_comm comm, size_t count, const jepa_tensor* params, int64_t bucket_bytes,
+                        jepa_exchange* exchange, char** error);
+void jepa_exchange_close(jepa_exchange exchange);
+
+/* Before the last backward pass of a step. `figures`, floating-point numbers, become their mean over all ranks too; nobody
+ * reads or changes them until the end. */
+bool jepa_exchange_begin(jepa_exchange exchange, jepa_tensor figures, char** error);
+
+/* After it: waits, and gives every parameter the mean of its gradients, those of earlier backward passes included. Where a
+ * rank has none, it counts as zero; where no rank has one, there is none. */
+bool jepa_exchange_finish(jepa_exchange exchange, char** error);
 
 #ifdef __cplusplus
 }

@@ -12,19 +12,25 @@ use serde_json::{Value, json};
 use crate::checkpoint::{State, replace_file};
 use crate::config::ResolvedConfig;
 use crate::device::libtorch;
+use crate::dist::Peer;
 
-/// Writes the resolved configuration, with the source of each value, and what it ran on. A resumed run adds to
+/// Writes the resolved configuration, with the source of each value, and what it ran on: `ranks`, if they are several. A resumed run adds to
 /// `provenance.json` instead of replacing it.
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn write(directory: &Path, settings: &ResolvedConfig, state: &State) -> anyhow::Result<()> {
+pub fn write(
+    directory: &Path,
+    settings: &ResolvedConfig,
+    state: &State,
+    ranks: &[Peer],
+) -> anyhow::Result<()> {
     let write = |name: &str, text: String| {
         let path = directory.join(name);
         replace_file(&path, text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
     };
     let mut sessions = earlier_sessions(&directory.join("provenance.json"))?;
-    sessions.push(session(state));
+    sessions.push(session(state, ranks));
     write("provenance.json", format!("{:#}\n", Value::Array(sessions)))?;
     write("config.toml", settings.print())
 }
@@ -65,7 +71,7 @@ fn earlier_sessions(path: &Path) -> anyhow::Result<Vec<Value>> {
     })
 }
 
-fn session(state: &State) -> Value {
+fn session(state: &State, ranks: &[Peer]) -> Value {
     let torch = libtorch();
     let plugins: Vec<Value> = state
         .plugins
@@ -84,7 +90,20 @@ fn session(state: &State) -> Value {
         "threads": state.threads,
         "plugins": plugins,
         "data_fingerprint": state.data_fingerprint,
+        "ranks": ranks,
+        "slurm_job": slurm_job(),
     })
+}
+
+/// Whether the run in `directory` was last worked on by this process's SLURM job, before that was requeued.
+pub fn is_of_this_job(directory: &Path) -> bool {
+    let sessions = earlier_sessions(&directory.join("provenance.json")).unwrap_or_default();
+    let last = sessions.last().and_then(|session| session["slurm_job"].as_str());
+    last.is_some() && last == slurm_job().as_deref()
+}
+
+fn slurm_job() -> Option<String> {
+    std::env::var("SLURM_JOB_ID").ok()
 }
 
 /// The first line that a program prints; null when it is not there or fails, as git does outside a repository.

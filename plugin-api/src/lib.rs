@@ -19,6 +19,7 @@ pub mod nn;
 pub mod parallel;
 pub mod params;
 mod probe;
+pub mod ranks;
 pub mod rng;
 pub mod testing;
 mod view;

@@ -6,14 +6,16 @@ use std::path::{Path, PathBuf};
 use jepa_tests::author::workspace;
 
 /// Where `unsafe` may stand, and why there. A file that ends in a slash is a folder.
-const UNSAFE: [(&str, &str); 13] = [
+const UNSAFE: [(&str, &str); 15] = [
     ("plugin-api/src/abi/", "the boundary"),
     ("plugin-api/src/lib.rs", "`export_plugin!` exports the boundary's two symbols"),
     ("plugin-api/src/autograd.rs", "bindings to host/bridge/autograd.cpp"),
     ("plugin-api/src/parallel.rs", "bindings to host/bridge/parallel.cpp"),
+    ("plugin-api/src/ranks.rs", "bindings to host/bridge/ranks.cpp"),
     ("plugin-api/src/memory.rs", "the numbers of a tensor as a slice"),
     ("host/src/plugin/", "the boundary, on the host's side"),
     ("host/src/device/native.rs", "bindings to host/native"),
+    ("host/src/device/ranks.rs", "bindings to host/native, of ranks"),
     ("host/src/device/cuda.rs", "opens libtorch_cuda before the first CUDA call"),
     ("host/src/device/libtorch.rs", "asks the dynamic linker where libtorch is"),
     ("host/src/device/memory.rs", "asks the C library what memory it holds, and to keep it"),

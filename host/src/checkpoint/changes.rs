@@ -8,11 +8,12 @@ use super::state::State;
 use crate::plugin::PluginRecord;
 
 /// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
-const FREE: [&str; 10] = [
+const FREE: [&str; 11] = [
     "run.",
     "track.",
     "checkpoint.",
     "eval.",
+    "ranks.",
     "data.threads",
     "data.train",
     "data.val",
@@ -25,10 +26,19 @@ impl State {
     /// What is not as it was when this state was saved, in a few words each: a run that goes on nevertheless may
     /// differ from one that was never stopped.
     pub fn changes(&self, now: &State) -> Vec<String> {
+        self.compared(now, |what, saved, now| format!("{what} was {saved} and is {now}"))
+    }
+
+    /// What is not the same for another rank of a run.
+    pub fn differences(&self, other: &State) -> Vec<String> {
+        self.compared(other, |what, own, other| format!("{what} is {other}, not {own}"))
+    }
+
+    fn compared(&self, now: &State, sentence: impl Fn(&str, &str, &str) -> String) -> Vec<String> {
         let mut changes = Vec::new();
         let mut compare = |what: &str, saved: &str, now: &str| {
             if saved != now {
-                changes.push(format!("{what} was {saved} when the checkpoint was saved and is {now} now"));
+                changes.push(sentence(what, saved, now));
             }
         };
         compare("the seed", &self.seed.to_string(), &now.seed.to_string());
@@ -39,6 +49,7 @@ impl State {
         compare("libtorch", &self.libtorch, &now.libtorch);
         compare("the device", &self.device, &now.device);
         compare("the number of compute threads", &self.threads.to_string(), &now.threads.to_string());
+        compare("the number of ranks", &self.ranks.to_string(), &now.ranks.to_string());
         let short = |plugin: Option<&PluginRecord>| match plugin {
             Some(plugin) => {
                 format!("{} ({})", plugin.version, plugin.sha256.get(..12).unwrap_or(&plugin.sha256))
@@ -55,7 +66,9 @@ impl State {
             let present = now_there.clone().find(|plugin| plugin.name == name);
             compare(&format!("plugin {name}"), &short(saved), &short(present));
         }
-        changes.extend(changed_settings(&self.config, &now.config));
+        for (key, was, is) in changed_settings(&self.config, &now.config) {
+            changes.push(sentence(&key, &was, &is));
+        }
         changes
     }
 
@@ -81,7 +94,7 @@ impl State {
 }
 
 /// Settings that differ and on which the weights depend.
-fn changed_settings(saved: &Value, now: &Value) -> Vec<String> {
+fn changed_settings(saved: &Value, now: &Value) -> Vec<(String, String, String)> {
     fn leaves(value: &Value, key: &str, out: &mut BTreeMap<String, Value>) {
         match value {
             Value::Object(map) => {
@@ -102,7 +115,7 @@ fn changed_settings(saved: &Value, now: &Value) -> Vec<String> {
     let free = |key: &str| FREE.iter().any(|f| key == *f || f.ends_with('.') && key.starts_with(f));
     let changed = |key: &String| {
         let (was, is) = (before.get(key), after.get(key));
-        (was != is && !free(key)).then(|| format!("{key} was {} and is {}", text(was), text(is)))
+        (was != is && !free(key)).then(|| (key.clone(), text(was), text(is)))
     };
     keys.into_iter().filter_map(changed).collect()
 }

@@ -18,8 +18,8 @@ const LOCK: &str = "run.lock";
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    /// Unlocked when dropped, and by the system when the process dies.
-    _lock: File,
+    /// Unlocked when dropped, and by the system when the process dies. None where another process holds it.
+    _lock: Option<File>,
 }
 
 impl RunDir {
@@ -46,7 +46,12 @@ impl RunDir {
         let lock_path = path.join(LOCK);
         let lock = hold(&lock_path).map_err(CheckpointError::io("cannot be opened", &lock_path))?;
         let lock = lock.ok_or_else(|| CheckpointError::Busy { path: path.to_owned() })?;
-        Ok(RunDir { path: path.to_owned(), _lock: lock })
+        Ok(RunDir { path: path.to_owned(), _lock: Some(lock) })
+    }
+
+    /// That of the first rank, for the others, which write nothing.
+    pub fn of_first(path: PathBuf) -> Self {
+        RunDir { path, _lock: None }
     }
 
     /// Whether a process writes to the run in `path`. Where there are no locks, nobody knows, and it says no.

@@ -63,6 +63,13 @@ pub struct State {
     pub device: String,
     /// Threads that libtorch computes with.
     pub threads: usize,
+    /// Processes that train together.
+    #[serde(default = "one")]
+    pub ranks: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// The best evaluation of a run.

@@ -17,7 +17,7 @@ use crate::device::peak_resident_bytes;
 use crate::plugin::PluginSources;
 use crate::trace::Trace;
 use crate::track::Trackers;
-use crate::train::{Measured, Part, Resources, Signals, measure};
+use crate::train::{Measured, Part, Ranks, Resources, Signals, measure};
 
 /// Measure training on this machine
 #[derive(Debug, Subcommand)]
@@ -77,7 +77,7 @@ impl StepArgs {
             Layers { file: self.config.clone(), overrides: self.overrides.clone(), ..Layers::default() };
         let session = Session::open(&self.plugin, layers, sources)?;
         let trace = self.trace.as_deref().map(begin_trace).transpose()?;
-        let prepared = prepare(&session, Purpose::Measuring, trace.clone())?;
+        let prepared = prepare(&session, Purpose::Measuring, None, trace.clone())?;
         let counts = (self.warmup, self.steps);
         let timed = time_steps(session, prepared, trace.clone(), signals, counts, self.same_batch);
         if let Some(Err(error)) = trace.map(|trace| trace.finish()) {
@@ -122,6 +122,7 @@ pub(super) fn time_steps(
         evaluation: None,
         directory,
         signals,
+        ranks: Ranks::alone(),
         steps_per_epoch: state.steps_per_epoch,
         state,
         trace,

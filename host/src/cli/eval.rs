@@ -13,6 +13,7 @@ use super::session::{SavedArgs, where_it_is};
 use super::train::TrainArgs;
 use crate::checkpoint::{find_checkpoint, load_state};
 use crate::config::Base;
+use crate::data::Share;
 use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::PluginSources;
 use crate::train::{Signals, TrainError};
@@ -111,7 +112,7 @@ impl EvalArgs {
         let train_set = saved.session.open_images("data.train", config.train_file()?)?;
         let val_set = saved.session.open_images("data.val", val)?;
         let view = evaluation_view(config, saved.model.method.views());
-        let evaluation = Evaluation::new(config, view, &train_set, &val_set, probes)?;
+        let evaluation = Evaluation::new(config, view, &train_set, &val_set, probes, Share::Whole)?;
 
         let (device, model) = (saved.device, &mut saved.model);
         let mut encode = |images: &Tensor| model.encode(images, device);

@@ -9,10 +9,11 @@ use crate::checkpoint::CheckpointError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::device::DeviceError;
-use crate::dist::DistError;
+use crate::dist::{DistError, Ending};
 use crate::plugin::scaffold::ScaffoldError;
 use crate::plugin::{LockError, PluginError};
 use crate::sweep::SweepError;
+use crate::track::console::speaker;
 use crate::train::{TrainError, has_diverged};
 
 /// A command line that makes no sense, beyond what the parser sees.
@@ -36,7 +37,7 @@ pub(super) fn report(error: &anyhow::Error) {
         }
     }
     // Nobody may be left to read it: the exit code still tells.
-    let _ = writeln!(io::stderr(), "error: {text}");
+    let _ = writeln!(io::stderr(), "{}error: {text}", speaker());
 }
 
 /// The exit code of `error`: that of the first cause that has one.
@@ -69,8 +70,16 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = cause.downcast_ref() {
         return Some(if matches!(error, ScaffoldError::Write { .. }) { 1 } else { 2 });
     }
-    if let Some(DistError::Environment { .. }) = cause.downcast_ref() {
-        return Some(2);
+    match cause.downcast_ref() {
+        Some(DistError::Environment { .. } | DistError::Differ(_)) => return Some(2),
+        Some(DistError::Broken { failed, .. }) => {
+            let signal = failed.iter().find_map(|(_, ending)| match ending {
+                Ending::Signal(signal) => Some(128 + *signal as u8),
+                _ => None,
+            });
+            return Some(signal.unwrap_or(1));
+        }
+        _ => {}
     }
     if let Some(DeviceError::NoCuda { .. }) = cause.downcast_ref() {
         return Some(2);

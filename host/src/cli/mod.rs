@@ -28,9 +28,10 @@ use serde_json::json;
 
 use self::exit::Usage;
 use crate::config::Config;
+use crate::dist::Launch;
 use crate::device::{begin_with_calm_threads, keep_freed_memory};
 use crate::plugin::{Admission, Lock, PluginSources};
-use crate::track::console::{Verbosity, init_logging};
+use crate::track::console::{self, Verbosity, init_logging};
 
 const ABOUT: &str = "Pretrain convolutional networks without labels, with methods and backbones as plugins";
 
@@ -53,7 +54,7 @@ Exit codes:
   0  done                    4  data is missing or corrupt
   1  anything else           5  training diverged
   2  usage or configuration  6  a plugin failed while running
-  3  a plugin was refused    130, 143  interrupted, after a checkpoint";
+  3  a plugin was refused    130, 138, 143  interrupted, after a checkpoint";
 
 /// The parsed command line.
 #[derive(Debug, Parser)]
@@ -124,6 +125,9 @@ enum Command {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| explain(error).exit());
+    if let Ok(Some(launch)) = Launch::from_environment() {
+        console::speak_as(launch.rank);
+    }
     init_logging(match (cli.common.quiet, cli.common.verbose) {
         (true, _) => Verbosity::Quiet,
         (_, true) => Verbosity::Verbose,

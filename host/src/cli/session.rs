@@ -15,6 +15,7 @@ use crate::checkpoint::{State, find_checkpoint, load_model, restore};
 use crate::config::{self, Base, Config, Layers, ResolvedConfig};
 use crate::data::Dataset;
 use crate::device::{self, check_native, device_text};
+use crate::dist::Comm;
 use crate::eval::PluginProbe;
 use crate::plugin::{Kind, PluginRecord, PluginSources, Registry};
 use crate::train::Model;
@@ -142,13 +143,26 @@ impl Session {
 
     /// The device that `trainer.device` asks for, with the threads that `trainer.threads` asks for.
     pub fn device(&self) -> anyhow::Result<tch::Device> {
+        self.device_of(None)
+    }
+
+    /// The same for a rank: where nothing else is asked for, a device of its own, and its share of the cores.
+    pub fn device_of(&self, comm: Option<&Comm>) -> anyhow::Result<tch::Device> {
         let trainer = &self.config().trainer;
-        let device = device::choose(trainer.device)?;
-        if trainer.threads > 0 {
-            tch::set_num_threads(trainer.threads as i32);
+        let device = device::choose(trainer.device, comm.map_or(0, |comm| comm.launch().local_rank as usize))?;
+        match (trainer.threads, comm) {
+            (0, None) => {}
+            (0, Some(comm)) => tch::set_num_threads(cores_of(comm) as i32),
+            (threads, _) => tch::set_num_threads(threads as i32),
         }
         Ok(device)
     }
+}
+
+/// The cores that a rank has for itself, at least 1.
+pub(super) fn cores_of(comm: &Comm) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    (cores / comm.size_here()).max(1)
 }
 
 /// Puts libtorch's generator where a run of `seed` draws its weights from.

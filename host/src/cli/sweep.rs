@@ -101,7 +101,7 @@ impl SweepArgs {
             .into());
         }
         if !self.gpus.is_empty() {
-            choose(Device::Cuda(None)).context("--gpus")?;
+            choose(Device::Cuda(None), 0).context("--gpus")?;
         }
         let signals = Signals::install(ON_SIGNAL).context("cannot take over signals")?;
         let held = SweepDir::open(&directory, &definition, &self.file)?;

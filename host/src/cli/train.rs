@@ -4,36 +4,39 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _};
-use jepa_plugin_api::ViewSpec;
 use jepa_plugin_api::abi::{Failure, FailureKind, MethodHandle};
 use jepa_plugin_api::tch::{self, Tensor};
 use serde_json::json;
 
 use super::exit::{self, Usage};
 use super::output::print_text;
-use super::session::Session;
+use super::session::{Session, cores_of};
 use super::trackers::{open_trackers, patience_at_end};
 use crate::checkpoint::{
-    self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, read_encoder, resolve_resume, restore,
+    self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, find_run, read_encoder, resolve_resume,
+    restore,
 };
 use crate::config::{Base, Config, Layers, LrScale, nearest};
-use crate::data::{Augment, Dataset, Loader, LoaderOptions};
+use crate::data::{Augment, Dataset, Loader, LoaderOptions, Share};
 use crate::device::{cpu_capability, libtorch};
-use crate::dist::Launch;
+use crate::dist::{Comm, DistError, Launch};
 use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::{Kind, LoadedPlugin, PluginSources};
-use crate::provenance;
+use crate::provenance::{self, is_of_this_job};
 use crate::trace::Trace;
-use crate::track::METRICS_FILE;
-use crate::track::console::keep_log;
-use crate::train::{Model, Optimizer, Outcome, Resources, Signals, run, steps_per_epoch};
+use crate::track::console::{keep_log, speak_up};
+use crate::track::{METRICS_FILE, Trackers};
+use crate::train::{Model, Optimizer, Outcome, Ranks, Resources, Signals, part, run, steps_per_epoch};
 
 /// What comes of Ctrl-C.
 const ON_SIGNAL: &str = "ending after this step, with a checkpoint; a second signal ends at once, with the checkpoints that are there";
+
+/// The minor version of the API since which plugins know of ranks.
+const RANKS_SINCE: u16 = 1;
 
 #[derive(Debug, Default, PartialEq, Args)]
 pub(super) struct TrainArgs {
@@ -78,49 +81,33 @@ impl TrainArgs {
 
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         self.refuse_words()?;
-        refuse_ranks()?;
         let signals = Signals::install(ON_SIGNAL).context("cannot take over signals")?;
         let session = self.session(sources)?;
         if self.print_config {
             return print_text(|out| out.write_all(session.settings.print().as_bytes()));
         }
-        let config = session.config();
-        tell_of_optimizer(config);
-        let resume = match &self.resume {
-            Some(request) => resolve_resume(request, &config.run.dir, config.run_name(&session.method))?,
-            None => None,
+        let comm = join_ranks(&session)?;
+        let first = comm.as_ref().is_none_or(|comm| comm.rank() == 0);
+        if first {
+            tell_of_optimizer(session.config());
+        }
+        let trace = self.trace.as_deref().filter(|_| first).map(begin_trace).transpose()?;
+        let begun = match (self.begin(&session, comm.as_ref(), trace.clone()), &comm) {
+            (Err(error), Some(comm)) => return Err(part(comm, error)),
+            (begun, _) => begun?,
         };
-        let trace = self.trace.as_deref().map(begin_trace).transpose()?;
-        let Prepared { device, model, optimizer, train, validation, evaluation, mut state } =
-            prepare(&session, Purpose::Training { resumed: resume.is_some() }, trace.clone())?;
-
-        let directory = match resume {
-            Some(Resume { run, checkpoint }) => {
-                let directory = RunDir::open(&run)?;
-                let saved = checkpoint::load(&checkpoint)?;
-                self.check_changes(&saved.state, &state)?;
-                let batch_in_epoch = saved.state.batches_done(&state).map_err(Usage)?;
-                restore(&model.tensors(), &saved.model)?;
-                restore_optimizer(&optimizer, &saved, config)?;
-                directory.rewind(&saved.state, METRICS_FILE)?;
-                state = State { batch_in_epoch, ..resumed(saved, state) };
-                tracing::info!("going on at step {} of {}", state.step, directory.path().display());
-                directory
-            }
-            None => {
-                let directory = RunDir::create(&config.run.dir, config.run_name(&session.method))?;
-                tracing::info!("run {}", directory.path().display());
-                directory
-            }
+        let Begun { prepared, directory, mut trackers } = begun;
+        let Prepared { device, model, optimizer, train, validation, evaluation, state } = prepared;
+        let settings = session.settings.config;
+        let ranks = match comm {
+            Some(comm) => Ranks::new(comm, &model, settings.ranks.bucket_mib << 20)?,
+            None => Ranks::alone(),
         };
-        provenance::write(directory.path(), &session.settings, &state)?;
 
-        keep_log(directory.path())?;
-        let mut trackers = open_trackers(&session, &directory)?;
         let started = Instant::now();
         let run_path = directory.path().to_owned();
         let resources = Resources {
-            config: session.settings.config,
+            config: settings,
             device,
             model,
             optimizer,
@@ -129,11 +116,15 @@ impl TrainArgs {
             evaluation,
             directory,
             signals,
+            ranks,
             steps_per_epoch: state.steps_per_epoch,
             state,
             trace: trace.clone(),
         };
         let ended = run(resources, &mut trackers);
+        if !first {
+            return ended.map(drop);
+        }
         let exit_code = ended.as_ref().err().map_or(0, exit::code);
         if let Err(error) = provenance::note_end(&run_path, exit_code, ended.as_ref().err()) {
             tracing::warn!("{error:#}");
@@ -144,6 +135,95 @@ impl TrainArgs {
         }
         let outcome = ended?;
         print_text(|out| print_outcome(&outcome, started.elapsed().as_secs_f64(), out))
+    }
+
+    /// Everything up to the first step. Of several ranks the first alone reads and writes what is kept of the run, and the
+    /// others take from it where to begin.
+    fn begin(
+        &self,
+        session: &Session,
+        comm: Option<&Comm>,
+        trace: Option<Trace>,
+    ) -> anyhow::Result<Begun> {
+        let first = comm.is_none_or(|comm| comm.rank() == 0);
+        let resume = if first { self.find_resume(session, comm)? } else { None };
+        let has_weights = resume.is_some() || !first;
+        let mut prepared = prepare(session, Purpose::Training { has_weights }, comm, trace)?;
+        let Some(comm) = comm else {
+            let (directory, state) = self.take_up(session, &prepared, resume)?;
+            provenance::write(directory.path(), &session.settings, &state, &[])?;
+            keep_log(directory.path())?;
+            let trackers = open_trackers(session, &directory)?;
+            return Ok(Begun { prepared: Prepared { state, ..prepared }, directory, trackers });
+        };
+
+        refuse_differences(comm, &prepared.state)?;
+        let mut directory = None;
+        let (path, state) = comm.from_first(|| {
+            let (taken_up, state) = self.take_up(session, &prepared, resume)?;
+            provenance::write(taken_up.path(), &session.settings, &state, comm.peers())?;
+            keep_log(taken_up.path())?;
+            comm.leave_behind(&taken_up.path().display().to_string())?;
+            let path = taken_up.path().to_owned();
+            directory = Some(taken_up);
+            Ok((path, state))
+        })?;
+        for (_, mut tensor) in prepared.model.tensors().into_iter().chain(prepared.optimizer.tensors()) {
+            tch::no_grad(|| comm.broadcast(&mut tensor, 0))?;
+        }
+        prepared.state = state;
+        speak_up();
+        Ok(match directory {
+            Some(directory) => {
+                let trackers = open_trackers(session, &directory)?;
+                Begun { prepared, directory, trackers }
+            }
+            None => Begun { prepared, directory: RunDir::of_first(path), trackers: Trackers::none() },
+        })
+    }
+
+    /// Where to go on: as asked for, or where the attempt before this one was, of a launcher that begins anew after a failure
+    /// or of a SLURM job that was requeued.
+    fn find_resume(&self, session: &Session, comm: Option<&Comm>) -> anyhow::Result<Option<Resume>> {
+        let config = session.config();
+        let (runs, name) = (&config.run.dir, config.run_name(&session.method));
+        if let Some(request) = &self.resume {
+            return Ok(resolve_resume(request, runs, name)?);
+        }
+        let counts = |variable: &str| std::env::var(variable).is_ok_and(|count| !["", "0"].contains(&count.trim()));
+        let run = match comm {
+            Some(comm) if counts("TORCHELASTIC_RESTART_COUNT") => comm.left_behind()?.map(PathBuf::from),
+            _ if counts("SLURM_RESTART_COUNT") => find_run(&runs.join(name)).ok().filter(|run| is_of_this_job(run)),
+            _ => None,
+        };
+        let Some(run) = run else { return Ok(None) };
+        let checkpoint = checkpoint::latest(&run)?;
+        Ok(checkpoint.map(|checkpoint| Resume { run, checkpoint }))
+    }
+
+    /// The directory of the run, and where it stands: at its beginning, or where `resume` says, with the tensors of that.
+    fn take_up(
+        &self,
+        session: &Session,
+        prepared: &Prepared,
+        resume: Option<Resume>,
+    ) -> anyhow::Result<(RunDir, State)> {
+        let (config, Prepared { model, optimizer, state, .. }) = (session.config(), prepared);
+        let Some(Resume { run, checkpoint }) = resume else {
+            let directory = RunDir::create(&config.run.dir, config.run_name(&session.method))?;
+            tracing::info!("run {}", directory.path().display());
+            return Ok((directory, state.clone()));
+        };
+        let directory = RunDir::open(&run)?;
+        let saved = checkpoint::load(&checkpoint)?;
+        self.check_changes(&saved.state, state)?;
+        let batch_in_epoch = saved.state.batches_done(state).map_err(Usage)?;
+        restore(&model.tensors(), &saved.model)?;
+        restore_optimizer(optimizer, &saved, config)?;
+        directory.rewind(&saved.state, METRICS_FILE)?;
+        let state = State { batch_in_epoch, ..resumed(saved, state.clone()) };
+        tracing::info!("going on at step {} of {}", state.step, directory.path().display());
+        Ok((directory, state))
     }
 
     /// The plugins and settings that were asked for.
@@ -195,8 +275,8 @@ impl TrainArgs {
 /// What a method is put together for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// A run; one that is resumed needs no first weights.
-    Training { resumed: bool },
+    /// A run; one that goes on, and a rank that is not the first, will be given weights.
+    Training { has_weights: bool },
     /// Steps that are measured: nothing is evaluated.
     Measuring,
 }
@@ -213,10 +293,22 @@ pub(super) struct Prepared {
     pub state: State,
 }
 
-/// Opens the data and builds the method with what goes with it.
-pub(super) fn prepare(session: &Session, purpose: Purpose, trace: Option<Trace>) -> anyhow::Result<Prepared> {
+/// What a run begins with.
+struct Begun {
+    prepared: Prepared,
+    directory: RunDir,
+    trackers: Trackers,
+}
+
+/// Opens the data and builds the method with what goes with it: all of it, or what a rank has of it.
+pub(super) fn prepare(
+    session: &Session,
+    purpose: Purpose,
+    comm: Option<&Comm>,
+    trace: Option<Trace>,
+) -> anyhow::Result<Prepared> {
     let config = session.config();
-    let device = session.device()?;
+    let device = session.device_of(comm)?;
     if session.config().data.augment == Augment::Gpu && device == tch::Device::Cpu {
         tracing::warn!(
             "data.augment = \"gpu\" on a CPU: colours take the time of the steps, which is slower"
@@ -235,7 +327,7 @@ pub(super) fn prepare(session: &Session, purpose: Purpose, trace: Option<Trace>)
         steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
     let classes = train_set.classes() as u64;
     let method = session.build_method(device, classes, train_set.unlabelled() as u64, steps_per_epoch)?;
-    if let (Some(from), false) = (&config.init.from, purpose == Purpose::Training { resumed: true }) {
+    if let (Some(from), false) = (&config.init.from, purpose == Purpose::Training { has_weights: true }) {
         initialise(&method, from)?;
     }
     let views = method.views().to_vec();
@@ -272,17 +364,41 @@ pub(super) fn prepare(session: &Session, purpose: Purpose, trace: Option<Trace>)
             _ => "cuda".to_owned(),
         },
         threads: tch::get_num_threads() as usize,
+        ranks: comm.map_or(1, |comm| comm.size() as usize),
     };
 
-    let train = loader(config, &train_set, views.clone(), true, trace)?;
+    let (of_each, of_all) = match comm {
+        Some(comm) => {
+            let (part, parts) = (comm.rank() as usize, comm.size() as usize);
+            (Share::OfEachBatch { part, parts }, Share::OfBatches { part, parts })
+        }
+        None => (Share::Whole, Share::Whole),
+    };
+    let loader = |set: &Arc<Dataset>, train, share, trace| {
+        let options = LoaderOptions {
+            trace,
+            batch_size: config.optimizer.batch_size,
+            share,
+            seed: config.seed,
+            threads: threads_of_loader(config, comm),
+            on_error: config.data.on_error,
+            decode: config.data.decode,
+            augment: config.data.augment,
+            shuffle: train,
+            drop_last: train,
+            ..LoaderOptions::new(views.clone(), config.data.size as u32)
+        };
+        Loader::new(Arc::clone(set), options)
+    };
+    let train = loader(&train_set, true, of_each, trace)?;
     let validation = match &val_set {
-        Some(set) => Some(loader(config, set, views.clone(), false, None)?),
+        Some(set) => Some(loader(set, false, of_all, None)?),
         None => None,
     };
     let evaluation = match &val_set {
         Some(val_set) if config.eval.every_epochs > 0 => {
             let view = evaluation_view(config, &views);
-            Some(Evaluation::new(config, view, &train_set, val_set, session.probes()?)?)
+            Some(Evaluation::new(config, view, &train_set, val_set, session.probes()?, of_all)?)
         }
         None if purpose != Purpose::Measuring => {
             tracing::warn!("data.val is not set: no validation loss and no evaluation");
@@ -377,38 +493,49 @@ fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Several processes would each train a model of their own, in each other's way.
-fn refuse_ranks() -> anyhow::Result<()> {
-    match Launch::from_environment()? {
-        Some(Launch { launcher, size: 2.., .. }) => Err(Usage(format!(
-            "{launcher} has started several processes, and a run over several is not there yet: start one (doctor --dist \
-             tries how they talk)"
-        ))
-        .into()),
-        _ => Ok(()),
+/// The other processes that a launcher has started, if it has.
+fn join_ranks(session: &Session) -> anyhow::Result<Option<Comm>> {
+    let Some(launch) = Launch::from_environment()?.filter(|launch| launch.size > 1) else { return Ok(None) };
+    // Built before there were ranks: its batch norms would look at their own share of a batch alone.
+    for plugin in session.registry.plugins() {
+        let minor = plugin.file.manifest.api_minor;
+        if minor < RANKS_SINCE && !plugin.record().only_probes {
+            return Err(Usage(format!(
+                "plugin {} is of API 1.{minor}, which knows no ranks: build it against 1.{RANKS_SINCE} or later, or start \
+                 one process",
+                plugin.name()
+            ))
+            .into());
+        }
+    }
+    let timeout = Duration::from_secs(session.config().ranks.timeout_s);
+    Ok(Some(Comm::join(launch, timeout)?))
+}
+
+/// Refuses ranks that would not do the same as the first.
+fn refuse_differences(comm: &Comm, own: &State) -> anyhow::Result<()> {
+    let states = comm.collect(&serde_json::to_string(own)?)?;
+    let differences = comm.from_first(|| {
+        let mut differences = Vec::new();
+        for (rank, state) in states.iter().enumerate().skip(1) {
+            let state: State = serde_json::from_str(state)?;
+            let of_rank = own.differences(&state);
+            differences.extend(of_rank.into_iter().map(|what| format!("rank {rank} differs from rank 0: {what}")));
+        }
+        Ok(differences)
+    })?;
+    match differences.is_empty() {
+        true => Ok(()),
+        false => Err(DistError::Differ(differences.join("; ")).into()),
     }
 }
 
-fn loader(
-    config: &Config,
-    set: &Arc<Dataset>,
-    views: Vec<ViewSpec>,
-    train: bool,
-    trace: Option<Trace>,
-) -> anyhow::Result<Loader> {
-    let options = LoaderOptions {
-        trace,
-        batch_size: config.optimizer.batch_size,
-        seed: config.seed,
-        threads: config.data.threads,
-        on_error: config.data.on_error,
-        decode: config.data.decode,
-        augment: config.data.augment,
-        shuffle: train,
-        drop_last: train,
-        ..LoaderOptions::new(views, config.data.size as u32)
-    };
-    Ok(Loader::new(Arc::clone(set), options)?)
+/// `data.threads`, or what a rank has of the cores.
+fn threads_of_loader(config: &Config, comm: Option<&Comm>) -> usize {
+    match (config.data.threads, comm) {
+        (0, Some(comm)) => cores_of(comm),
+        (threads, _) => threads,
+    }
 }
 
 /// The table that a run ends with.

@@ -23,5 +23,5 @@ pub use nearest::nearest;
 pub use resolve::{Base, Layers, ResolvedConfig, Source, Sources};
 pub use schema::{
     Algorithm, Backbone, Checkpoint, Collapse, Config, Data, Device, Eval, Init, Knn, LinearProbe, LrScale,
-    Method, Optimizer, PluginProbe, Precision, Run, Track, Trainer, Wandb, WandbMode, WandbResume,
+    Method, Optimizer, PluginProbe, Precision, Ranks, Run, Track, Trainer, Wandb, WandbMode, WandbResume,
 };

@@ -33,6 +33,8 @@ pub struct Config {
     pub optimizer: Optimizer,
     /// How long and on what the loop runs.
     pub trainer: Trainer,
+    /// How processes train together, where a launcher has started several.
+    pub ranks: Ranks,
     /// When the state is saved and what is kept.
     pub checkpoint: Checkpoint,
     /// How representations are judged while training.
@@ -260,6 +262,26 @@ impl From<Device> for String {
     }
 }
 
+/// How processes train together, where `torchrun` or `srun` has started several.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Ranks {
+    /// Seconds that a rank waits for the others: one that takes longer for a step, or does not answer, ends the run.
+    /// Default 600.
+    #[schemars(range(min = 1))]
+    pub timeout_s: u64,
+    /// MiB of gradients that travel together. Smaller parts are on their way earlier, and are more. Resuming to the bit needs the
+    /// same number. Default 25.
+    #[schemars(range(min = 1))]
+    pub bucket_mib: u64,
+}
+
+impl Default for Ranks {
+    fn default() -> Self {
+        Ranks { timeout_s: 600, bucket_mib: 25 }
+    }
+}
+
 /// When the state is saved and what is kept. The last state of a run is saved in any case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -479,6 +501,7 @@ impl Default for Config {
             data: Data::default(),
             optimizer: Optimizer::default(),
             trainer: Trainer::default(),
+            ranks: Ranks::default(),
             checkpoint: Checkpoint::default(),
             eval: Eval::default(),
             init: Init::default(),

@@ -81,6 +81,28 @@ pub enum Augment {
     Gpu,
 }
 
+/// What of the batches of a data set, which are the same for any number of processes, one process makes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Share {
+    /// All of all.
+    #[default]
+    Whole,
+    /// Of each batch the `part`-th of so many equal parts, from 0.
+    OfEachBatch {
+        /// Below `parts`.
+        part: usize,
+        /// How many processes share a batch.
+        parts: usize,
+    },
+    /// Whole batches: those numbered `part`, `part + parts` and so on.
+    OfBatches {
+        /// Below `parts`.
+        part: usize,
+        /// How many processes share the batches.
+        parts: usize,
+    },
+}
+
 /// What a [`Loader`] makes, and how.
 #[derive(Clone, Debug)]
 pub struct LoaderOptions {
@@ -88,8 +110,10 @@ pub struct LoaderOptions {
     pub views: Vec<ViewSpec>,
     /// Side of every view, in pixels.
     pub size: u32,
-    /// Images in a batch.
+    /// Images in a batch, of all processes together.
     pub batch_size: usize,
+    /// What of it this process makes.
+    pub share: Share,
     /// The run's seed.
     pub seed: u64,
     /// Worker threads; 0 for one per core.
@@ -117,6 +141,7 @@ impl LoaderOptions {
             views,
             size,
             batch_size: 128,
+            share: Share::Whole,
             seed: 0,
             threads: 0,
             shuffle: true,
@@ -196,6 +221,7 @@ impl RawBatch {
 pub struct Loader {
     shared: Arc<Shared>,
     batch_size: usize,
+    share: Share,
     threads: usize,
     prefetch: usize,
     shuffle: bool,
@@ -227,6 +253,7 @@ impl Loader {
         let LoaderOptions {
             size,
             batch_size,
+            share,
             seed,
             threads,
             shuffle,
@@ -237,6 +264,14 @@ impl Loader {
             prefetch,
             ..
         } = options;
+        if let Share::OfEachBatch { parts, .. } = share
+            && batch_size % parts != 0
+        {
+            return Err(DataError::Options(format!(
+                "a batch of {batch_size} images has no {parts} equal parts, one for each rank: set optimizer.batch_size, \
+                 which counts those of all ranks, to a multiple of {parts}"
+            )));
+        }
         let clock = Arc::new(Clock::new(options.trace));
         if batch_size == 0 {
             return Err(DataError::Options("the batch size is 0; a batch needs at least one image".into()));
@@ -253,7 +288,7 @@ impl Loader {
         let warned = Mutex::default();
         let shared =
             Arc::new(Shared { dataset, views, size, seed, on_error, decode, augment, clock, warned });
-        Ok(Loader { shared, batch_size, threads, prefetch: prefetch.max(1), shuffle, drop_last })
+        Ok(Loader { shared, batch_size, share, threads, prefetch: prefetch.max(1), shuffle, drop_last })
     }
 
     /// The data set.
@@ -296,7 +331,8 @@ impl Loader {
         }
     }
 
-    /// Starts the worker threads of an epoch and returns its batches from number `start` on, in order.
+    /// Starts the worker threads of an epoch and returns its batches from number `start` on, in order; of those that this
+    /// process has a share in, that share.
     ///
     /// Work begins at the call, not at the first `next`. Dropping the iterator stops the threads within one image's
     /// time.
@@ -324,7 +360,11 @@ impl Loader {
         let mut batches = Batches {
             order: self.order(epoch),
             batch_size: self.batch_size,
-            next: start,
+            share: self.share,
+            next: match self.share {
+                Share::OfBatches { part, parts } => start.next_multiple_of(parts) + part,
+                _ => start,
+            },
             end: self.batches_per_epoch(),
             prefetch: self.prefetch,
             in_flight: VecDeque::new(),
@@ -337,6 +377,21 @@ impl Loader {
         batches.top_up();
         batches
     }
+
+    /// The batches of an epoch with their numbers, in rounds: in each, every process of [`Share::OfBatches`] has one, but for
+    /// the last round, where some may have none.
+    pub fn rounds(
+        &self,
+        epoch: u64,
+    ) -> impl Iterator<Item = Option<(usize, Result<RawBatch, DataError>)>> + use<> {
+        let (part, parts) = match self.share {
+            Share::OfBatches { part, parts } => (part, parts),
+            _ => (0, 1),
+        };
+        let mut batches = self.batches(epoch, 0);
+        let rounds = 0..self.batches_per_epoch().div_ceil(parts);
+        rounds.map(move |round| batches.next().map(|batch| (round * parts + part, batch)))
+    }
 }
 
 /// The batches of one epoch, in order. Ends after the first error.
@@ -344,6 +399,7 @@ impl Loader {
 pub struct Batches {
     order: Order,
     batch_size: usize,
+    share: Share,
     /// Number of the first batch that is not yet handed out as work.
     next: usize,
     end: usize,
@@ -407,7 +463,10 @@ impl Batches {
         while self.in_flight.len() < self.prefetch && self.next < self.end {
             let pending = self.hand_out(self.next);
             self.in_flight.push_back(pending);
-            self.next += 1;
+            self.next += match self.share {
+                Share::OfBatches { parts, .. } => parts,
+                _ => 1,
+            };
         }
         if self.next >= self.end {
             // The channel ends after what is in it, and so do the workers.
@@ -417,7 +476,14 @@ impl Batches {
 
     fn hand_out(&self, batch: usize) -> Result<Arc<Pending>, DataError> {
         let first = batch * self.batch_size;
-        let places = first..self.order.len().min(first + self.batch_size);
+        let end = self.order.len().min(first + self.batch_size);
+        let places = match self.share {
+            Share::OfEachBatch { part, parts } => {
+                let place = |part: usize| first + (end - first) * part / parts;
+                place(part)..place(part + 1)
+            }
+            _ => first..end,
+        };
         let indices: Vec<u64> = places.map(|place| self.order.at(place)).collect();
         indices.iter().for_each(|index| self.shared.dataset.will_need(*index as usize));
         if self.workers.is_empty() {
@@ -470,7 +536,9 @@ impl Iterator for Batches {
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = if self.failed { 0 } else { self.in_flight.len() + self.end.saturating_sub(self.next) };
+        let step = if let Share::OfBatches { parts, .. } = self.share { parts } else { 1 };
+        let to_come = self.end.saturating_sub(self.next).div_ceil(step);
+        let left = if self.failed { 0 } else { self.in_flight.len() + to_come };
         (0, Some(left))
     }
 }

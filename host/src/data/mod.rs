@@ -34,7 +34,7 @@ pub use error::DataError;
 pub use features::FeatureFile;
 pub use finish::finish;
 pub use inspect::{ClassCount, Sample, Summary, inspect};
-pub use loader::{Augment, Batches, Decode, LoadedBatch, Loader, LoaderOptions, OnError, RawBatch};
+pub use loader::{Augment, Batches, Decode, LoadedBatch, Loader, LoaderOptions, OnError, RawBatch, Share};
 pub use order::Order;
 pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Smaller, Split, pack};
 pub use verify::{VerifyReport, verify};

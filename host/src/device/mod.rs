@@ -6,6 +6,7 @@ mod libtorch;
 mod memory;
 mod native;
 mod openmp;
+mod ranks;
 
 use std::path::PathBuf;
 
@@ -16,10 +17,11 @@ pub use autocast::autocast_bf16;
 pub use libtorch::{Libtorch, check_native, libtorch};
 pub use memory::{allocated_bytes, keep_freed_memory, peak_resident_bytes};
 pub use native::{
-    AdamW, Ranks, Sgd, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, lars_scale,
+    AdamW, Sgd, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, lars_scale,
     sgd_step, total_norm, zero_gradients,
 };
 pub use openmp::begin_with_calm_threads;
+pub use ranks::{Exchange, Ranks};
 
 use crate::config;
 
@@ -51,17 +53,24 @@ pub enum DeviceError {
     Torch(String),
 }
 
-/// Finds the device that `asked` means: `auto` takes the first CUDA device, or the CPU where there is none.
+/// Finds the device that `asked` means: `auto` takes a CUDA device, or the CPU where there is none. Of several, process
+/// `local_rank` of this machine gets one of its own, unless it is asked for by number.
 ///
 /// # Errors
 /// When CUDA is asked for by name and is missing; the sentence says what is.
-pub fn choose(asked: config::Device) -> Result<tch::Device, DeviceError> {
+pub fn choose(asked: config::Device, local_rank: usize) -> Result<tch::Device, DeviceError> {
     let index = match asked {
         config::Device::Cpu => return Ok(tch::Device::Cpu),
-        config::Device::Auto => 0,
-        config::Device::Cuda(index) => index.unwrap_or(0),
+        config::Device::Auto => None,
+        config::Device::Cuda(index) => index,
     };
-    let missing = match cuda::open() {
+    let opened = cuda::open();
+    // A launcher may show each process one device alone.
+    let index = index.unwrap_or_else(|| match &opened {
+        Ok(()) => local_rank % (tch::Cuda::device_count().max(1) as usize),
+        Err(_) => 0,
+    });
+    let missing = match opened {
         Ok(()) if (index as i64) < tch::Cuda::device_count() => return Ok(tch::Device::Cuda(index)),
         Ok(()) => format!("libtorch sees {} CUDA devices", tch::Cuda::device_count()),
         Err(reason) => reason,

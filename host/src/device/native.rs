@@ -2,10 +2,9 @@
 //!
 //! The library is opened at run time from the folder of the torch bridge, so that a build needs no libtorch.
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::time::Duration;
 
 use jepa_plugin_api::tch::Tensor;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -16,8 +15,8 @@ use crate::linker;
 
 const API: i32 = 1;
 
-type Handle = *mut c_void;
-type ErrorOut = *mut *mut c_char;
+pub(super) type Handle = *mut c_void;
+pub(super) type ErrorOut = *mut *mut c_char;
 
 /// The functions, with the signatures of native.h.
 pub(super) struct Native {
@@ -61,14 +60,22 @@ pub(super) struct Native {
     ) -> bool,
     lars_scale: unsafe extern "C" fn(usize, *const Handle, *const Handle, f64, f64, f64, ErrorOut) -> bool,
     #[allow(clippy::type_complexity)]
-    comm_open:
+    pub(super) comm_open:
         unsafe extern "C" fn(*const c_char, u16, bool, *const c_char, i64, *mut Handle, ErrorOut) -> bool,
-    comm_close: unsafe extern "C" fn(Handle),
-    comm_set: unsafe extern "C" fn(Handle, *const c_char, *const c_char, ErrorOut) -> bool,
-    comm_get: unsafe extern "C" fn(Handle, *const c_char, i64, *mut *mut c_char, ErrorOut) -> bool,
-    comm_join: unsafe extern "C" fn(Handle, *const c_char, i32, i32, *const c_char, ErrorOut) -> bool,
-    comm_all_reduce: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
-    comm_broadcast: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
+    pub(super) comm_close: unsafe extern "C" fn(Handle),
+    pub(super) comm_set: unsafe extern "C" fn(Handle, *const c_char, *const c_char, ErrorOut) -> bool,
+    pub(super) comm_get: unsafe extern "C" fn(Handle, *const c_char, i64, *mut *mut c_char, ErrorOut) -> bool,
+    pub(super) comm_join: unsafe extern "C" fn(Handle, *const c_char, i32, i32, *const c_char, ErrorOut) -> bool,
+    pub(super) comm_all_reduce: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
+    pub(super) comm_broadcast: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
+    pub(super) comm_sum: unsafe extern "C" fn(Handle, Handle, ErrorOut) -> bool,
+    pub(super) comm_lost: unsafe extern "C" fn(Handle) -> bool,
+    pub(super) comm_all_gather: unsafe extern "C" fn(Handle, Handle, Handle, ErrorOut) -> bool,
+    pub(super) exchange_open:
+        unsafe extern "C" fn(Handle, usize, *const Handle, i64, *mut Handle, ErrorOut) -> bool,
+    pub(super) exchange_close: unsafe extern "C" fn(Handle),
+    pub(super) exchange_begin: unsafe extern "C" fn(Handle, Handle, ErrorOut) -> bool,
+    pub(super) exchange_finish: unsafe extern "C" fn(Handle, ErrorOut) -> bool,
 }
 
 static NATIVE: OnceLock<Native> = OnceLock::new();
@@ -122,6 +129,13 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             comm_join: *library.get(b"jepa_comm_join").map_err(words)?,
             comm_all_reduce: *library.get(b"jepa_comm_all_reduce").map_err(words)?,
             comm_broadcast: *library.get(b"jepa_comm_broadcast").map_err(words)?,
+            comm_sum: *library.get(b"jepa_comm_sum").map_err(words)?,
+            comm_lost: *library.get(b"jepa_comm_lost").map_err(words)?,
+            comm_all_gather: *library.get(b"jepa_comm_all_gather").map_err(words)?,
+            exchange_open: *library.get(b"jepa_exchange_open").map_err(words)?,
+            exchange_close: *library.get(b"jepa_exchange_close").map_err(words)?,
+            exchange_begin: *library.get(b"jepa_exchange_begin").map_err(words)?,
+            exchange_finish: *library.get(b"jepa_exchange_finish").map_err(words)?,
         }
     };
     std::mem::forget(library);
@@ -130,7 +144,7 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
 
 impl Native {
     /// Runs `call` with a place for its error, and turns false into that error.
-    fn checked(&self, call: impl FnOnce(&Self, ErrorOut) -> bool) -> Result<(), DeviceError> {
+    pub(super) fn checked(&self, call: impl FnOnce(&Self, ErrorOut) -> bool) -> Result<(), DeviceError> {
         let mut error: *mut c_char = std::ptr::null_mut();
         if call(self, &mut error) {
             return Ok(());
@@ -147,7 +161,7 @@ impl Native {
     ///
     /// # Safety
     /// `text` comes from this library, and is used no more.
-    unsafe fn take(&self, text: *mut c_char) -> String {
+    pub(super) unsafe fn take(&self, text: *mut c_char) -> String {
         // SAFETY: as the caller promises.
         unsafe {
             let taken = CStr::from_ptr(text).to_string_lossy().into_owned();
@@ -157,124 +171,8 @@ impl Native {
     }
 }
 
-/// A connection to the other ranks: see native.h, and [`dist`](crate::dist) for what is made of it.
-#[derive(Debug)]
-pub struct Ranks(Handle);
-
-// SAFETY: c10d's objects belong to no thread, and one thread at a time has a `Ranks`: it is not shared, but moved.
-unsafe impl Send for Ranks {}
-
-impl Ranks {
-    /// Connects to the store at `host:port`, and is that store with `serve`.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports, when it does not answer within `timeout` for one.
-    pub fn open(
-        host: &str,
-        port: u16,
-        serve: bool,
-        prefix: &str,
-        timeout: Duration,
-    ) -> Result<Self, DeviceError> {
-        let (host, prefix, mut handle) = (c_string(host)?, c_string(prefix)?, std::ptr::null_mut());
-        // SAFETY: the strings live through the call, and the handle that goes out is ours.
-        library()?.checked(|native, error| unsafe {
-            let timeout = milliseconds(timeout);
-            (native.comm_open)(host.as_ptr(), port, serve, prefix.as_ptr(), timeout, &mut handle, error)
-        })?;
-        Ok(Ranks(handle))
-    }
-
-    /// Sets a key of the store.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn set(&mut self, key: &str, value: &str) -> Result<(), DeviceError> {
-        let (key, value) = (c_string(key)?, c_string(value)?);
-        // SAFETY: the handle is ours, and the strings live through the call.
-        library()?.checked(|native, error| unsafe {
-            (native.comm_set)(self.0, key.as_ptr(), value.as_ptr(), error)
-        })
-    }
-
-    /// The value of a key, or `None` when nobody has set it within `timeout`.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn get(&mut self, key: &str, timeout: Duration) -> Result<Option<String>, DeviceError> {
-        let (key, mut value) = (c_string(key)?, std::ptr::null_mut());
-        let native = library()?;
-        // SAFETY: the handle is ours, and key and value live through the call.
-        native.checked(|native, error| unsafe {
-            (native.comm_get)(self.0, key.as_ptr(), milliseconds(timeout), &mut value, error)
-        })?;
-        // SAFETY: a string that goes out is ours.
-        Ok((!value.is_null()).then(|| unsafe { native.take(value) }))
-    }
-
-    /// Joins all ranks in a process group, which meets under a name of its own.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn join(
-        &mut self,
-        name: &str,
-        rank: u32,
-        size: u32,
-        address: Option<&str>,
-    ) -> Result<(), DeviceError> {
-        let name = c_string(name)?;
-        let address = address.map(c_string).transpose()?;
-        let address = address.as_ref().map_or(std::ptr::null(), |address| address.as_ptr());
-        // SAFETY: the handle is ours; the name lives through the call, and an address does or is null.
-        library()?.checked(|native, error| unsafe {
-            (native.comm_join)(self.0, name.as_ptr(), rank as i32, size as i32, address, error)
-        })
-    }
-
-    /// Replaces a tensor by the sum over all ranks, or by the maximum.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn all_reduce(&mut self, tensor: &mut Tensor, max: bool) -> Result<(), DeviceError> {
-        let tensor = tensor.as_mut_ptr().cast();
-        // SAFETY: both handles are valid.
-        library()?.checked(|native, error| unsafe {
-            (native.comm_all_reduce)(self.0, tensor, i32::from(max), error)
-        })
-    }
-
-    /// Replaces a tensor by that of rank `from`.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn broadcast(&mut self, tensor: &mut Tensor, from: u32) -> Result<(), DeviceError> {
-        let tensor = tensor.as_mut_ptr().cast();
-        // SAFETY: both handles are valid.
-        library()?
-            .checked(|native, error| unsafe { (native.comm_broadcast)(self.0, tensor, from as i32, error) })
-    }
-}
-
-impl Drop for Ranks {
-    fn drop(&mut self) {
-        if let Ok(native) = library() {
-            // SAFETY: the handle is ours, and used no more.
-            unsafe { (native.comm_close)(self.0) };
-        }
-    }
-}
-
-fn c_string(text: &str) -> Result<CString, DeviceError> {
-    CString::new(text).map_err(|error| DeviceError::Torch(error.to_string()))
-}
-
-fn milliseconds(time: Duration) -> i64 {
-    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
-}
-
 /// Handles for a call; they stay the tensors'.
-fn handles<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Vec<Handle> {
+pub(super) fn handles<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Vec<Handle> {
     tensors.into_iter().map(|tensor| tensor.as_ptr().cast_mut().cast()).collect()
 }
 

@@ -1,12 +1,25 @@
 //! The ranks of a run, and what they do together.
 
-use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use jepa_plugin_api::tch::Tensor;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
+use super::meet::{Entry, Met, call_together, follow, left};
 use super::{DistError, Launch};
-use crate::device::{DeviceError, Ranks};
+use crate::device::{DeviceError, Exchange, Ranks};
+
+/// How long ranks that have lost another wait to hear from all that are left.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// How often is looked for what others have to say.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How often a rank that works while others wait says that it does.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// How numbers of all ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +31,7 @@ pub enum Reduce {
 }
 
 /// A process among the others.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Peer {
     /// Its number.
     pub rank: u32,
@@ -28,12 +41,30 @@ pub struct Peer {
     pub process: u32,
 }
 
+/// Why a process leaves the others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// All have agreed to end for this signal, or it has met this one alone.
+    Signal(i32),
+    /// It has failed by itself, and says how.
+    Failed(String),
+    /// It has lost others.
+    Lost,
+}
+
 /// All ranks of a run, joined. What it does, all of them have to do, in the same order.
 #[derive(Debug)]
 pub struct Comm {
     ranks: Ranks,
     launch: Launch,
     peers: Vec<Peer>,
+    /// What the keys of these ranks begin with: another name for every time that they meet.
+    round: String,
+    timeout: Duration,
+    /// How many messages there have been.
+    messages: Cell<u64>,
+    sign_of_life: Cell<Option<Instant>>,
 }
 
 impl Comm {
@@ -48,8 +79,8 @@ impl Comm {
             .map_err(|error| unreachable(&launch, timeout, error))?;
         let me = Entry::of_this_process();
         let met = match launch.rank {
-            0 => call_together(&mut ranks, &launch, &me, until),
-            rank => follow(&mut ranks, rank, launch.size, &me, until),
+            0 => call_together(&ranks, &launch, &me, until),
+            rank => follow(&ranks, rank, launch.size, &me, until),
         };
         let (round, entries) = match met.map_err(|error| lost(&launch, "meets them", error))? {
             Met::All { round, entries } => (round, entries),
@@ -63,7 +94,15 @@ impl Comm {
             .map_err(|error| lost(&launch, "joins them (GLOO_SOCKET_IFNAME chooses the interface)", error))?;
         let peers = (0..).zip(entries);
         let peers = peers.map(|(rank, entry)| Peer { rank, machine: entry.machine, process: entry.process });
-        Ok(Comm { peers: peers.collect(), ranks, launch })
+        Ok(Comm {
+            peers: peers.collect(),
+            ranks,
+            launch,
+            round,
+            timeout,
+            messages: Cell::new(0),
+            sign_of_life: Cell::new(None),
+        })
     }
 
     /// The place of this process.
@@ -71,16 +110,32 @@ impl Comm {
         &self.launch
     }
 
+    /// The number of this process, from 0.
+    pub fn rank(&self) -> u32 {
+        self.launch.rank
+    }
+
+    /// How many there are.
+    pub fn size(&self) -> u32 {
+        self.launch.size
+    }
+
     /// Everybody, this process too, by rank.
     pub fn peers(&self) -> &[Peer] {
         &self.peers
+    }
+
+    /// How many there are on this machine.
+    pub fn size_here(&self) -> usize {
+        let here = &self.peers[self.launch.rank as usize].machine;
+        self.peers.iter().filter(|peer| peer.machine == *here).count()
     }
 
     /// Replaces a tensor, in place, by the sum or the maximum over all ranks.
     ///
     /// # Errors
     /// [`DistError::Lost`].
-    pub fn all_reduce(&mut self, tensor: &mut Tensor, reduce: Reduce) -> Result<(), DistError> {
+    pub fn all_reduce(&self, tensor: &mut Tensor, reduce: Reduce) -> Result<(), DistError> {
         let done = self.ranks.all_reduce(tensor, reduce == Reduce::Max);
         done.map_err(|error| lost(&self.launch, "adds up a tensor", error))
     }
@@ -89,127 +144,197 @@ impl Comm {
     ///
     /// # Errors
     /// [`DistError::Lost`].
-    pub fn broadcast(&mut self, tensor: &mut Tensor, from: u32) -> Result<(), DistError> {
+    pub fn broadcast(&self, tensor: &mut Tensor, from: u32) -> Result<(), DistError> {
         let done = self.ranks.broadcast(tensor, from);
         done.map_err(|error| lost(&self.launch, "takes over a tensor", error))
+    }
+
+    /// The rows of all ranks' tensors, which have equal shapes, in the order of ranks.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn all_gather(&self, tensor: &Tensor) -> Result<Tensor, DistError> {
+        let done = self.ranks.all_gather(tensor, self.launch.size);
+        done.map_err(|error| lost(&self.launch, "collects a tensor", error))
     }
 
     /// Waits until all ranks are here.
     ///
     /// # Errors
     /// [`DistError::Lost`].
-    pub fn wait_for_all(&mut self) -> Result<(), DistError> {
+    pub fn wait_for_all(&self) -> Result<(), DistError> {
         let done = self.ranks.all_reduce(&mut Tensor::from_slice(&[0i32]), false);
         done.map_err(|error| lost(&self.launch, "waits for them", error))
     }
-}
 
-/// What a process says of itself where all meet.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Entry {
-    process: u32,
-    /// Nanoseconds since 1970: another for every process that ever has this number.
-    began: u128,
-    /// The running system and its network: the same for processes that reach each other by 127.0.0.1.
-    system: String,
-    machine: String,
-}
+    /// What plugins compute from here on, they compute with the other ranks, or alone.
+    ///
+    /// # Errors
+    /// Without the native library.
+    pub fn let_plugins_join(&self, join: bool) -> Result<(), DistError> {
+        match join {
+            true => self.ranks.install(self.launch.rank, self.launch.size)?,
+            false => self.ranks.uninstall(),
+        }
+        Ok(())
+    }
 
-impl Entry {
-    fn of_this_process() -> Entry {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-        let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
-        let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Entry {
-            process: std::process::id(),
-            began: began.as_nanos(),
-            system: format!("{}{}", read("/proc/sys/kernel/random/boot_id"), network.display()),
-            machine: read("/proc/sys/kernel/hostname"),
+    /// Makes the mean of these parameters' gradients, in parts of `bucket_bytes`.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn exchange(&self, params: &[Tensor], bucket_bytes: u64) -> Result<Exchange, DistError> {
+        Ok(Exchange::open(&self.ranks, params, bucket_bytes)?)
+    }
+
+    /// An error of [`Exchange`] as one of these ranks.
+    pub fn lost_gradients(&self, error: DeviceError) -> DistError {
+        lost(&self.launch, "exchanges gradients", error)
+    }
+
+    /// What rank 0 makes, on all ranks. The others wait as long as it gives a [`sign_of_life`](Self::sign_of_life) now and
+    /// then.
+    ///
+    /// # Errors
+    /// Those of `make`, on rank 0; there, the others have to be [told](Self::part). [`DistError::Lost`] on these.
+    pub fn from_first<T: Serialize + DeserializeOwned>(
+        &self,
+        make: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let key = self.next_key("told");
+        if self.launch.rank > 0 {
+            let text = self.hear(&key, 0)?;
+            return serde_json::from_str(&text).context("what rank 0 says makes no sense");
+        }
+        let made = make()?;
+        self.say(&key, &serde_json::to_string(&made)?)?;
+        Ok(made)
+    }
+
+    /// What each rank says, by rank, for rank 0; nothing for the others.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn collect(&self, own: &str) -> Result<Vec<String>, DistError> {
+        let key = self.next_key("said");
+        if self.launch.rank > 0 {
+            self.say(&format!("{key}/{}", self.launch.rank), own)?;
+            return Ok(Vec::new());
+        }
+        let others = (1..self.launch.size).map(|rank| self.hear(&format!("{key}/{rank}"), rank));
+        std::iter::once(Ok(own.to_owned())).chain(others).collect()
+    }
+
+    /// Rank 0 is at work, and nobody gives it up.
+    pub fn sign_of_life(&self) {
+        if self.sign_of_life.get().is_none_or(|last| last.elapsed() >= SIGN_OF_LIFE) {
+            self.sign_of_life.set(Some(Instant::now()));
+            // A store that is not there any more shows soon enough.
+            let _ = self.ranks.set(&self.key("alive"), &format!("{:?}", Instant::now()));
         }
     }
 
-    fn to_line(&self) -> String {
-        let Entry { process, began, system, machine } = self;
-        format!("{process} {began} {system} {machine}")
+    /// A text that outlives these ranks, for those that a launcher with a store of its own starts after them.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn leave_behind(&self, text: &str) -> Result<(), DistError> {
+        self.ranks.set("left_behind", text).map_err(|error| lost(&self.launch, "leaves a note", error))
     }
 
-    fn from_line(line: &str) -> Option<Entry> {
-        let mut words = line.splitn(4, ' ');
-        let (process, began) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-        Some(Entry { process, began, system: words.next()?.to_owned(), machine: words.next()?.to_owned() })
+    /// The text that earlier ones have left.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn left_behind(&self) -> Result<Option<String>, DistError> {
+        let text = self.ranks.get("left_behind", Duration::from_millis(1));
+        text.map_err(|error| lost(&self.launch, "looks for a note", error))
     }
-}
 
-/// How a meeting ends.
-enum Met {
-    /// Everybody is there, by rank; the round is theirs alone.
-    All {
-        round: String,
-        entries: Vec<Entry>,
-    },
-    Missing(Vec<u32>),
-}
+    /// Whether something that all do together has failed, in a plugin's hands for one.
+    pub fn is_lost(&self) -> bool {
+        self.ranks.is_lost()
+    }
 
-/// Where the store has the name of the round that is called. Torchrun's store outlives a restart, so there may be older ones.
-const ROUND: &str = "round";
-
-/// How often is looked whether something new is called.
-const LOOK: Duration = Duration::from_millis(200);
-
-/// Rank 0: calls a new round, waits for all, and says who they are, or who is missing.
-fn call_together(ranks: &mut Ranks, launch: &Launch, me: &Entry, until: Instant) -> Result<Met, DeviceError> {
-    let round = format!("{}-{}", me.process, me.began);
-    ranks.set(ROUND, &round)?;
-    let (mut entries, mut missing) = (vec![me.clone()], Vec::new());
-    for rank in 1..launch.size {
-        match ranks.get(&format!("{round}/{rank}"), left(until))?.as_deref().and_then(Entry::from_line) {
-            Some(entry) => entries.push(entry),
-            None => missing.push(rank),
+    /// Tells the others why this process ends. One that has lost others waits, for 10 s at most, to hear from all, and learns
+    /// who has ended without a word, and who has failed and how; whoever keeps the store stays until all know.
+    pub fn part(&self, own: &Ending) -> Option<DistError> {
+        let me = self.launch.rank;
+        let key = |what: &str, rank: u32| self.key(&format!("{what}/{rank}"));
+        let said = serde_json::to_string(own).unwrap_or_default();
+        let reached = self.ranks.set(&key("end", me), &said).is_ok();
+        if *own != Ending::Lost {
+            return None;
         }
-    }
-    if missing.is_empty() {
-        let lines: Vec<String> = entries.iter().map(Entry::to_line).collect();
-        ranks.set(&format!("{round}/all"), &lines.join("\n"))?;
-        return Ok(Met::All { round, entries });
-    }
-    let words: Vec<String> = missing.iter().map(u32::to_string).collect();
-    ranks.set(&format!("{round}/missing"), &words.join(" "))?;
-    // The store may end with this process: the others shall have heard it.
-    thread::sleep(2 * LOOK);
-    Ok(Met::Missing(missing))
-}
-
-/// Every other rank: answers whatever round is called, until one has it among all.
-fn follow(ranks: &mut Ranks, rank: u32, size: u32, me: &Entry, until: Instant) -> Result<Met, DeviceError> {
-    let line = me.to_line();
-    // Rank 0's time may have begun a little later.
-    let until = until + 4 * LOOK;
-    while let Some(round) = ranks.get(ROUND, left(until))? {
-        ranks.set(&format!("{round}/{rank}"), &line)?;
-        let all = ranks.get(&format!("{round}/all"), LOOK.min(left(until)))?.unwrap_or_default();
-        // Of an older round, others are all.
-        if all.lines().any(|other| other == line) {
-            let entries: Option<Vec<Entry>> = all.lines().map(Entry::from_line).collect();
-            if let Some(entries) = entries.filter(|entries| entries.len() == size as usize) {
-                return Ok(Met::All { round, entries });
+        let (until, mut gone, mut failed) = (Instant::now() + GRACE, Vec::new(), Vec::new());
+        for peer in self.peers.iter().filter(|peer| reached && peer.rank != me) {
+            // Once somebody has said what was wrong, nobody waits for the rest.
+            let until = if failed.is_empty() { until } else { Instant::now() };
+            match self.ranks.get(&key("end", peer.rank), left(until)) {
+                Ok(Some(said)) => match serde_json::from_str(&said) {
+                    Ok(Ending::Lost) | Err(_) => {}
+                    Ok(ending) => failed.push((peer.rank, ending)),
+                },
+                Ok(None) => gone.push(peer.clone()),
+                // The store has ended with who keeps it.
+                Err(_) => {
+                    gone = vec![self.peers[0].clone()];
+                    break;
+                }
             }
-        } else if !all.is_empty() {
-            thread::sleep(LOOK);
         }
-        if let Some(missing) = ranks.get(&format!("{round}/missing"), Duration::from_millis(1))? {
-            return Ok(Met::Missing(missing.split(' ').filter_map(|rank| rank.parse().ok()).collect()));
+        if !reached {
+            gone = vec![self.peers[0].clone()];
         }
-        if Instant::now() >= until {
-            let reason = format!("another process is rank {rank}, or rank 0 does not answer");
-            return Err(DeviceError::Torch(reason));
+        let _ = self.ranks.set(&key("parted", me), "");
+        if self.launch.keeps_store {
+            let until = Instant::now() + GRACE / 2;
+            let here = |peer: &&Peer| peer.rank != me && !gone.contains(peer);
+            for peer in self.peers.iter().filter(here) {
+                let _ = self.ranks.get(&key("parted", peer.rank), left(until));
+            }
+        }
+        if !failed.is_empty() {
+            gone.clear();
+        }
+        Some(DistError::Broken { rank: me, gone, failed })
+    }
+
+    fn key(&self, what: &str) -> String {
+        format!("{}/{what}", self.round)
+    }
+
+    fn next_key(&self, what: &str) -> String {
+        let number = self.messages.replace(self.messages.get() + 1);
+        self.key(&format!("{what}/{number}"))
+    }
+
+    fn say(&self, key: &str, text: &str) -> Result<(), DistError> {
+        self.ranks.set(key, text).map_err(|error| lost(&self.launch, "tells them something", error))
+    }
+
+    /// Waits for what rank `from` says.
+    fn hear(&self, key: &str, from: u32) -> Result<String, DistError> {
+        let failed = |error| lost(&self.launch, "waits for their word", error);
+        let silent = |what: &str| failed(DeviceError::Torch(format!("rank {from} {what}")));
+        let at_once = Duration::from_millis(1);
+        let (mut until, mut alive) = (Instant::now() + self.timeout, None);
+        loop {
+            if let Some(text) = self.ranks.get(key, LOOK).map_err(failed)? {
+                return Ok(text);
+            }
+            if self.ranks.get(&self.key(&format!("end/{from}")), at_once).map_err(failed)?.is_some() {
+                return Err(silent("has ended"));
+            }
+            let sign = self.ranks.get(&self.key("alive"), at_once).map_err(failed)?;
+            if sign != alive {
+                (alive, until) = (sign, Instant::now() + self.timeout);
+            }
+            if Instant::now() >= until {
+                return Err(silent("says nothing"));
+            }
         }
     }
-    Ok(Met::Missing(vec![0]))
-}
-
-/// What is left of the time, and never nothing.
-fn left(until: Instant) -> Duration {
-    until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
 fn unreachable(launch: &Launch, timeout: Duration, error: DeviceError) -> DistError {

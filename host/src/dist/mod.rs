@@ -5,12 +5,13 @@
 
 mod comm;
 mod launch;
+mod meet;
 
 use std::time::Duration;
 
 use thiserror::Error;
 
-pub use comm::{Comm, Peer, Reduce};
+pub use comm::{Comm, Ending, Peer, Reduce};
 pub use launch::{Launch, Launcher};
 
 use crate::device::DeviceError;
@@ -78,9 +79,38 @@ pub enum DistError {
         /// libtorch's words.
         reason: String,
     },
+    /// What has become of the others, as they say themselves or do not.
+    #[error("{}; rank {rank} ends too", broken(gone, failed))]
+    Broken {
+        /// Who says so.
+        rank: u32,
+        /// Who is silent.
+        gone: Vec<Peer>,
+        /// Who has ended, and why.
+        failed: Vec<(u32, Ending)>,
+    },
+    /// They would not do the same.
+    #[error("{0}: give all ranks the same settings, plugins, data and libraries")]
+    Differ(String),
     /// The library that does it.
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+fn broken(gone: &[Peer], failed: &[(u32, Ending)]) -> String {
+    let silent = gone.iter().map(|Peer { rank, machine, process }| {
+        format!("rank {rank} (process {process} on {machine}) has ended or does not answer")
+    });
+    let failed = failed.iter().map(|(rank, ending)| match ending {
+        Ending::Failed(how) => format!("rank {rank} has failed: {how}"),
+        Ending::Signal(signal) => format!("rank {rank} was interrupted by signal {signal}"),
+        Ending::Lost => format!("rank {rank} has lost others"),
+    });
+    let all: Vec<String> = silent.chain(failed).collect();
+    match all.as_slice() {
+        [] => "the connection of the ranks is broken, and all of them still answer".to_owned(),
+        all => all.join("; "),
+    }
 }
 
 fn list(ranks: &[u32]) -> String {

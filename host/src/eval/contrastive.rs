@@ -9,7 +9,8 @@ use jepa_plugin_api::{Augmentation, Transform, ViewSpec};
 use super::GoOn;
 use super::evaluation::loader_options;
 use crate::config::Config;
-use crate::data::{DataError, Dataset, Loader, LoaderOptions};
+use crate::data::{DataError, Dataset, Loader, LoaderOptions, Share};
+use crate::dist::{Comm, Reduce};
 
 /// Pairs of views of held-out images.
 pub(super) struct Contrastive {
@@ -22,7 +23,7 @@ impl Contrastive {
     ///
     /// # Errors
     /// A view that makes no sense.
-    pub fn new(config: &Config, view: &ViewSpec, set: &Arc<Dataset>) -> Result<Self, DataError> {
+    pub fn new(config: &Config, view: &ViewSpec, set: &Arc<Dataset>, share: Share) -> Result<Self, DataError> {
         let normalizes = |transform: &Transform| matches!(transform, Transform::Normalize { .. });
         let pair = ["contrastive_1", "contrastive_2"].map(|name| {
             let mut augmented = Augmentation::SIMCLR.view(name);
@@ -31,7 +32,7 @@ impl Contrastive {
             augmented
         });
         let batch_size = config.eval.contrastive.images.min(set.len());
-        let options = LoaderOptions { batch_size, drop_last: true, ..loader_options(config, pair.to_vec()) };
+        let options = LoaderOptions { batch_size, drop_last: true, ..loader_options(config, pair.to_vec(), share) };
         Ok(Contrastive { pairs: Loader::new(Arc::clone(set), options)? })
     }
 
@@ -39,22 +40,29 @@ impl Contrastive {
     /// size.
     ///
     /// # Errors
-    /// Those of the pipeline and of `encode`; what `go_on` says, asked for every batch.
+    /// Those of the pipeline and of `encode`; what `go_on` says, asked in every round; [`DistError`](crate::dist::DistError).
     pub fn accuracy(
         &self,
         encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
         go_on: GoOn<'_>,
+        comm: Option<&Comm>,
     ) -> anyhow::Result<f64> {
-        let mut accuracies = Vec::new();
-        for batch in self.pairs.batches(0, 0) {
+        let (mut sum, mut batches) = (0.0, 0.0);
+        for round in self.pairs.rounds(0) {
             go_on()?;
+            let Some((_, batch)) = round else { continue };
             let mut features = Vec::new();
             for view in batch?.finish(Device::Cpu)?.views {
                 features.push(encode(&view)?.f_to_kind(Kind::Float)?);
             }
             let (_, accuracy) = nt_xent(&features[0], &features[1], 1.0);
-            accuracies.push(f64::try_from(accuracy)?);
+            sum += f64::try_from(accuracy)?;
+            batches += 1.0;
         }
-        Ok(accuracies.iter().sum::<f64>() / accuracies.len() as f64)
+        let mut all = Tensor::from_slice(&[sum, batches]);
+        if let Some(comm) = comm {
+            comm.all_reduce(&mut all, Reduce::Sum)?;
+        }
+        Ok(all.double_value(&[0]) / all.double_value(&[1]))
     }
 }

@@ -7,9 +7,11 @@ use jepa_plugin_api::tch::{Device, Tensor};
 use jepa_plugin_api::{Interpolation, Transform, ViewSpec};
 
 use super::contrastive::Contrastive;
-use super::{EvalError, Features, GoOn, PluginProbe, descriptors, extract, knn, linear};
+use super::features::extract_together;
+use super::{EvalError, Features, GoOn, PluginProbe, descriptors, knn, linear};
 use crate::config::{self, Config};
-use crate::data::{DataError, Dataset, Loader, LoaderOptions};
+use crate::data::{DataError, Dataset, Loader, LoaderOptions, Share};
+use crate::dist::Comm;
 
 /// Every figure of the host's own that an [`Evaluation`] can give.
 pub const FIGURES: [&str; 14] = [
@@ -41,6 +43,13 @@ pub struct Evaluation {
     plugin_probes: Vec<PluginProbe>,
 }
 
+/// What an encoder makes of the images: all that probes need.
+pub struct Seen {
+    bank: Features,
+    queries: Features,
+    contrastive_accuracy: Option<f64>,
+}
+
 /// What the probes see: a centre crop, normalised as the method's own views are.
 pub fn evaluation_view(config: &Config, views: &[ViewSpec]) -> ViewSpec {
     let crop =
@@ -63,12 +72,13 @@ pub fn feature_loader(
     set: &Arc<Dataset>,
     shuffle: bool,
 ) -> Result<Loader, DataError> {
-    let options = LoaderOptions { shuffle, ..loader_options(config, vec![view]) };
+    let options = LoaderOptions { shuffle, ..loader_options(config, vec![view], Share::Whole) };
     Loader::new(Arc::clone(set), options)
 }
 
-pub(super) fn loader_options(config: &Config, views: Vec<ViewSpec>) -> LoaderOptions {
+pub(super) fn loader_options(config: &Config, views: Vec<ViewSpec>, share: Share) -> LoaderOptions {
     LoaderOptions {
+        share,
         batch_size: config.eval.batch_size,
         seed: config.seed,
         threads: config.data.threads,
@@ -82,7 +92,7 @@ pub(super) fn loader_options(config: &Config, views: Vec<ViewSpec>) -> LoaderOpt
 
 impl Evaluation {
     /// The host's own probes and those of plugins, trained on `train_set` and measured on `val_set`, both seen through
-    /// `view`.
+    /// `view`. Of the batches of both, this process encodes its `share`.
     ///
     /// # Errors
     /// When a data set has no labels, or labels that do not fit the other's.
@@ -92,13 +102,17 @@ impl Evaluation {
         train_set: &Arc<Dataset>,
         val_set: &Arc<Dataset>,
         plugin_probes: Vec<PluginProbe>,
+        share: Share,
     ) -> Result<Self, DataError> {
         let needed_by = "evaluation (which eval.every_epochs=0 turns off)";
         train_set.require_labels(needed_by)?;
         val_set.require_labels(needed_by)?;
         let enabled = config.eval.contrastive.enabled;
-        let contrastive = enabled.then(|| Contrastive::new(config, &view, val_set)).transpose()?;
-        let loader = |set, shuffle| feature_loader(config, view.clone(), set, shuffle);
+        let contrastive = enabled.then(|| Contrastive::new(config, &view, val_set, share)).transpose()?;
+        let loader = |set, shuffle| {
+            let options = LoaderOptions { shuffle, ..loader_options(config, vec![view.clone()], share) };
+            Loader::new(Arc::clone(set), options)
+        };
         Ok(Evaluation {
             // A part of the training set is a random part: files are often sorted by class.
             bank: loader(train_set, config.eval.train_limit.is_some())?,
@@ -112,8 +126,8 @@ impl Evaluation {
         })
     }
 
-    /// The [`FIGURES`] and those of plugins' probes, of the encoder `encode`, which takes f32 `(B, 3, S, S)` on the CPU and gives `(B, D)`. The
-    /// probes compute on `device`, where the features fit there.
+    /// The [`FIGURES`] and those of plugins' probes, of the encoder `encode`, which takes f32 `(B, 3, S, S)` on the CPU and gives
+    /// `(B, D)`. The probes compute on `device`, where the features fit there.
     ///
     /// # Errors
     /// Whatever the pipeline, the encoder or a probe reports: none is swallowed. And what `go_on` says.
@@ -123,14 +137,37 @@ impl Evaluation {
         encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
         go_on: GoOn<'_>,
     ) -> anyhow::Result<BTreeMap<String, f64>> {
-        let mut features = |loader, limit| {
-            let mut encode = |images: &Tensor| go_on().and_then(|()| encode(images));
-            self.features(loader, limit, &mut encode)
-        };
-        let bank = features(&self.bank, self.bank_limit)?;
-        let (bank, queries) = bank.near(features(&self.queries, None)?, device)?;
-        let contrastive_accuracy =
-            self.contrastive.as_ref().map(|probe| probe.accuracy(encode, go_on)).transpose()?;
+        let seen = self.look(device, encode, go_on, None)?;
+        self.judge(&seen.expect("alone, one has all"), go_on)
+    }
+
+    /// The first half of [`run`](Self::run): all images as the encoder sees them. Ranks of `comm` do it together, asking
+    /// `go_on` in each round; the first of them gets it.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn look(
+        &self,
+        device: Device,
+        encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
+        go_on: GoOn<'_>,
+        comm: Option<&Comm>,
+    ) -> anyhow::Result<Option<Seen>> {
+        let bank = self.features(&self.bank, self.bank_limit, encode, go_on, comm)?;
+        let queries = self.features(&self.queries, None, encode, go_on, comm)?;
+        let contrastive = self.contrastive.as_ref();
+        let contrastive_accuracy = contrastive.map(|probe| probe.accuracy(encode, go_on, comm)).transpose()?;
+        let (Some(bank), Some(queries)) = (bank, queries) else { return Ok(None) };
+        let (bank, queries) = bank.near(queries, device)?;
+        Ok(Some(Seen { bank, queries, contrastive_accuracy }))
+    }
+
+    /// The second half: every probe that is enabled.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn judge(&self, seen: &Seen, go_on: GoOn<'_>) -> anyhow::Result<BTreeMap<String, f64>> {
+        let Seen { bank, queries, contrastive_accuracy } = seen;
         let mut figures = BTreeMap::new();
         let mut note = |name: &str, value: f64| figures.insert(format!("eval/{name}"), value);
 
@@ -142,7 +179,7 @@ impl Evaluation {
                 batch_size: settings.batch_size,
                 seed: self.seed,
             };
-            let probe = linear::probe(&bank, &queries, self.classes, &options, go_on)?;
+            let probe = linear::probe(bank, queries, self.classes, &options, go_on)?;
             note("linear_top1", probe.top1);
             note("linear_top5", probe.top5);
             note("linear_top1_final", probe.top1_final);
@@ -150,8 +187,8 @@ impl Evaluation {
         }
         if self.settings.knn.enabled {
             let result = knn::evaluate(
-                &bank,
-                &queries,
+                bank,
+                queries,
                 self.classes,
                 self.settings.knn.k,
                 self.settings.knn.temperature,
@@ -161,11 +198,11 @@ impl Evaluation {
             note("knn_top5", result.top5);
         }
         if let Some(accuracy) = contrastive_accuracy {
-            note("contrastive_accuracy", accuracy);
+            note("contrastive_accuracy", *accuracy);
         }
         for probe in &self.plugin_probes {
             go_on()?;
-            let figures = probe.judge(&bank, &queries, self.classes, self.seed)?;
+            let figures = probe.judge(bank, queries, self.classes, self.seed)?;
             for (name, value) in figures {
                 note(&name, value);
             }
@@ -186,16 +223,21 @@ impl Evaluation {
         loader: &Loader,
         limit: Option<usize>,
         encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
-    ) -> Result<Features, EvalError> {
-        let batches = limit.map_or(usize::MAX, |limit| limit.div_ceil(self.settings.batch_size));
-        let batches = loader.batches(0, 0).take(batches).map(|batch| {
+        go_on: GoOn<'_>,
+        comm: Option<&Comm>,
+    ) -> Result<Option<Features>, EvalError> {
+        let in_a_round = self.settings.batch_size * comm.map_or(1, |comm| comm.size() as usize);
+        let rounds = limit.map_or(usize::MAX, |limit| limit.div_ceil(in_a_round));
+        let rounds = loader.rounds(0).take(rounds).map(|round| {
+            go_on()?;
+            let Some((_, batch)) = round else { return Ok(None) };
             let batch = batch?.finish(Device::Cpu)?;
-            Ok((batch.views.into_iter().next().expect("one view was asked for"), batch.labels))
+            Ok(Some((batch.views.into_iter().next().expect("one view was asked for"), batch.labels)))
         });
-        let features = extract(batches, encode)?;
-        Ok(match limit {
+        let features = extract_together(rounds, encode, comm)?;
+        Ok(features.map(|features| match limit {
             Some(limit) => features.first(limit as i64),
             None => features,
-        })
+        }))
     }
 }

@@ -4,6 +4,7 @@ use anyhow::Context as _;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::error::EvalError;
+use crate::dist::Comm;
 
 /// The pooled features of a set of images and their labels, in the same order, on one device.
 #[derive(Debug)]
@@ -115,24 +116,71 @@ pub fn extract(
     batches: impl IntoIterator<Item = anyhow::Result<(Tensor, Tensor)>>,
     encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
 ) -> Result<Features, EvalError> {
+    let rounds = batches.into_iter().map(|batch| batch.map(Some));
+    Ok(extract_together(rounds, encode, None)?.expect("alone, one has all"))
+}
+
+/// The same with other ranks: in each round, every rank has a batch, in their order, but for the last round, where some may
+/// have none. The first rank gets all features, and the others nothing.
+pub(super) fn extract_together(
+    rounds: impl IntoIterator<Item = anyhow::Result<Option<(Tensor, Tensor)>>>,
+    encode: &mut dyn FnMut(&Tensor) -> anyhow::Result<Tensor>,
+    comm: Option<&Comm>,
+) -> Result<Option<Features>, EvalError> {
     let _no_grad = tch::no_grad_guard();
+    let first = comm.is_none_or(|comm| comm.rank() == 0);
     let (mut xs, mut ys, mut done) = (Vec::new(), Vec::new(), 0);
-    for batch in batches {
-        let (images, labels) = batch.map_err(EvalError::Encode)?;
-        let x = encode(&images)
-            .with_context(|| format!("images {done} to {}", done + images.size().first().unwrap_or(&0) - 1))
-            .map_err(EvalError::Encode)?;
-        let features = Features::new(&x.f_to_device(Device::Cpu)?, &labels.f_to_device(Device::Cpu)?)
-            .map_err(|error| match error {
-                EvalError::NotFinite { image } => EvalError::NotFinite { image: done + image },
-                error => error,
-            })?;
+    for round in rounds {
+        let mut own = None;
+        if let Some((images, labels)) = round.map_err(EvalError::Encode)? {
+            let x = encode(&images)
+                .with_context(|| format!("images {done} to {}", done + images.size().first().unwrap_or(&0) - 1))
+                .map_err(EvalError::Encode)?;
+            own = Some((x.f_to_device(Device::Cpu)?, labels.f_to_device(Device::Cpu)?));
+        }
+        let (x, y) = match (comm, own) {
+            (None, Some(own)) => own,
+            (None, None) => break,
+            (Some(comm), own) => rows_of_all(comm, own).map_err(EvalError::Encode)?,
+        };
+        let features = Features::new(&x, &y).map_err(|error| match error {
+            EvalError::NotFinite { image } => EvalError::NotFinite { image: done + image },
+            error => error,
+        })?;
         done += features.images();
-        xs.push(features.x);
-        ys.push(features.y);
+        if first {
+            xs.push(features.x);
+            ys.push(features.y);
+        }
     }
-    if xs.is_empty() {
+    if done == 0 {
         return Err(EvalError::Empty);
     }
-    Ok(Features { x: Tensor::f_cat(&xs, 0)?, y: Tensor::f_cat(&ys, 0)? })
+    Ok(match first {
+        true => Some(Features { x: Tensor::f_cat(&xs, 0)?, y: Tensor::f_cat(&ys, 0)? }),
+        false => None,
+    })
+}
+
+/// Features and labels of all ranks, in their order; some may have none.
+fn rows_of_all(comm: &Comm, own: Option<(Tensor, Tensor)>) -> anyhow::Result<(Tensor, Tensor)> {
+    let own = own.map(|(x, y)| -> Result<_, TchError> { Ok((x.f_to_kind(Kind::Float)?, y.f_to_kind(Kind::Int64)?)) });
+    let own = own.transpose()?;
+    let (rows, columns) = own.as_ref().map_or((0, 0), |(x, _)| (x.size()[0], x.size().get(1).copied().unwrap_or(0)));
+    let shapes = Vec::<i64>::try_from(comm.all_gather(&Tensor::from_slice(&[rows, columns]))?)?;
+    let most = |at: usize| shapes.iter().skip(at).step_by(2).copied().max().unwrap_or(0);
+    let (most_rows, most_columns) = (most(0), most(1));
+    let x = Tensor::zeros([most_rows, most_columns], (Kind::Float, Device::Cpu));
+    let y = Tensor::zeros([most_rows], (Kind::Int64, Device::Cpu));
+    if let Some((own_x, own_y)) = own {
+        anyhow::ensure!(columns == most_columns, "features have {columns} dimensions here, {most_columns} elsewhere");
+        x.narrow(0, 0, rows).f_copy_(&own_x)?;
+        y.narrow(0, 0, rows).f_copy_(&own_y)?;
+    }
+    let (x, y) = (comm.all_gather(&x)?, comm.all_gather(&y)?);
+    let of_rank = |all: &Tensor| -> Result<Tensor, TchError> {
+        let parts = (0..).zip(shapes.iter().step_by(2));
+        Tensor::f_cat(&parts.map(|(rank, rows)| all.narrow(0, rank * most_rows, *rows)).collect::<Vec<_>>(), 0)
+    };
+    Ok((of_rank(&x)?, of_rank(&y)?))
 }

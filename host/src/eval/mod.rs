@@ -13,6 +13,6 @@ mod plugin;
 mod topk;
 
 pub use error::{EvalError, GoOn};
-pub use evaluation::{Evaluation, FIGURES, evaluation_view, feature_loader};
+pub use evaluation::{Evaluation, FIGURES, Seen, evaluation_view, feature_loader};
 pub use features::{Features, extract};
 pub use plugin::PluginProbe;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use anyhow::Context as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::writer::OptionalWriter;
 
 /// One step, for the bar.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +65,8 @@ pub enum Verbosity {
 pub fn init_logging(verbosity: Verbosity) {
     let default = match verbosity {
         Verbosity::Quiet => "warn",
+        // What happens, the first tells.
+        Verbosity::Normal if RANK.load(Ordering::Relaxed) > 0 => "warn",
         Verbosity::Normal => "info",
         Verbosity::Verbose => "debug",
     };
@@ -111,9 +115,37 @@ fn without_colors(bytes: &[u8]) -> Vec<u8> {
 struct AroundBars;
 
 impl<'a> MakeWriter<'a> for AroundBars {
-    type Writer = AroundBars;
-    fn make_writer(&'a self) -> AroundBars {
-        AroundBars
+    type Writer = OptionalWriter<AroundBars>;
+    fn make_writer(&'a self) -> Self::Writer {
+        OptionalWriter::some(AroundBars)
+    }
+    fn make_writer_for(&'a self, about: &tracing::Metadata<'_>) -> Self::Writer {
+        let heard = *about.level() == tracing::Level::ERROR || !MUTED.load(Ordering::Relaxed);
+        if heard { OptionalWriter::some(AroundBars) } else { OptionalWriter::none() }
+    }
+}
+
+/// The number of this process among the ranks of a run: the first needs none.
+static RANK: AtomicU32 = AtomicU32::new(0);
+/// Whether warnings of this process are those of the first, too.
+static MUTED: AtomicBool = AtomicBool::new(false);
+
+/// This process is one of several: it names itself, and says nothing but errors as long as it does what the first does.
+pub fn speak_as(rank: u32) {
+    RANK.store(rank, Ordering::Relaxed);
+    MUTED.store(rank > 0, Ordering::Relaxed);
+}
+
+/// From here on this process does what others do not, and what it says matters.
+pub fn speak_up() {
+    MUTED.store(false, Ordering::Relaxed);
+}
+
+/// What lines begin with: the number of a rank that is not the first.
+pub fn speaker() -> String {
+    match RANK.load(Ordering::Relaxed) {
+        0 => String::new(),
+        rank => format!("rank {rank}: "),
     }
 }
 
@@ -123,7 +155,8 @@ impl Write for AroundBars {
             // A full disk must not end the run, and there is nowhere to say so.
             let _ = file.write_all(&without_colors(bytes));
         }
-        bars().suspend(|| io::stderr().write_all(bytes))?;
+        let line = [speaker().as_bytes(), bytes].concat();
+        bars().suspend(|| io::stderr().write_all(&line))?;
         Ok(bytes.len())
     }
     fn flush(&mut self) -> io::Result<()> {
@@ -135,6 +168,8 @@ impl Write for AroundBars {
 const SILENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Console {
+    /// Shows nothing.
+    silent: bool,
     terminal: bool,
     bar: Option<ProgressBar>,
     /// The last step.
@@ -144,11 +179,19 @@ pub(super) struct Console {
 
 impl Console {
     pub fn new() -> Self {
-        Console { terminal: io::stderr().is_terminal(), bar: None, end: 0, last_line: Instant::now() }
+        let terminal = io::stderr().is_terminal();
+        Console { silent: false, terminal, bar: None, end: 0, last_line: Instant::now() }
+    }
+
+    pub fn silent() -> Self {
+        Console { silent: true, terminal: false, ..Console::new() }
     }
 
     pub fn start(&mut self, from: u64, to: u64) {
         self.end = to;
+        if self.silent {
+            return;
+        }
         if !self.terminal {
             tracing::info!("steps {from} to {to}");
             return;
@@ -163,7 +206,7 @@ impl Console {
 
     pub fn step(&mut self, report: &StepReport) {
         let Some(bar) = &self.bar else {
-            if self.last_line.elapsed() > SILENCE {
+            if self.last_line.elapsed() > SILENCE && !self.silent {
                 self.last_line = Instant::now();
                 let (step, end) = (report.step, self.end);
                 tracing::info!(
@@ -196,7 +239,7 @@ impl Console {
     pub fn log(&mut self, step: u64, epoch: f64, figures: &BTreeMap<String, f64>) {
         let of_any = |name: &str, kinds: &[&str]| kinds.iter().any(|kind| name.starts_with(kind));
         let training = figures.keys().all(|name| of_any(name, &["train/", "time/"]));
-        if training && self.bar.is_some() {
+        if self.silent || training && self.bar.is_some() {
             return;
         }
         let shown =

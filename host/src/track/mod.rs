@@ -27,7 +27,8 @@ pub use record::{Record, lower_is_better};
 
 /// All trackers of a run.
 pub struct Trackers {
-    jsonl: Jsonl,
+    /// None where another process records.
+    jsonl: Option<Jsonl>,
     console: Console,
     followers: Vec<Follower>,
     run: PathBuf,
@@ -43,11 +44,16 @@ impl Trackers {
         let jsonl = Jsonl::open(&metrics)?;
         let followers = others.into_iter().map(|tracker| Follower::start(metrics.clone(), tracker));
         Ok(Trackers {
-            jsonl,
+            jsonl: Some(jsonl),
             console: Console::new(),
             followers: followers.collect::<anyhow::Result<_>>()?,
             run: directory.to_owned(),
         })
+    }
+
+    /// None: another process records the same run.
+    pub fn none() -> Self {
+        Trackers { jsonl: None, console: Console::silent(), followers: Vec::new(), run: PathBuf::new() }
     }
 
     /// Shows that training goes from step `from` to step `to`.
@@ -75,6 +81,9 @@ impl Trackers {
     /// Records the first images of each tensor in `columns`, f32 `(B, 3, S, S)` as `views` normalise, by its name. When
     /// they cannot be written, on a full disk for one, that is said, and the record has no images.
     pub fn log_examples(&mut self, step: u64, epoch: f64, views: &[ViewSpec], columns: &[(String, Tensor)]) {
+        if self.jsonl.is_none() {
+            return;
+        }
         let images = write_examples(&self.run, step, views, columns).unwrap_or_else(|error| {
             tracing::warn!("no example images of step {step}: {error:#}");
             BTreeMap::new()
@@ -89,7 +98,9 @@ impl Trackers {
 
     fn append(&mut self, record: Record) {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|time| time.as_secs_f64());
-        self.jsonl.append(&Record { time, ..record });
+        if let Some(jsonl) = &mut self.jsonl {
+            jsonl.append(&Record { time, ..record });
+        }
         self.followers.iter().for_each(Follower::news);
     }
 
@@ -98,7 +109,7 @@ impl Trackers {
     /// # Errors
     /// When the disk does not take it.
     pub fn sync(&mut self) -> anyhow::Result<u64> {
-        self.jsonl.sync()
+        self.jsonl.as_mut().map_or(Ok(0), Jsonl::sync)
     }
 
     /// Takes the progress bar away.

@@ -43,7 +43,7 @@ pub enum TrainError {
     /// A signal asked for the end. Exit code 128 + signal.
     #[error("interrupted by {}; continue with --resume {}", signal_name(*signal), run.display())]
     Interrupted {
-        /// SIGINT or SIGTERM.
+        /// SIGINT, SIGTERM or SIGUSR1.
         signal: i32,
         /// The run directory.
         run: PathBuf,
@@ -51,7 +51,7 @@ pub enum TrainError {
     /// A signal asked for the end of what leaves nothing to go on with. Exit code 128 + signal.
     #[error("interrupted by {}", signal_name(*signal))]
     Stopped {
-        /// SIGINT or SIGTERM.
+        /// SIGINT, SIGTERM or SIGUSR1.
         signal: i32,
     },
     /// A plugin declares what cannot be.
@@ -87,6 +87,7 @@ pub(super) fn signal_name(signal: i32) -> &'static str {
     match signal {
         libc::SIGINT => "SIGINT",
         libc::SIGTERM => "SIGTERM",
+        libc::SIGUSR1 => "SIGUSR1",
         _ => "a signal",
     }
 }

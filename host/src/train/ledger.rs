@@ -23,6 +23,8 @@ pub enum Part {
     Forward,
     /// From the loss to gradients.
     Backward,
+    /// Until the gradients of all ranks are there: what their exchange takes beyond the backward pass.
+    Exchange,
     /// Gradients, their norm, clipping and the update.
     Optimizer,
     /// EMA targets follow, and buffers are remembered.
@@ -35,11 +37,12 @@ pub enum Part {
 
 impl Part {
     /// Every part, in the order in which a report shows them.
-    pub const ALL: [Part; 8] = [
+    pub const ALL: [Part; 9] = [
         Part::Wait,
         Part::Copy,
         Part::Forward,
         Part::Backward,
+        Part::Exchange,
         Part::Optimizer,
         Part::Ema,
         Part::Sync,
@@ -58,6 +61,7 @@ impl Part {
             Part::Copy => "time/copy",
             Part::Forward => "time/forward",
             Part::Backward => "time/backward",
+            Part::Exchange => "time/exchange",
             Part::Optimizer => "time/optimizer",
             Part::Ema => "time/ema",
             Part::Sync => "time/sync",
@@ -196,11 +200,11 @@ mod tests {
         }
         let parts: Vec<f64> = ledger.seconds_per_step().map(|(_, seconds)| seconds).collect();
         let elapsed = ledger.elapsed();
-        assert!(parts[0] >= 0.010 && parts[7] >= 0.005, "{parts:?}");
-        assert_eq!(parts[1..7], [0.0; 6]);
-        assert_eq!(parts[8..], [0.0; 3], "no loader");
+        assert!(parts[0] >= 0.010 && parts[8] >= 0.005, "{parts:?}");
+        assert_eq!(parts[1..8], [0.0; 7]);
+        assert_eq!(parts[9..], [0.0; 3], "no loader");
         assert!(ledger.last_step()[0] >= 0.010 && ledger.last_step()[0] < parts[0] * 2.0);
-        assert!(parts[..8].iter().sum::<f64>() * 2.0 <= elapsed - 0.040, "{parts:?} in {elapsed}");
+        assert!(parts[..9].iter().sum::<f64>() * 2.0 <= elapsed - 0.040, "{parts:?} in {elapsed}");
         assert!((ledger.data_wait() - 2.0 * parts[0] / elapsed).abs() < 0.01);
     }
 }

@@ -13,7 +13,7 @@ use super::meter::Meters;
 use super::optimizer::Gradients;
 use super::schedule::{Progress, learning_rate, weight_decay};
 use super::unread::Unread;
-use super::{Model, Optimizer, Signals, StepSettings, TrainError};
+use super::{Model, Optimizer, Ranks, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
 use crate::data::{DataError, LoadedBatch, Loader, RawBatch, Work};
@@ -55,6 +55,8 @@ pub struct Resources {
     pub directory: RunDir,
     /// Who may ask for the end.
     pub signals: Signals,
+    /// Who trains too.
+    pub ranks: Ranks,
     /// Where to begin: at zero, or where a checkpoint stopped.
     pub state: State,
     /// Optimizer steps in an epoch, at least 1.
@@ -91,6 +93,7 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
         }),
         Err(error) => {
             run.trackers.finish();
+            let error = run.ranks.part(error);
             if error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause)) {
                 return Err(error);
             }
@@ -183,6 +186,7 @@ struct Run<'t> {
     directory: RunDir,
     trackers: &'t mut Trackers,
     signals: Signals,
+    ranks: Ranks,
     state: State,
 
     steps_per_epoch: u64,
@@ -217,6 +221,7 @@ impl<'t> Run<'t> {
             directory: r.directory,
             trackers,
             signals: r.signals,
+            ranks: r.ranks,
             state: r.state,
             steps_per_epoch,
             progress,
@@ -309,11 +314,9 @@ impl<'t> Run<'t> {
                 self.show_examples(&batch)?;
                 self.ledger.lap(Part::Log);
             }
-            seed_torch(self.state.seed, step, i);
+            seed_torch(self.state.seed, step, i * self.ranks.size() + self.ranks.rank());
             let bf16 = self.config.trainer.precision == Precision::Bf16;
             let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
-            self.ledger.lap(Part::Forward);
-            (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
             measured.push(step, "train/loss".to_owned(), &output.loss)?;
             for (name, value) in output.metrics {
                 let name = format!("train/{}/{name}", self.state.method);
@@ -321,8 +324,18 @@ impl<'t> Run<'t> {
                     .push(step, name.clone(), &value)
                     .with_context(|| format!("{name} is no single number"))?;
             }
+            self.ledger.lap(Part::Forward);
+            if i + 1 == accumulate {
+                let replaced = (replaced * self.ranks.size() as u64) as f64 / accumulate as f64;
+                measured.push(step, "train/replaced".to_owned(), &tch::Tensor::from(replaced))?;
+                // Gradients are on their way to the other ranks while others are still computed.
+                self.ranks.begin_exchange(&measured)?;
+            }
+            (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
             self.ledger.lap(Part::Backward);
         }
+        self.ranks.finish_exchange(&mut measured)?;
+        self.ledger.lap(Part::Exchange);
 
         let gradients = self.optimizer.gradients()?;
         measured.push(step, "train/grad_norm".to_owned(), gradients.norm())?;
@@ -345,14 +358,13 @@ impl<'t> Run<'t> {
         self.state.batch_in_epoch += accumulate as u64;
         self.state.ema_is_ahead = false;
         self.unread.append(measured);
-        self.meters.add("train/replaced", replaced as f64 / accumulate as f64);
         if let Some(momentum) = momentum {
             self.meters.add("train/ema_momentum", momentum);
         }
         if settings.weight_decay_end.is_some() {
             self.meters.add("train/weight_decay", weight_decay);
         }
-        self.ledger.finish_step(images);
+        self.ledger.finish_step(images * self.ranks.size());
         let wanted = self.log_is_due() || self.epoch_is_over() || self.unread.len() >= MOST_UNREAD;
         if wanted || self.device == Device::Cpu {
             self.read_figures()?;
@@ -476,16 +488,20 @@ impl<'t> Run<'t> {
     }
 
     /// The method's loss and metrics on the validation set, with running statistics and the same random numbers each time.
+    /// Ranks take whole batches, as one alone would, each its share of them.
     fn validate(&mut self) -> anyhow::Result<Figures> {
         let Some(loader) = self.validation.clone() else { return Ok(Figures::new()) };
         let (mut sums, mut images) = (Figures::new(), 0usize);
-        for (i, batch) in loader.batches(VALIDATION_EPOCH, 0).enumerate() {
+        for round in loader.rounds(VALIDATION_EPOCH) {
             self.check_signals()?;
+            let Some((i, batch)) = round else { continue };
             seed_torch(self.state.seed, VALIDATION_EPOCH, i);
             let batch = self.for_method(batch?.finish(self.device)?, false);
             let size = batch.len();
             let bf16 = self.config.trainer.precision == Precision::Bf16;
-            let step = no_grad(|| autocast_bf16(bf16, self.device, || self.model.method.step(batch)))??;
+            let (method, device) = (&mut self.model.method, self.device);
+            let step = || Ok(no_grad(|| autocast_bf16(bf16, device, || method.step(batch)))??);
+            let step = self.ranks.each_alone(step)?;
             let metrics =
                 step.metrics.iter().map(|(name, value)| (format!("val/{}/{name}", self.state.method), value));
             for (name, value) in metrics.chain([("val/loss".to_owned(), &step.loss)]) {
@@ -493,7 +509,7 @@ impl<'t> Run<'t> {
             }
             images += size;
         }
-        let figures: Figures = sums.into_iter().map(|(name, sum)| (name, sum / images as f64)).collect();
+        let figures = self.ranks.mean(sums, images)?;
         for (name, value) in &figures {
             self.require_finite(self.state.step, name, *value)?;
         }
@@ -504,14 +520,22 @@ impl<'t> Run<'t> {
     fn evaluate(&mut self) -> anyhow::Result<Figures> {
         let Some(evaluation) = &self.evaluation else { return Ok(Figures::new()) };
         self.trackers.note("evaluating");
-        let (device, signals, run) = (self.device, &self.signals, self.directory.path());
-        let model = &mut self.model;
-        let mut encode = |images: &tch::Tensor| model.encode(images, device);
-        let go_on = || match signals.pending() {
+        let (device, ranks, run) = (self.device, &self.ranks, self.directory.path());
+        let ended = |signal| match signal {
             Some(signal) => Err(TrainError::Interrupted { signal, run: run.to_owned() }.into()),
             None => Ok(()),
         };
-        evaluation.run(device, &mut encode, &go_on)
+        let model = &mut self.model;
+        let mut encode = |images: &tch::Tensor| model.encode(images, device);
+        let pending = || self.signals.pending();
+        let all_go_on = || ended(ranks.agree_on_signal(pending())?);
+        let seen = ranks.each_alone(|| evaluation.look(device, &mut encode, &all_go_on, ranks.comm()))?;
+        // The others wait for the first.
+        let first_goes_on = || {
+            ranks.comm().inspect(|comm| comm.sign_of_life());
+            ended(pending())
+        };
+        ranks.from_first(|| evaluation.judge(&seen.context("nothing was seen")?, &first_goes_on))
     }
 
     /// Applies `eval.collapse`.
@@ -560,6 +584,9 @@ impl<'t> Run<'t> {
     fn save(&mut self) -> anyhow::Result<()> {
         // Nothing that is no number goes into a checkpoint.
         self.read_figures()?;
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         self.state.meters = self.meters.0.clone();
         self.state.metrics_lines = self.trackers.sync()?;
         let (model, optimizer) = (self.model.tensors(), self.optimizer.tensors());
@@ -578,9 +605,11 @@ impl<'t> Run<'t> {
         }
     }
 
-    fn check_signals(&self) -> Result<(), TrainError> {
-        match self.signals.pending() {
-            Some(signal) => Err(TrainError::Interrupted { signal, run: self.directory.path().to_owned() }),
+    fn check_signals(&self) -> anyhow::Result<()> {
+        match self.ranks.agree_on_signal(self.signals.pending())? {
+            Some(signal) => {
+                Err(TrainError::Interrupted { signal, run: self.directory.path().to_owned() }.into())
+            }
             None => Ok(()),
         }
     }

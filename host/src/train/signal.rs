@@ -1,4 +1,5 @@
-//! SIGINT and SIGTERM: the first asks for the end at the next step, a second one ends the process at once.
+//! SIGINT, SIGTERM, and SIGUSR1, which SLURM sends before the time is over: the first asks for the end at the next step, a
+//! second one ends the process at once.
 
 use std::io;
 use std::sync::Arc;
@@ -6,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals as Incoming;
 use signal_hook::low_level;
 
@@ -20,14 +21,14 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 pub struct Signals(Arc<AtomicUsize>);
 
 impl Signals {
-    /// Takes over SIGINT and SIGTERM for this process, and says when one arrives `what` comes of it.
+    /// Takes over these signals for this process, and says when one arrives `what` comes of it.
     ///
     /// # Errors
     /// When the system refuses handlers.
     pub fn install(what: &'static str) -> io::Result<Self> {
         let arrived = Arc::new(AtomicUsize::new(0));
         let pending = Arc::clone(&arrived);
-        let mut incoming = Incoming::new([SIGINT, SIGTERM])?;
+        let mut incoming = Incoming::new([SIGINT, SIGTERM, SIGUSR1])?;
         thread::Builder::new().name("signals".to_owned()).spawn(move || {
             let mut first = None;
             for signal in incoming.forever() {

@@ -48,6 +48,29 @@ impl Unread {
         self.names.len()
     }
 
+    /// Their names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(|(_, name)| name.as_str())
+    }
+
+    /// All of them, f64 `(n)`, on the device where one is that is not on the CPU.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports, for none at all too.
+    pub fn values(&self) -> Result<Tensor, TchError> {
+        let device = self.values.iter().map(Tensor::device).find(|device| *device != Device::Cpu);
+        let device = device.unwrap_or(Device::Cpu);
+        let values = self.values.iter().map(|value| value.f_to_device(device));
+        Tensor::f_stack(&values.collect::<Result<Vec<_>, _>>()?, 0)
+    }
+
+    /// Gives them other values, f64 `(n)`.
+    pub fn replace_values(&mut self, values: &Tensor) {
+        for (number, value) in (0..).zip(&mut self.values) {
+            *value = values.get(number);
+        }
+    }
+
     /// Waits for all of them and takes them out.
     ///
     /// # Errors
@@ -56,11 +79,7 @@ impl Unread {
         if self.values.is_empty() {
             return Ok(Vec::new());
         }
-        let device = self.values.iter().map(Tensor::device).find(|device| *device != Device::Cpu);
-        let device = device.unwrap_or(Device::Cpu);
-        let values = self.values.iter().map(|value| value.f_to_device(device));
-        let values = Tensor::f_stack(&values.collect::<Result<Vec<_>, _>>()?, 0)?;
-        let values = Vec::<f64>::try_from(values.f_to_device(Device::Cpu)?)?;
+        let values = Vec::<f64>::try_from(self.values()?.f_to_device(Device::Cpu)?)?;
         self.values.clear();
         let figure = |((step, name), value)| Figure { step, name, value };
         Ok(self.names.drain(..).zip(values).map(figure).collect())

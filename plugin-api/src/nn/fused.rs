@@ -5,9 +5,9 @@
 
 use tch::Tensor;
 
-use super::BatchNorm;
+use super::{BatchNorm, moments};
 use crate::memory::{Element, filled, values, values_mut, vectorized};
-use crate::{autograd, parallel};
+use crate::{autograd, parallel, ranks};
 
 /// What follows the norm.
 #[derive(Clone, Copy)]
@@ -34,25 +34,30 @@ struct Affine {
     shift: Vec<f32>,
     mean: Vec<f32>,
     inverse_std: Vec<f32>,
+    /// Rows of which mean and variance are, on all ranks.
+    count: f64,
 }
 
 impl Affine {
-    fn new(norm: &BatchNorm, mean: Vec<f32>, var: &[f32]) -> Self {
+    fn new(norm: &BatchNorm, mean: Vec<f32>, var: &[f32], count: f64) -> Self {
         let inverse_std: Vec<f32> =
             var.iter().map(|var| (1.0 / (f64::from(*var) + BatchNorm::EPS).sqrt()) as f32).collect();
         let (weight, bias) = (norm.weight.detach(), norm.bias.detach());
         let scale: Vec<f32> = values::<f32>(&weight).iter().zip(&inverse_std).map(|(w, s)| w * s).collect();
         let shift = values::<f32>(&bias).iter().zip(&mean).zip(&scale).map(|((b, m), s)| b - m * s).collect();
-        Affine { scale, shift, mean, inverse_std }
+        Affine { scale, shift, mean, inverse_std, count }
     }
 }
 
 /// Batch norm of `x` `(N, C)` and what follows, with the batch's statistics, which also go into the running ones.
 pub(super) fn train<T: Element>(norm: &BatchNorm, x: &Tensor, then: Then) -> Tensor {
     let rows = x.detach();
-    let (mean, var) = moments(values::<T>(&rows), norm.weight.size()[0] as usize);
-    update_running(norm, &mean, &var, rows.size()[0]);
-    let affine = Affine::new(norm, mean, &var);
+    let (mean, var) = moments_of(values::<T>(&rows), norm.weight.size()[0] as usize);
+    let (count, mean, var) = moments::of_all_ranks(rows.size()[0] as f64, mean, var);
+    let mean: Vec<f32> = mean.into_iter().map(|mean| mean as f32).collect();
+    let var: Vec<f32> = var.into_iter().map(|var| var as f32).collect();
+    update_running(norm, &mean, &var, count);
+    let affine = Affine::new(norm, mean, &var, count);
     let y = apply::<T>(&rows, &affine, then);
 
     let weight = norm.weight.detach();
@@ -89,7 +94,7 @@ pub(super) fn train<T: Element>(norm: &BatchNorm, x: &Tensor, then: Then) -> Ten
 /// The same with the running statistics, without a graph.
 pub(super) fn eval<T: Element>(norm: &BatchNorm, x: &Tensor, then: Then) -> Tensor {
     let (mean, var) = (norm.running_mean.detach(), norm.running_var.detach());
-    let affine = Affine::new(norm, values::<f32>(&mean).to_vec(), values::<f32>(&var));
+    let affine = Affine::new(norm, values::<f32>(&mean).to_vec(), values::<f32>(&var), f64::NAN);
     apply::<T>(&x.detach(), &affine, then)
 }
 
@@ -122,7 +127,7 @@ fn apply<T: Element>(x: &Tensor, affine: &Affine, then: Then) -> Tensor {
 }
 
 /// Mean and biased variance of each channel.
-fn moments<T: Element>(x: &[T], channels: usize) -> (Vec<f32>, Vec<f32>) {
+fn moments_of<T: Element>(x: &[T], channels: usize) -> (Vec<f64>, Vec<f64>) {
     // Sums of differences from one of the values lose little to rounding where the mean is far from zero.
     let origin: Vec<f32> = x[..channels].iter().map(|x| x.widen()).collect();
     let parts = x.chunks(part(channels));
@@ -136,18 +141,18 @@ fn moments<T: Element>(x: &[T], channels: usize) -> (Vec<f32>, Vec<f32>) {
     let (first, second) = sums.split_at(channels);
     let of_channel = |((first, second), origin): ((&f64, &f64), &f32)| {
         let mean = first / count;
-        (((f64::from(*origin) + mean) as f32), variance(second / count - mean * mean))
+        (f64::from(*origin) + mean, variance(second / count - mean * mean))
     };
     first.iter().zip(second).zip(&origin).map(of_channel).unzip()
 }
 
 /// What rounding has made less than zero is zero; NaN stays so.
-fn variance(difference: f64) -> f32 {
-    if difference < 0.0 { 0.0 } else { difference as f32 }
+fn variance(difference: f64) -> f64 {
+    if difference < 0.0 { 0.0 } else { difference }
 }
 
-fn update_running(norm: &BatchNorm, mean: &[f32], var: &[f32], count: i64) {
-    let unbias = (count as f64 / (count - 1) as f64) as f32;
+fn update_running(norm: &BatchNorm, mean: &[f32], var: &[f32], count: f64) {
+    let unbias = (count / (count - 1.0)) as f32;
     let momentum = BatchNorm::MOMENTUM as f32;
     let mut running = norm.running_mean.detach();
     for (running, mean) in values_mut::<f32>(&mut running).iter_mut().zip(mean) {
@@ -198,15 +203,16 @@ fn gradients<T: Element>(
     let (g, rows) = (values::<T>(grad), values::<T>(x));
     let channels = affine.scale.len();
     let part = part(channels);
-    let count = (rows.len() / channels) as f64;
+    let mut of_all = sums.to_vec();
+    ranks::sum(&mut of_all);
     let (of_bias, of_product) = sums.split_at(channels);
     let of_weight: Vec<f32> =
         of_product.iter().zip(&affine.inverse_std).map(|(sum, s)| (sum * f64::from(*s)) as f32).collect();
     // ∂x = scale · (g − mean(g) − (x − mean) · inverse_std² · mean(g · (x − mean))), as scale · g + slope · x + offset.
     let coefficients = (0..channels).map(|c| {
         let (scale, s) = (f64::from(affine.scale[c]), f64::from(affine.inverse_std[c]));
-        let slope = -scale * s * s * of_product[c] / count;
-        let offset = -scale * of_bias[c] / count - slope * f64::from(affine.mean[c]);
+        let slope = -scale * s * s * of_all[channels + c] / affine.count;
+        let offset = -scale * of_all[c] / affine.count - slope * f64::from(affine.mean[c]);
         (slope as f32, offset as f32)
     });
     let (slope, offset): (Vec<f32>, Vec<f32>) = coefficients.unzip();

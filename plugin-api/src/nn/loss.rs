@@ -1,8 +1,12 @@
 //! Losses and what they are made of.
 //!
-//! They compute in f32 under any autocast of the host, given f32.
+//! They compute in f32 under any autocast of the host, given f32. What looks at a whole batch looks at that of all [`ranks`]:
+//! the mean over ranks of what each gives is what one alone would give for all images.
 
 use tch::{Kind, Reduction, Tensor};
+
+use super::moments;
+use crate::ranks;
 
 /// `x / max(‖x‖₂, 10⁻¹²)` over dimension `dim`: unit vectors, same shape.
 ///
@@ -35,7 +39,8 @@ pub fn smooth_l1(prediction: &Tensor, target: &Tensor, beta: f64) -> Tensor {
 /// ```
 pub fn masked_mean(values: &Tensor, mask: &Tensor) -> Tensor {
     let mask = mask.to_kind(values.kind());
-    (values * &mask).sum(Kind::Float) / (mask.sum(Kind::Float) + 1e-8)
+    let count = ranks::all_reduce(&mask.sum(Kind::Float)) / ranks::size() as f64;
+    (values * &mask).sum(Kind::Float) / (count + 1e-8)
 }
 
 /// The mean over rows of −cos(a, b), for `(B, D)` and `(B, D)`: a scalar in [−1, 1].
@@ -78,10 +83,17 @@ fn matmul_f32(a: &Tensor, b: &Tensor) -> Tensor {
 pub fn nt_xent(a: &Tensor, b: &Tensor, temperature: f64) -> (Tensor, Tensor) {
     let images = a.size()[0];
     let z = l2_normalize(&Tensor::cat(&[a, b], 0), 1);
-    let itself = Tensor::eye(2 * images, (Kind::Bool, z.device()));
-    let logits = (matmul_f32(&z, &z.transpose(0, 1)) / temperature).masked_fill(&itself, f64::NEG_INFINITY);
-    let number = Tensor::arange(images, (Kind::Int64, z.device()));
-    let other = Tensor::cat(&[&number + images, number], 0);
+    // Of each rank first the one views, then the others.
+    let all = ranks::gather(&z);
+    let first = 2 * images * ranks::rank() as i64;
+    let number = Tensor::arange_start(first, first + images, (Kind::Int64, z.device()));
+    let (itself, other) = (
+        Tensor::cat(&[&number, &(&number + images)], 0),
+        Tensor::cat(&[&(&number + images), &number], 0),
+    );
+    let itself = itself.unsqueeze(1).eq_tensor(&Tensor::arange(all.size()[0], (Kind::Int64, z.device())));
+    let logits = matmul_f32(&z, &all.transpose(0, 1)) / temperature;
+    let logits = logits.masked_fill(&itself, f64::NEG_INFINITY);
     let found = logits.argmax(1, false).eq_tensor(&other);
     (logits.cross_entropy_for_logits(&other), found.to_kind(Kind::Float).mean(Kind::Float))
 }
@@ -95,7 +107,8 @@ pub fn nt_xent(a: &Tensor, b: &Tensor, temperature: f64) -> (Tensor, Tensor) {
 /// assert!((f64::try_from(variance_loss(&collapsed)).unwrap() - 0.99).abs() < 1e-6);
 /// ```
 pub fn variance_loss(x: &Tensor) -> Tensor {
-    let variance = centre(x).square().sum_dim_intlist([0i64].as_slice(), false, Kind::Float) / freedom(x);
+    let squares = centre(x).square().sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+    let variance = ranks::all_reduce(&squares) / freedom(x);
     let deviation = (variance + 1e-4).sqrt();
     (deviation.neg() + 1.0).relu().mean(Kind::Float)
 }
@@ -109,21 +122,36 @@ pub fn variance_loss(x: &Tensor) -> Tensor {
 /// assert_eq!(f64::try_from(covariance_loss(&same)).unwrap(), 4.0, "two covariances of 2, squared, over D = 2");
 /// ```
 pub fn covariance_loss(x: &Tensor) -> Tensor {
-    let centred = centre(x);
-    let covariance = matmul_f32(&centred.transpose(0, 1), &centred) / freedom(x);
-    let squares = covariance.square();
-    (squares.sum(Kind::Float) - squares.diagonal(0, 0, 1).sum(Kind::Float)) / x.size()[1] as f64
+    let centred = ranks::gather(&centre(x));
+    // Each rank takes its share of the columns; the mean over ranks is the whole.
+    let (columns, ranks) = (x.size()[1], ranks::size() as i64);
+    let [first, end] = [0, 1].map(|more| columns * (ranks::rank() as i64 + more) / ranks);
+    let share = centred.narrow(1, first, end - first);
+    let squares = (matmul_f32(&centred.transpose(0, 1), &share) / freedom(x)).square();
+    let of_different = squares.sum(Kind::Float) - squares.diagonal(-first, 0, 1).sum(Kind::Float);
+    of_different * (ranks as f64 / columns as f64)
 }
 
-/// `(B, D)` less the mean of its rows.
+/// `(B, D)` less the mean of the rows of all ranks.
 fn centre(x: &Tensor) -> Tensor {
-    x - x.mean_dim([0i64].as_slice(), true, Kind::Float)
+    x - ranks::all_reduce(&x.mean_dim([0i64].as_slice(), true, Kind::Float)) / ranks::size() as f64
 }
 
-/// What unbiased moments of `(B, D)` divide by: B − 1. At least 1, so that a last validation batch of one image has a
-/// loss.
+/// What unbiased moments of `(B, D)` divide by: B − 1, of all ranks. At least 1, so that a last validation batch of one image
+/// has a loss.
 fn freedom(x: &Tensor) -> f64 {
-    (x.size()[0] - 1).max(1) as f64
+    (x.size()[0] * ranks::size() as i64 - 1).max(1) as f64
+}
+
+/// The standard deviation of each dimension of `(B, D)`, averaged. A scalar without a graph. Since 1.1.
+///
+/// ```
+/// use jepa_plugin_api::{nn::deviation, tch::Tensor};
+/// let x = Tensor::from_slice(&[1f32, 5.0, 3.0, 5.0]).view([2, 2]);
+/// assert_eq!(f64::try_from(deviation(&x)).unwrap(), 0.5, "1 of the first, 0 of the second");
+/// ```
+pub fn deviation(x: &Tensor) -> Tensor {
+    tch::no_grad(|| moments::deviation(x).mean(Kind::Float))
 }
 
 /// How far the rows of `(B, D)` differ in direction: the standard deviation of each dimension of the unit vectors,
@@ -136,9 +164,5 @@ fn freedom(x: &Tensor) -> f64 {
 /// assert_eq!(f64::try_from(spread(&collapsed)).unwrap(), 0.0);
 /// ```
 pub fn spread(x: &Tensor) -> Tensor {
-    tch::no_grad(|| {
-        let columns = x.size()[1] as f64;
-        let unit = l2_normalize(&x.to_kind(Kind::Float), 1);
-        unit.std_dim([0i64].as_slice(), false, false).mean(Kind::Float) * columns.sqrt()
-    })
+    tch::no_grad(|| deviation(&l2_normalize(&x.to_kind(Kind::Float), 1)) * (x.size()[1] as f64).sqrt())
 }

@@ -3,14 +3,14 @@
 use tch::{Device, Kind, Tensor};
 
 use super::fused::{self, Then};
+use super::moments;
 use crate::memory::bf16;
-use crate::{NormKind, Params, autograd};
+use crate::{NormKind, Params, autograd, ranks};
 
 /// Batch norm of maps `(B, C, H, W)` or of vectors `(B, C)`, with PyTorch's ε = 10⁻⁵ and momentum 0.1.
 ///
-/// The biased variance of the batch normalises it, the unbiased one goes into the running variance. Every batch norm
-/// of the host's own plugins, dense or sparse, takes its statistics in the three functions here and nowhere else: of the
-/// batch on this device, which is all of it while a run has one.
+/// The biased variance of the batch normalises it, the unbiased one goes into the running variance. The batch is that of
+/// all [`ranks`], weighted by how many values each has: visible cells, in a sparse encoder.
 ///
 /// On the CPU, training on vectors or on maps in the channels-last format has no second derivative, and what it was given
 /// or has made must not be changed in place before the backward pass.
@@ -96,7 +96,7 @@ impl BatchNorm {
     fn forward_then(&self, x: &Tensor, train: bool, then: Then) -> Tensor {
         if train {
             assert!(
-                x.numel() as i64 > x.size()[1],
+                ranks::size() > 1 || x.numel() as i64 > x.size()[1],
                 "batch norm cannot train on a single value per channel, {:?}: raise optimizer.batch_size",
                 x.size()
             );
@@ -105,16 +105,20 @@ impl BatchNorm {
         if let Some(y) = self.fused(x, train, then) {
             return y;
         }
-        let y = x.batch_norm(
-            Some(&self.weight),
-            Some(&self.bias),
-            Some(&self.running_mean),
-            Some(&self.running_var),
-            train,
-            Self::MOMENTUM,
-            Self::EPS,
-            true,
-        );
+        let y = if train && ranks::size() > 1 {
+            moments::batch_norm(self, x)
+        } else {
+            x.batch_norm(
+                Some(&self.weight),
+                Some(&self.bias),
+                Some(&self.running_mean),
+                Some(&self.running_var),
+                train,
+                Self::MOMENTUM,
+                Self::EPS,
+                true,
+            )
+        };
         match then {
             Then::Nothing => y,
             Then::Relu => y.relu(),

@@ -1,6 +1,6 @@
 //! VICReg (Bardes et al., arXiv 2105.04906): two views agree, every dimension varies, and no two dimensions say the same.
 
-use jepa_plugin_api::nn::{Mlp, covariance_loss, variance_loss};
+use jepa_plugin_api::nn::{Mlp, covariance_loss, deviation, variance_loss};
 use jepa_plugin_api::{
     Augmentation, BackboneHandle, Batch, Host, Method, Result, Step, ViewSpec, bail, ensure,
 };
@@ -93,7 +93,7 @@ impl Method for VicReg {
             .metric("invariance", &invariance)
             .metric("variance", &variance)
             .metric("covariance", &covariance)
-            .metric("spread", &a.detach().std_dim([0i64].as_slice(), false, false).mean(Kind::Float)))
+            .metric("spread", &deviation(&a)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {

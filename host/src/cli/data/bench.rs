@@ -70,7 +70,7 @@ impl BenchArgs {
         let layers = Layers { base: Some(base), file: self.config, overrides, ..Layers::default() };
         let session = Session::open(&self.plugin, layers, sources)?;
         let config = session.config().clone();
-        let prepared = prepare(&session, Purpose::Measuring, None)?;
+        let prepared = prepare(&session, Purpose::Measuring, None, None)?;
 
         let mut rows = Vec::new();
         let mut counts = vec![1, prepared.train.threads()];

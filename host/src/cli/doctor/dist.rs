@@ -51,14 +51,14 @@ pub(super) fn run(timeout: Duration, format: Format) -> anyhow::Result<()> {
         )
     })?;
     let began = Instant::now();
-    let mut comm = Comm::join(launch, timeout)?;
+    let comm = Comm::join(launch, timeout)?;
     comm.wait_for_all()?;
-    let rendezvous_s = of_slowest(&mut comm, began.elapsed().as_secs_f64())?;
-    check_sum(&mut comm)?;
-    let latency_s = median_of(&mut comm, 1, (20, 200))?;
+    let rendezvous_s = of_slowest(&comm, began.elapsed().as_secs_f64())?;
+    check_sum(&comm)?;
+    let latency_s = median_of(&comm, 1, (20, 200))?;
     let mut all_reduce = Vec::new();
     for bytes in SIZES {
-        let seconds = median_of(&mut comm, bytes / 4, (2, 7))?;
+        let seconds = median_of(&comm, bytes / 4, (2, 7))?;
         let size = f64::from(comm.launch().size);
         let sent = 2.0 * (size - 1.0) / size * bytes as f64;
         all_reduce.push(Speed { bytes, seconds, bytes_per_s: sent / seconds });
@@ -86,7 +86,7 @@ pub(super) fn run(timeout: Duration, format: Format) -> anyhow::Result<()> {
 }
 
 /// Whether what comes out is the sum, in every element.
-fn check_sum(comm: &mut Comm) -> anyhow::Result<()> {
+fn check_sum(comm: &Comm) -> anyhow::Result<()> {
     let (rank, size) = (f64::from(comm.launch().rank), f64::from(comm.launch().size));
     let mut sum = Tensor::arange(1000, (Kind::Float, Device::Cpu)) + rank;
     comm.all_reduce(&mut sum, Reduce::Sum)?;
@@ -96,7 +96,7 @@ fn check_sum(comm: &mut Comm) -> anyhow::Result<()> {
 }
 
 /// Seconds to add up so many f32: the median of `runs` behind `warmup`, of the rank where it is greatest.
-fn median_of(comm: &mut Comm, length: i64, (warmup, runs): (usize, usize)) -> Result<f64, DistError> {
+fn median_of(comm: &Comm, length: i64, (warmup, runs): (usize, usize)) -> Result<f64, DistError> {
     let mut tensor = Tensor::zeros([length], (Kind::Float, Device::Cpu));
     let mut seconds = Vec::with_capacity(runs);
     for run in 0..warmup + runs {
@@ -110,7 +110,7 @@ fn median_of(comm: &mut Comm, length: i64, (warmup, runs): (usize, usize)) -> Re
     of_slowest(comm, seconds[runs / 2])
 }
 
-fn of_slowest(comm: &mut Comm, seconds: f64) -> Result<f64, DistError> {
+fn of_slowest(comm: &Comm, seconds: f64) -> Result<f64, DistError> {
     let mut tensor = Tensor::from_slice(&[seconds]);
     comm.all_reduce(&mut tensor, Reduce::Max)?;
     Ok(tensor.double_value(&[0]))

@@ -46,7 +46,7 @@ impl DoctorArgs {
         let torch = libtorch();
         let path = |p: &Option<std::path::PathBuf>| p.as_ref().map(|p| p.display().to_string());
         let native = check_native().err().map(|error| error.to_string());
-        let cuda = match device::choose(Device::Cuda(None)) {
+        let cuda = match device::choose(Device::Cuda(None), 0) {
             Ok(_) => format!("{} devices", tch::Cuda::device_count()),
             Err(DeviceError::NoCuda { reason, .. }) => format!("no: {reason}"),
             Err(error) => format!("no: {error}"),

@@ -1,0 +1,45 @@
+// The connection behind a jepa_comm.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+
+#include <c10/util/Logging.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+
+#include "native.h"
+
+struct Comm {
+    c10::intrusive_ptr<c10d::Store> store;
+    std::chrono::milliseconds timeout;
+    // What ranks do one after the other, and gradients, which are on their way meanwhile: two groups, as the order of what a
+    // group does has to be the same on all ranks.
+    c10::intrusive_ptr<c10d::ProcessGroupGloo> group, of_gradients;
+    // Whether something that all do together has failed.
+    std::atomic<bool> lost{false};
+};
+
+// What goes wrong is in our errors. Meanwhile c10d does not say it too, at greater length, unless it is asked to.
+class Quiet {
+  public:
+    Quiet() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (depth++ > 0) return;
+        before = FLAGS_caffe2_log_level;
+        if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) FLAGS_caffe2_log_level = c10::GLOG_FATAL;
+    }
+    ~Quiet() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (--depth == 0) FLAGS_caffe2_log_level = before;
+    }
+    Quiet(const Quiet&) = delete;
+    Quiet& operator=(const Quiet&) = delete;
+
+  private:
+    static inline std::mutex mutex;
+    static inline int depth = 0, before = 0;
+};

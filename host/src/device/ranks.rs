@@ -1,0 +1,234 @@
+//! Bindings to the part of libjepa_native.so that is about ranks: host/native/comm.cpp and exchange.cpp.
+
+use std::ffi::CString;
+use std::time::Duration;
+
+use jepa_plugin_api::tch::Tensor;
+
+use super::DeviceError;
+use super::native::{ErrorOut, Handle, handles, library};
+
+/// A connection to the other ranks: see native.h, and [`dist`](crate::dist) for what is made of it. One thread has it.
+#[derive(Debug)]
+pub struct Ranks(Handle);
+
+// SAFETY: c10d's objects belong to no thread, and one thread at a time has a `Ranks`: it is not shared, but moved.
+unsafe impl Send for Ranks {}
+
+impl Ranks {
+    /// Connects to the store at `host:port`, and is that store with `serve`.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports, when it does not answer within `timeout` for one.
+    pub fn open(
+        host: &str,
+        port: u16,
+        serve: bool,
+        prefix: &str,
+        timeout: Duration,
+    ) -> Result<Self, DeviceError> {
+        let (host, prefix, mut handle) = (c_string(host)?, c_string(prefix)?, std::ptr::null_mut());
+        // SAFETY: the strings live through the call, and the handle that goes out is ours.
+        library()?.checked(|native, error| unsafe {
+            let timeout = milliseconds(timeout);
+            (native.comm_open)(host.as_ptr(), port, serve, prefix.as_ptr(), timeout, &mut handle, error)
+        })?;
+        Ok(Ranks(handle))
+    }
+
+    /// Sets a key of the store.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn set(&self, key: &str, value: &str) -> Result<(), DeviceError> {
+        let (key, value) = (c_string(key)?, c_string(value)?);
+        // SAFETY: the handle is ours, and the strings live through the call.
+        library()?.checked(|native, error| unsafe {
+            (native.comm_set)(self.0, key.as_ptr(), value.as_ptr(), error)
+        })
+    }
+
+    /// The value of a key, or `None` when nobody has set it within `timeout`.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn get(&self, key: &str, timeout: Duration) -> Result<Option<String>, DeviceError> {
+        let (key, mut value) = (c_string(key)?, std::ptr::null_mut());
+        let native = library()?;
+        // SAFETY: the handle is ours, and key and value live through the call.
+        native.checked(|native, error| unsafe {
+            (native.comm_get)(self.0, key.as_ptr(), milliseconds(timeout), &mut value, error)
+        })?;
+        // SAFETY: a string that goes out is ours.
+        Ok((!value.is_null()).then(|| unsafe { native.take(value) }))
+    }
+
+    /// Joins all ranks in a process group, which meets under a name of its own.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn join(
+        &mut self,
+        name: &str,
+        rank: u32,
+        size: u32,
+        address: Option<&str>,
+    ) -> Result<(), DeviceError> {
+        let name = c_string(name)?;
+        let address = address.map(c_string).transpose()?;
+        let address = address.as_ref().map_or(std::ptr::null(), |address| address.as_ptr());
+        // SAFETY: the handle is ours; the name lives through the call, and an address does or is null.
+        library()?.checked(|native, error| unsafe {
+            (native.comm_join)(self.0, name.as_ptr(), rank as i32, size as i32, address, error)
+        })
+    }
+
+    /// Replaces a tensor by the sum over all ranks, or by the maximum.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn all_reduce(&self, tensor: &mut Tensor, max: bool) -> Result<(), DeviceError> {
+        let tensor = tensor.as_mut_ptr().cast();
+        // SAFETY: both handles are valid.
+        library()?.checked(|native, error| unsafe {
+            (native.comm_all_reduce)(self.0, tensor, i32::from(max), error)
+        })
+    }
+
+    /// Replaces a tensor by that of rank `from`.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn broadcast(&self, tensor: &mut Tensor, from: u32) -> Result<(), DeviceError> {
+        let tensor = tensor.as_mut_ptr().cast();
+        // SAFETY: both handles are valid.
+        library()?
+            .checked(|native, error| unsafe { (native.comm_broadcast)(self.0, tensor, from as i32, error) })
+    }
+
+    /// The rows of all ranks' tensors of equal shape, in their order.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn all_gather(&self, tensor: &Tensor, size: u32) -> Result<Tensor, DeviceError> {
+        let tensor = tensor.contiguous();
+        let mut shape = tensor.size();
+        shape[0] *= i64::from(size);
+        let mut all = Tensor::empty(shape, (tensor.kind(), tensor.device()));
+        let (from, to) = (tensor.as_ptr().cast_mut().cast(), all.as_mut_ptr().cast());
+        // SAFETY: all handles are valid, and `all` has room for all.
+        library()?.checked(|native, error| unsafe { (native.comm_all_gather)(self.0, from, to, error) })?;
+        Ok(all)
+    }
+
+    /// Whether something that all do together has failed, in a plugin's hands for one.
+    pub fn is_lost(&self) -> bool {
+        // SAFETY: the handle is ours.
+        library().is_ok_and(|native| unsafe { (native.comm_lost)(self.0) })
+    }
+
+    /// What plugins compute from here on, they compute with the other ranks.
+    ///
+    /// # Errors
+    /// Without the library.
+    pub fn install(&self, rank: u32, size: u32) -> Result<(), DeviceError> {
+        let native = library()?;
+        let (rank, size) = (rank as i32, size as i32);
+        let (all_reduce, all_gather) = (native.comm_sum, native.comm_all_gather);
+        let installed = Installed { rank, size, data: self.0, all_reduce, all_gather };
+        // SAFETY: the bridge copies what it is given; `data` lives until `uninstall`, which dropping calls at the latest.
+        unsafe { jepa_ranks_install(&installed) };
+        Ok(())
+    }
+
+    /// What plugins compute from here on, this process computes alone.
+    pub fn uninstall(&self) {
+        // SAFETY: NULL is allowed.
+        unsafe { jepa_ranks_install(std::ptr::null()) };
+    }
+}
+
+/// What the bridge is told of the ranks: host/bridge/ranks.cpp.
+#[repr(C)]
+struct Installed {
+    rank: i32,
+    size: i32,
+    data: Handle,
+    all_reduce: unsafe extern "C" fn(Handle, Handle, ErrorOut) -> bool,
+    all_gather: unsafe extern "C" fn(Handle, Handle, Handle, ErrorOut) -> bool,
+}
+
+unsafe extern "C" {
+    fn jepa_ranks_install(ranks: *const Installed);
+}
+
+/// Makes the mean of gradients over all ranks while the backward pass goes on: see native.h.
+#[derive(Debug)]
+pub struct Exchange(Handle);
+
+// SAFETY: as for `Ranks`.
+unsafe impl Send for Exchange {}
+
+impl Exchange {
+    /// Of the gradients of `params`, which travel together in parts of `bucket_bytes`.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn open(ranks: &Ranks, params: &[Tensor], bucket_bytes: u64) -> Result<Self, DeviceError> {
+        let (inputs, mut handle) = (handles(params), std::ptr::null_mut());
+        let bytes = i64::try_from(bucket_bytes).unwrap_or(i64::MAX);
+        // SAFETY: the list has `count` valid handles; the one that goes out is ours.
+        library()?.checked(|native, error| unsafe {
+            (native.exchange_open)(ranks.0, inputs.len(), inputs.as_ptr(), bytes, &mut handle, error)
+        })?;
+        Ok(Exchange(handle))
+    }
+
+    /// The backward pass that follows is the step's last. `figures` become their mean over all ranks too: nobody reads or
+    /// changes them before [`finish`](Self::finish).
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn begin(&mut self, figures: &Tensor) -> Result<(), DeviceError> {
+        let figures = figures.as_ptr().cast_mut().cast();
+        // SAFETY: both handles are valid.
+        library()?.checked(|native, error| unsafe { (native.exchange_begin)(self.0, figures, error) })
+    }
+
+    /// Waits until every parameter has the mean of its gradients.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn finish(&mut self) -> Result<(), DeviceError> {
+        // SAFETY: the handle is ours.
+        library()?.checked(|native, error| unsafe { (native.exchange_finish)(self.0, error) })
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        if let Ok(native) = library() {
+            // SAFETY: the handle is ours, and used no more.
+            unsafe { (native.exchange_close)(self.0) };
+        }
+    }
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        self.uninstall();
+        if let Ok(native) = library() {
+            // SAFETY: the handle is ours, and used no more.
+            unsafe { (native.comm_close)(self.0) };
+        }
+    }
+}
+
+fn c_string(text: &str) -> Result<CString, DeviceError> {
+    CString::new(text).map_err(|error| DeviceError::Torch(error.to_string()))
+}
+
+fn milliseconds(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}
+

@@ -1,0 +1,188 @@
+//! What a run does together with other ranks; in a run of one process, nothing.
+
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
+use jepa_plugin_api::tch::{Device, Tensor};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::unread::Unread;
+use super::{Figures, Model, TrainError};
+use crate::device::Exchange;
+use crate::dist::{Comm, DistError, Ending, Reduce};
+
+/// The other ranks of a run, if there are any.
+///
+/// Each has its share of every batch, and all of them have the same weights: the mean of their gradients moves these, on every
+/// rank by the same arithmetic. The first alone evaluates, saves and records.
+#[derive(Debug, Default)]
+pub struct Ranks(Option<Others>);
+
+#[derive(Debug)]
+struct Others {
+    exchange: Exchange,
+    /// Figures that are on their way.
+    figures: Option<Tensor>,
+    comm: Comm,
+}
+
+impl Ranks {
+    /// A run of one process.
+    pub fn alone() -> Self {
+        Ranks(None)
+    }
+
+    /// All ranks of `comm`, with the gradients of `model`, which travel in parts of `bucket_bytes`.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn new(comm: Comm, model: &Model, bucket_bytes: u64) -> Result<Self, DistError> {
+        let params: Vec<Tensor> = model.trained().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+        let exchange = comm.exchange(&params, bucket_bytes)?;
+        comm.let_plugins_join(true)?;
+        Ok(Ranks(Some(Others { exchange, figures: None, comm })))
+    }
+
+    /// How many there are.
+    pub fn size(&self) -> usize {
+        self.comm().map_or(1, |comm| comm.size() as usize)
+    }
+
+    /// The number of this one, from 0.
+    pub fn rank(&self) -> usize {
+        self.comm().map_or(0, |comm| comm.rank() as usize)
+    }
+
+    /// Whether this is the one that evaluates, saves and records.
+    pub fn is_first(&self) -> bool {
+        self.comm().is_none_or(|comm| comm.rank() == 0)
+    }
+
+    /// Their connection.
+    pub fn comm(&self) -> Option<&Comm> {
+        self.0.as_ref().map(|others| &others.comm)
+    }
+
+    /// The signal that any rank has got: all of them end at the same step.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn agree_on_signal(&self, own: Option<i32>) -> Result<Option<i32>, DistError> {
+        let Some(comm) = self.comm() else { return Ok(own) };
+        let all = comm.all_gather(&Tensor::from_slice(&[i64::from(own.unwrap_or(0))]))?;
+        let greatest = all.max().int64_value(&[]);
+        Ok(own.or((greatest > 0).then_some(greatest as i32)))
+    }
+
+    /// Before the last backward pass of a step: its gradients become the mean of all ranks', as do `figures`.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn begin_exchange(&mut self, figures: &Unread) -> anyhow::Result<()> {
+        let Some(others) = &mut self.0 else { return Ok(()) };
+        let values = figures.values().map_err(TrainError::from)?;
+        let message = Tensor::cat(&[Tensor::from_slice(&[key_of(figures)]).to_device(values.device()), values], 0);
+        others.exchange.begin(&message).map_err(|error| others.comm.lost_gradients(error))?;
+        others.figures = Some(message);
+        Ok(())
+    }
+
+    /// After it: waits for what is on its way.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`]; ranks that have measured different things.
+    pub fn finish_exchange(&mut self, figures: &mut Unread) -> Result<(), DistError> {
+        let Some(others) = &mut self.0 else { return Ok(()) };
+        others.exchange.finish().map_err(|error| others.comm.lost_gradients(error))?;
+        let Some(message) = others.figures.take() else { return Ok(()) };
+        if message.device() == Device::Cpu {
+            if message.double_value(&[0]) != key_of(figures) {
+                let own: Vec<&str> = figures.names().collect();
+                let rank = others.comm.rank();
+                return Err(DistError::Differ(format!("rank {rank} measures {}, others do not", own.join(", "))));
+            }
+        }
+        figures.replace_values(&message.narrow(0, 1, message.size()[0] - 1));
+        Ok(())
+    }
+
+    /// What `work` computes with plugins, each rank computes alone.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn each_alone<T>(&self, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let Some(comm) = self.comm() else { return work() };
+        comm.let_plugins_join(false)?;
+        let result = work();
+        comm.let_plugins_join(true)?;
+        result
+    }
+
+    /// Sums over `images` of each rank's own, by name, become the means over all images. A rank may have had none.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn mean(&self, sums: Figures, images: usize) -> anyhow::Result<Figures> {
+        let names = self.from_first(|| Ok(sums.keys().cloned().collect::<Vec<_>>()))?;
+        let own = names.iter().map(|name| sums.get(name).copied().unwrap_or(0.0));
+        let mut all = Tensor::from_slice(&std::iter::once(images as f64).chain(own).collect::<Vec<_>>());
+        if let Some(comm) = self.comm() {
+            comm.all_reduce(&mut all, Reduce::Sum)?;
+        }
+        let all = Vec::<f64>::try_from(all)?;
+        Ok(names.into_iter().zip(&all[1..]).map(|(name, sum)| (name, sum / all[0])).collect())
+    }
+
+    /// What the first makes, on all.
+    ///
+    /// # Errors
+    /// Those of `make`; [`DistError::Lost`].
+    pub fn from_first<T: Serialize + DeserializeOwned>(
+        &self,
+        make: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        match self.comm() {
+            Some(comm) => comm.from_first(make),
+            None => make(),
+        }
+    }
+
+    /// Tells the others that this rank ends with `error`, and gives the error that the run ends with: where others were lost,
+    /// that says who.
+    pub fn part(&self, error: anyhow::Error) -> anyhow::Error {
+        match self.comm() {
+            Some(comm) => part(comm, error),
+            None => error,
+        }
+    }
+}
+
+/// Tells names from others: a number that is exact as an f64, and so is the mean of equal ones.
+fn key_of(figures: &Unread) -> f64 {
+    let mut names = DefaultHasher::new();
+    figures.names().for_each(|name| name.hash(&mut names));
+    (names.finish() >> 32) as f64
+}
+
+/// [`Ranks::part`], for ranks that have not begun a run.
+pub fn part(comm: &Comm, error: anyhow::Error) -> anyhow::Error {
+    let lost = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(DistError::Lost { .. }))
+    };
+    let signal = error.chain().find_map(|cause| match cause.downcast_ref() {
+        Some(TrainError::Interrupted { signal, .. } | TrainError::Stopped { signal }) => Some(*signal),
+        _ => None,
+    });
+    let ending = match signal {
+        Some(signal) => Ending::Signal(signal),
+        None if comm.is_lost() || error.chain().any(lost) => Ending::Lost,
+        None => Ending::Failed(format!("{error:#}")),
+    };
+    match comm.part(&ending) {
+        Some(broken) => {
+            tracing::debug!("{error:#}");
+            broken.into()
+        }
+        None => error,
+    }
+}

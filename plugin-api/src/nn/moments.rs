@@ -1,0 +1,100 @@
+//! Means and variances over the values of all ranks, and the batch norm that is made of them by libtorch's operations.
+
+use tch::{Device, Kind, Tensor};
+
+use super::BatchNorm;
+use crate::{autograd, ranks};
+
+/// Count, mean and biased variance of each channel over all ranks, from those of the values here (which may be none): as
+/// Chan, Golub and LeVeque add up (The American Statistician 37, 1983).
+///
+/// # Panics
+/// When all ranks together have a single value for each channel, which has no variance.
+pub(super) fn of_all_ranks(count: f64, mean: Vec<f64>, var: Vec<f64>) -> (f64, Vec<f64>, Vec<f64>) {
+    if ranks::size() == 1 {
+        return (count, mean, var);
+    }
+    let own = [&[count], mean.as_slice(), var.as_slice()].concat();
+    let own = Tensor::from_slice(&own).unsqueeze(0);
+    let (count, mean, var) = combined(&own, mean.len() as i64);
+    let list = |x: &Tensor| Vec::<f64>::try_from(x).expect("a list of f64");
+    let count = f64::try_from(count).expect("a number");
+    assert!(count > 1.0, "batch norm cannot train on a single value per channel: raise optimizer.batch_size");
+    (count, list(&mean), list(&var))
+}
+
+/// Count, means and variances over all ranks of their rows `(1, 1 + 2 C)` of f64, each a count, means and variances.
+fn combined(own: &Tensor, channels: i64) -> (Tensor, Tensor, Tensor) {
+    let all = ranks::gathered(own);
+    let counts = all.narrow(1, 0, 1);
+    let (means, vars) = (all.narrow(1, 1, channels), all.narrow(1, 1 + channels, channels));
+    let count = counts.sum(Kind::Double);
+    let weighted = |x: &Tensor| {
+        // Of no values there is no mean: what stands for it does not count.
+        let sum = (x * &counts).where_scalarother(&counts.gt(0.0), 0.0);
+        sum.sum_dim_intlist([0i64].as_slice(), false, Kind::Double) / &count
+    };
+    let mean = weighted(&means);
+    let var = weighted(&(vars + (means - &mean).square()));
+    (count, mean, var)
+}
+
+/// The standard deviation of each column of `(B, D)` over the rows of all ranks, without a graph.
+pub(super) fn deviation(x: &Tensor) -> Tensor {
+    let (var, mean) = x.detach().to_kind(Kind::Float).var_mean_dim([0i64].as_slice(), false, false);
+    if ranks::size() == 1 {
+        return var.sqrt();
+    }
+    let count = Tensor::full([1], x.size()[0] as f64, (Kind::Double, x.device()));
+    let own = Tensor::cat(&[count, mean.to_kind(Kind::Double), var.to_kind(Kind::Double)], 0).unsqueeze(0);
+    let (_, _, var) = combined(&own, x.size()[1]);
+    var.sqrt().to_kind(Kind::Float)
+}
+
+/// Batch norm of `x`, of C channels in dimension 1, with the statistics of all ranks, on any device and in any layout.
+pub(super) fn batch_norm(norm: &BatchNorm, x: &Tensor) -> Tensor {
+    let _no_grad = tch::no_grad_guard();
+    let channels = norm.weight.size()[0];
+    let others: Vec<i64> = (0..x.dim() as i64).filter(|dimension| *dimension != 1).collect();
+    let mut shape = vec![1; x.dim()];
+    shape[1] = channels;
+    let wide = x.detach().to_kind(Kind::Float);
+    let along = {
+        let shape = shape.clone();
+        move |x: &Tensor| x.to_kind(Kind::Float).view(shape.as_slice())
+    };
+
+    let (var, mean) = wide.var_mean_dim(others.as_slice(), false, false);
+    let rows = x.numel() as i64 / channels;
+    let count = Tensor::full([1], rows as f64, (Kind::Double, x.device()));
+    let own = Tensor::cat(&[count, mean.to_kind(Kind::Double), var.to_kind(Kind::Double)], 0).unsqueeze(0);
+    let (count, mean, var) = combined(&own, channels);
+    if x.device() == Device::Cpu {
+        assert!(
+            f64::try_from(&count).expect("a number") > 1.0,
+            "batch norm cannot train on a single value per channel: raise optimizer.batch_size"
+        );
+    }
+    let unbiased = &var * (&count / (&count - 1.0));
+    for (running, of_batch) in [(&norm.running_mean, &mean), (&norm.running_var, &unbiased)] {
+        let of_batch = of_batch.to_kind(running.kind());
+        let _ = running.detach().lerp_(&of_batch, BatchNorm::MOMENTUM);
+    }
+
+    let inverse_std = (var + BatchNorm::EPS).rsqrt();
+    let centred = &wide - along(&mean);
+    let scale = along(&inverse_std) * along(&norm.weight.detach());
+    let y = (&centred * &scale + along(&norm.bias.detach())).to_kind(x.kind());
+    let kind = x.kind();
+    autograd::record("BatchNorm", &[x, &norm.weight, &norm.bias], y, move |grad| {
+        let grad = grad.to_kind(Kind::Float);
+        let sum = |x: &Tensor| x.sum_dim_intlist(others.as_slice(), false, Kind::Float).to_kind(Kind::Double);
+        let (of_bias, of_product) = (sum(&grad), sum(&(&grad * &centred)));
+        let of_all = ranks::summed(&Tensor::cat(&[&of_bias, &of_product], 0)) / &count;
+        let (mean_grad, mean_product) = (of_all.narrow(0, 0, channels), of_all.narrow(0, channels, channels));
+        let along_std = along(&(inverse_std.square() * mean_product));
+        let of_x = (&grad - along(&mean_grad) - &centred * along_std) * &scale;
+        let of_weight = of_product * &inverse_std;
+        vec![Some(of_x.to_kind(kind)), Some(of_weight.to_kind(Kind::Float)), Some(of_bias.to_kind(Kind::Float))]
+    })
+}
