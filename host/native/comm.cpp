@@ -48,6 +48,7 @@ void jepa_comm_close(jepa_comm comm) { delete static_cast<Comm*>(comm); }
 
 bool jepa_comm_set(jepa_comm comm, const char* key, const char* value, char** error) {
     return guarded(error, [&] {
+        const Quiet quiet;
         const std::string text(value);
         opened(comm).store->set(key, std::vector<uint8_t>(text.begin(), text.end()));
     });

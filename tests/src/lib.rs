@@ -4,6 +4,7 @@ pub mod author;
 pub mod boundary;
 pub mod browser;
 pub mod fixture;
+pub mod ranks;
 pub mod real;
 pub mod training;
 pub mod wandb;

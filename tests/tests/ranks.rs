@@ -1,26 +1,13 @@
 //! Several processes that find each other and talk, and what they say when one is missing.
 
-use std::net::TcpListener;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use jepa_host::dist::{Comm, DistError, Launch, Launcher, Reduce};
+use jepa_tests::ranks::{free_port, start};
 use jepa_tests::real::{Room, Running};
 use serde_json::Value;
 use tch::{Kind, Tensor};
-
-/// A port that nobody listens at.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// Starts rank `rank` of `size`, which meet at a port.
-fn start(room: &Room, (rank, size, port): (u32, u32, u16), arguments: &[&str]) -> Running {
-    let (rank, size, port) = (rank.to_string(), size.to_string(), port.to_string());
-    let variables =
-        [("RANK", &*rank), ("WORLD_SIZE", &*size), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &*port)];
-    room.start_in(&variables, arguments)
-}
 
 #[test]
 fn ranks_find_each_other_and_the_first_tells() {
@@ -68,9 +55,6 @@ fn what_no_launcher_would_start_is_refused() {
     let variables = [("RANK", "0"), ("WORLD_SIZE", "2")];
     let ended = room.start_in(&variables, ["doctor", "--dist"]).wait().expect(2);
     assert!(ended.stderr.contains("MASTER_ADDR is not set"), "{}", ended.stderr);
-    // Two runs of one name at once.
-    let ended = start(&room, (0, 2, 29500), &["--plugin", "simclr", "data.train=images.h5"]).wait().expect(2);
-    assert!(ended.stderr.contains("a run over several is not there yet"), "{}", ended.stderr);
 }
 
 /// Joins `size` ranks that are threads of this process, and runs `work` in each.
@@ -99,7 +83,7 @@ fn in_threads<T: Send>(size: u32, timeout: Duration, work: impl Fn(Comm) -> T + 
 
 #[test]
 fn tensors_are_added_up_and_handed_on() {
-    let of_ranks = in_threads(3, Duration::from_secs(30), |mut comm| {
+    let of_ranks = in_threads(3, Duration::from_secs(30), |comm| {
         let rank = f64::from(comm.launch().rank);
         let numbers = |tensor: &Tensor| Vec::<f64>::try_from(tensor.to_kind(Kind::Double)).unwrap();
         let mut sum = Tensor::from_slice(&[rank, 10.0]);
@@ -120,7 +104,7 @@ fn tensors_are_added_up_and_handed_on() {
 #[test]
 fn a_rank_that_leaves_is_an_error_of_the_others_at_once() {
     let began = Instant::now();
-    let ended = in_threads(3, Duration::from_secs(60), |mut comm| {
+    let ended = in_threads(3, Duration::from_secs(60), |comm| {
         comm.wait_for_all().unwrap();
         match comm.launch().rank {
             1 => None,
@@ -153,7 +137,7 @@ fn what_an_earlier_attempt_has_left_behind_confuses_nobody() {
     };
     let time = Duration::from_secs(20);
     let join = |launch| {
-        let mut comm = Comm::join(launch, time).unwrap();
+        let comm = Comm::join(launch, time).unwrap();
         comm.wait_for_all().unwrap();
         comm
     };
@@ -166,8 +150,8 @@ fn what_an_earlier_attempt_has_left_behind_confuses_nobody() {
         // The one comes before the other has called.
         let again = scope.spawn(|| Comm::join(launch(1, false), time).unwrap());
         thread::sleep(Duration::from_millis(500));
-        let mut first = Comm::join(launch(0, false), time).unwrap();
-        let mut again = again.join().unwrap();
+        let first = Comm::join(launch(0, false), time).unwrap();
+        let again = again.join().unwrap();
         let other = scope.spawn(move || again.wait_for_all().unwrap());
         first.wait_for_all().unwrap();
         other.join().unwrap();

@@ -37,7 +37,7 @@ pub(super) fn report(error: &anyhow::Error) {
         }
     }
     // Nobody may be left to read it: the exit code still tells.
-    let _ = writeln!(io::stderr(), "{}error: {text}", speaker());
+    let _ = writeln!(io::stderr(), "error: {}{text}", speaker());
 }
 
 /// The exit code of `error`: that of the first cause that has one.

@@ -1,0 +1,157 @@
+//! What becomes of a run when one of its ranks dies, hangs, fails or is told to end.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use jepa_tests::ranks::{free_port, run, start, start_all};
+use jepa_tests::real::{
+    Room, Running, TINY_BACKBONE, TINY_SIMCLR, checkpoints, demo_images, fixture, held_out_images, setting,
+};
+
+const RUN: &str = "runs/simclr/version_0";
+
+/// A run of 60 steps, with a checkpoint after every 5; it takes some seconds.
+fn arguments(more: &[&str]) -> Vec<String> {
+    let images = setting("data.train", &demo_images());
+    let fixed = [
+        "--plugin",
+        "simclr",
+        &images,
+        "trainer.threads=1",
+        "trainer.max_steps=60",
+        "checkpoint.every_steps=5",
+        "eval.every_epochs=0",
+        "eval.at_start=false",
+    ];
+    let all = fixed.into_iter().chain(TINY_BACKBONE).chain(TINY_SIMCLR).chain(more.iter().copied());
+    all.map(str::to_owned).collect()
+}
+
+fn begin(room: &Room, size: u32, arguments: &[String]) -> Vec<Running> {
+    start_all(room, size, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+fn folder(room: &Room) -> PathBuf {
+    room.file(RUN).join("checkpoints")
+}
+
+/// Every file of the last checkpoint.
+fn last(room: &Room) -> BTreeMap<PathBuf, Vec<u8>> {
+    let checkpoint = checkpoints(&folder(room)).pop().expect("there is a checkpoint");
+    assert!(checkpoint.ends_with("step_00000060"), "{}", checkpoint.display());
+    let files = fs::read_dir(&checkpoint).unwrap().map(|entry| entry.unwrap().path());
+    files.map(|path| (PathBuf::from(path.file_name().unwrap()), fs::read(&path).unwrap())).collect()
+}
+
+fn has_saved(folder: &Path, steps: usize) -> bool {
+    let name = format!("step_{steps:08}");
+    checkpoints(folder).iter().any(|path| *path.file_name().unwrap().to_string_lossy() >= *name)
+}
+
+#[test]
+fn a_rank_that_dies_ends_the_others_and_they_go_on_to_the_same_bytes() {
+    let undisturbed = Room::new();
+    let arguments = arguments(&[]);
+    run(&undisturbed, 2, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+
+    // Whoever dies, whoever keeps the store.
+    for (victim, after) in [(1, 20), (0, 35)] {
+        let room = Room::new();
+        let mut ranks = begin(&room, 2, &arguments);
+        let folder = folder(&room);
+        ranks[victim].until("a checkpoint", || has_saved(&folder, after));
+        let process = ranks[victim].id();
+        ranks[victim].signal(libc::SIGKILL);
+        let began = Instant::now();
+        let mut ended: Vec<_> = ranks.into_iter().map(Running::wait).collect();
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        let other = ended.remove(1 - victim).expect(1);
+        let who = format!("rank {victim} (process {process} on ");
+        other.error_says(&[&who, "has ended or does not answer"]);
+        assert!(!has_saved(&folder, 60));
+
+        let mut again = arguments.clone();
+        again.extend(["--resume".to_owned(), "auto".to_owned()]);
+        run(&room, 2, &again.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(last(&room) == last(&undisturbed), "rank {victim} died: the last checkpoint differs");
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_is_named_when_the_time_is_over() {
+    let room = Room::new();
+    let mut ranks = begin(&room, 3, &arguments(&["ranks.timeout_s=6", "optimizer.batch_size=18"]));
+    let folder = folder(&room);
+    ranks[0].until("a checkpoint", || has_saved(&folder, 5));
+    ranks[1].signal(libc::SIGSTOP);
+    let (began, process) = (Instant::now(), ranks[1].id());
+    let mut hanging = ranks.remove(1);
+    for other in ranks {
+        let ended = other.wait().expect(1);
+        ended.error_says(&[&format!("rank 1 (process {process} on "), "has ended or does not answer"]);
+        assert!(!ended.stderr.contains("rank 2 (process") && !ended.stderr.contains("rank 0 (process"));
+    }
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    hanging.signal(libc::SIGKILL);
+}
+
+#[test]
+fn a_signal_to_one_rank_ends_all_of_them_at_the_same_step() {
+    for signal in [libc::SIGTERM, libc::SIGUSR1] {
+        let room = Room::new();
+        let mut ranks = begin(&room, 2, &arguments(&[]));
+        let folder = folder(&room);
+        ranks[0].until("a checkpoint", || has_saved(&folder, 5));
+        ranks[1].signal(signal);
+        for rank in ranks {
+            let ended = rank.wait().expect(128 + signal);
+            ended.error_says(&["interrupted by SIG", "continue with --resume"]);
+        }
+        let newest = checkpoints(&folder).pop().unwrap();
+        assert!(!newest.ends_with("step_00000060"), "{}", newest.display());
+        let arguments = arguments(&["--resume", "auto"]);
+        run(&room, 2, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        last(&room);
+    }
+}
+
+#[test]
+fn what_one_rank_cannot_do_all_of_them_tell() {
+    // Image 2 of the file is corrupt.
+    let room = Room::new();
+    let images = setting("data.train", &fixture("bad_jpeg.h5"));
+    let ranks = begin(&room, 2, &arguments(&[&images, "optimizer.batch_size=4", "data.size=8"]));
+    let ended: Vec<_> = ranks.into_iter().map(Running::wait).collect();
+    let codes: Vec<Option<i32>> = ended.iter().map(|ended| ended.status.code()).collect();
+    assert!(codes.contains(&Some(4)) && codes.contains(&Some(1)), "{codes:?}");
+    for ended in ended {
+        assert!(ended.stderr.contains("corrupt") || ended.stderr.contains("decode"), "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn ranks_that_would_not_do_the_same_are_refused() {
+    let refused = |size: u32, of_second: &[&str], says: &[&str]| {
+        let (room, port) = (Room::new(), free_port());
+        let ranks: Vec<Running> = (0..size)
+            .map(|rank| {
+                let arguments = arguments(if rank == 1 { of_second } else { &[] });
+                start(&room, (rank, size, port), &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+            })
+            .collect();
+        for rank in ranks {
+            rank.wait().expect(2).error_says(says);
+        }
+        assert!(!room.file("runs").exists());
+    };
+    refused(2, &["optimizer.lr=0.5"], &["rank 1 differs from rank 0: optimizer.lr is 0.5, not 0.001"]);
+    let others = setting("data.train", &held_out_images());
+    refused(2, &[&others], &["rank 1 differs from rank 0: the training data's fingerprint is "]);
+
+    let room = Room::new();
+    for rank in begin(&room, 3, &arguments(&[])) {
+        rank.wait().expect(2).error_says(&["a batch of 16 images has no 3 equal parts", "optimizer.batch_size"]);
+    }
+}
