@@ -1,6 +1,10 @@
 // Ranks, over libtorch's c10d: its TCP store, and its process group over gloo.
 
+#include <future>
+#include <memory>
+#include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
@@ -15,6 +19,20 @@ Comm& opened(jepa_comm comm) { return *static_cast<Comm*>(comm); }
 c10d::ProcessGroupGloo& joined(jepa_comm comm) {
     TORCH_CHECK(opened(comm).group, "the ranks have not been joined");
     return *opened(comm).group;
+}
+
+// A store whose machine is cut off never answers, and its client waits without an end: here, not longer than this beyond the
+// time that the question itself has. The thread that waits on is left to itself.
+constexpr auto slack = std::chrono::seconds(5);
+
+template <typename Ask>
+auto within(std::chrono::milliseconds time, Ask ask) {
+    using Answer = decltype(ask());
+    auto task = std::make_shared<std::packaged_task<Answer()>>(std::move(ask));
+    auto answer = task->get_future();
+    std::thread([task] { (*task)(); }).detach();
+    TORCH_CHECK(answer.wait_for(time) == std::future_status::ready, "the store does not answer");
+    return answer.get();
 }
 
 // Runs what all ranks do together.
@@ -50,25 +68,31 @@ bool jepa_comm_set(jepa_comm comm, const char* key, const char* value, char** er
     return guarded(error, [&] {
         const Quiet quiet;
         const std::string text(value);
-        opened(comm).store->set(key, std::vector<uint8_t>(text.begin(), text.end()));
+        within(slack, [store = opened(comm).store, key = std::string(key), text] {
+            store->set(key, std::vector<uint8_t>(text.begin(), text.end()));
+        });
     });
 }
 
 bool jepa_comm_get(jepa_comm comm, const char* key, int64_t timeout_ms, char** value, char** error) {
     return guarded(error, [&] {
         const Quiet quiet;
-        auto& store = *opened(comm).store;
         *value = nullptr;
-        if (!store.check({key})) {
-            try {
-                store.wait({key}, std::chrono::milliseconds(timeout_ms));
-            } catch (const c10::DistStoreError&) {
-                // The time is over, unless the store is not there any more: then this throws.
-                if (!store.check({key})) return;
+        const std::chrono::milliseconds time(timeout_ms);
+        const auto ask = [store = opened(comm).store, key = std::string(key), time]() -> std::optional<std::string> {
+            if (!store->check({key})) {
+                try {
+                    store->wait({key}, time);
+                } catch (const c10::DistStoreError&) {
+                    // The time is over, unless the store is not there any more: then this throws.
+                    if (!store->check({key})) return std::nullopt;
+                }
             }
-        }
-        const auto bytes = store.get(key);
-        *value = strdup(std::string(bytes.begin(), bytes.end()).c_str());
+            const auto bytes = store->get(key);
+            return std::string(bytes.begin(), bytes.end());
+        };
+        const auto answer = within(time + slack, ask);
+        if (answer) *value = strdup(answer->c_str());
     });
 }
 

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use jepa_tests::ranks::{free_port, run, start, start_all};
+use jepa_tests::ranks::{Networks, free_port, run, start, start_all, torchrun};
 use jepa_tests::real::{
-    Room, Running, TINY_BACKBONE, TINY_SIMCLR, checkpoints, demo_images, fixture, held_out_images, setting,
+    Room, Running, TINY_BACKBONE, TINY_SIMCLR, binary, checkpoints, demo_images, fixture, held_out_images,
+    setting,
 };
+use serde_json::Value;
 
 const RUN: &str = "runs/simclr/version_0";
 
@@ -98,6 +101,36 @@ fn a_rank_that_hangs_is_named_when_the_time_is_over() {
 }
 
 #[test]
+fn a_cut_cable_ends_both_sides_in_time_and_they_go_on_to_the_same_bytes() {
+    let Some(networks) = Networks::new() else { return };
+    let undisturbed = Room::new();
+    let arguments = arguments(&["ranks.timeout_s=6"]);
+    let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    for rank in networks.start(&undisturbed, &arguments) {
+        rank.wait().expect(0);
+    }
+
+    let room = Room::new();
+    let mut ranks = networks.start(&room, &arguments);
+    let folder = folder(&room);
+    ranks[0].until("a checkpoint", || has_saved(&folder, 15));
+    networks.cut();
+    let began = Instant::now();
+    for (rank, other) in ranks.into_iter().zip([1, 0]) {
+        rank.wait().expect(1).error_says(&[&format!("rank {other} (process "), "does not answer"]);
+    }
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+
+    drop(networks);
+    let networks = Networks::new().unwrap();
+    arguments.extend(["--resume", "auto"]);
+    for rank in networks.start(&room, &arguments) {
+        rank.wait().expect(0);
+    }
+    assert!(last(&room) == last(&undisturbed), "the last checkpoint differs");
+}
+
+#[test]
 fn a_signal_to_one_rank_ends_all_of_them_at_the_same_step() {
     for signal in [libc::SIGTERM, libc::SIGUSR1] {
         let room = Room::new();
@@ -154,4 +187,38 @@ fn ranks_that_would_not_do_the_same_are_refused() {
     for rank in begin(&room, 3, &arguments(&[])) {
         rank.wait().expect(2).error_says(&["a batch of 16 images has no 3 equal parts", "optimizer.batch_size"]);
     }
+}
+
+/// The process of a rank, as the run's provenance has it.
+fn process_of(room: &Room, rank: usize) -> Option<i64> {
+    let text = fs::read_to_string(room.file(RUN).join("provenance.json")).ok()?;
+    let sessions: Value = serde_json::from_str(&text).ok()?;
+    sessions.as_array()?.last()?["ranks"][rank]["process"].as_i64()
+}
+
+#[test]
+fn torchrun_begins_anew_and_the_run_goes_on_by_itself() {
+    let Some(torchrun) = torchrun() else { return };
+    let undisturbed = Room::new();
+    let arguments = arguments(&[]);
+    run(&undisturbed, 2, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+
+    let room = Room::new();
+    let port = format!("--master-port={}", free_port());
+    let launch = ["--no-python", "--nproc-per-node=2", "--max-restarts=2", &port].map(str::to_owned);
+    let program = binary().display().to_string();
+    let all: Vec<String> = launch.into_iter().chain([program]).chain(arguments).collect();
+    // Its Python has a libtorch of its own.
+    let mut running = room.start_other_in(&[("LD_LIBRARY_PATH", ""), ("PYTHONPATH", "")], &torchrun, &all);
+    let folder = folder(&room);
+    for (victim, after) in [(1, 15), (0, 35)] {
+        running.until("a checkpoint", || has_saved(&folder, after));
+        let before = process_of(&room, victim).unwrap();
+        let killed = Command::new("kill").args(["-KILL", &before.to_string()]).status().unwrap();
+        assert!(killed.success());
+        running.until("another attempt", || process_of(&room, victim).is_some_and(|process| process != before));
+    }
+    let ended = running.wait().expect(0);
+    assert_eq!(ended.stderr.matches("going on at step ").count(), 2, "{}", ended.stderr);
+    assert!(last(&room) == last(&undisturbed), "the last checkpoint differs");
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use jepa_tests::ranks;
-use jepa_tests::real::{Room, checkpoints, demo_images, records, setting};
+use jepa_tests::real::{Room, checkpoints, demo_images, held_out_images, is_of_a_clock, records, setting};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -93,5 +93,79 @@ fn losses_and_gradients_are_those_of_one_process() {
             eprintln!("{what}: {off:.1e}");
             assert!(off < 1e-5, "{what}: gradients are {off:.1e} apart");
         }
+    }
+}
+
+/// Values of every figure that is no time, by step and name.
+fn figures(records: &[Value]) -> Vec<(String, f64)> {
+    let of_record = |record: &Value| {
+        let step = record["step"].clone();
+        let fields = record.as_object().unwrap().clone().into_iter().filter(|(name, _)| !is_of_a_clock(name));
+        let numbers = fields.filter_map(|(name, value)| Some((name, value.as_f64()?)));
+        numbers.map(move |(name, value)| (format!("{step} {name}"), value)).collect::<Vec<_>>()
+    };
+    records.iter().flat_map(of_record).collect()
+}
+
+#[test]
+fn ten_steps_with_validation_and_evaluation_stay_together() {
+    let held_out = setting("data.val", &held_out_images());
+    let settings = [
+        &held_out,
+        "trainer.max_steps=10",
+        "trainer.accumulate=2",
+        "trainer.clip=0.5",
+        "optimizer.lr=1e-4",
+        "eval.every_epochs=1",
+        "eval.at_start=true",
+        "eval.train_limit=500",
+        "eval.linear.epochs=2",
+        "eval.contrastive.enabled=true",
+        "eval.contrastive.images=64",
+    ];
+    for method in METHODS {
+        let (_, alone) = train(1, method, &settings);
+        let alone = figures(&alone);
+        assert!(alone.iter().any(|(name, _)| name == "10 eval/linear_top1"), "{alone:?}");
+        assert!(alone.iter().any(|(name, _)| name == "10 val/loss"), "{alone:?}");
+        for size in [2, 4] {
+            let (_, together) = train(size, method, &settings);
+            let together = figures(&together);
+            let what = format!("{} with {} on {size} ranks", method.0, method.1[0]);
+            let names = |figures: &[(String, f64)]| figures.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+            assert_eq!(names(&alone), names(&together), "{what}");
+            for ((name, alone), (_, together)) in alone.iter().zip(&together) {
+                // Ranks of features count, and an image more or less in 500 may be the nearest.
+                let tolerance = if name.contains("top") || name.contains("accuracy") { 0.02 } else { 2e-3 };
+                let off = (alone - together).abs() / if name.contains("eval/rank") { alone.abs() } else { alone.abs().max(1.0) };
+                assert!(off <= tolerance, "{what}: {name} is {together}, and {alone} alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_with_another_number_of_ranks_and_no_image_is_lost_or_repeated() {
+    // The order of images decides the losses, whoever computes them.
+    let method = METHODS[5];
+    let settings = |steps: &'static str| [steps, "optimizer.lr=1e-4", "checkpoint.every_steps=4"];
+    let (_, alone) = train(1, method, &settings("trainer.max_steps=12"));
+    let (room, _) = train(2, method, &settings("trainer.max_steps=5"));
+    for (size, steps) in [(4, "trainer.max_steps=9"), (1, "trainer.max_steps=12")] {
+        let images = setting("data.train", &demo_images());
+        let plugin = ["--plugin", method.0, &images, "--resume", "auto"];
+        let arguments: Vec<&str> = [&plugin, &SHORT[..], method.1, &settings(steps)].concat();
+        if size == 4 {
+            for (number, rank) in ranks::start_all(&room, size, &arguments).into_iter().enumerate() {
+                let ended = rank.wait().expect(if number == 0 { 2 } else { 1 });
+                ended.error_says(&["the number of ranks was 2 and is 4", "--allow-changes"]);
+            }
+        }
+        ranks::run(&room, size, &[&arguments[..], &["--allow-changes"]].concat());
+    }
+    let (alone, changing) = (losses(&alone), losses(&records(&run(&room))));
+    assert_eq!((alone.len(), changing.len()), (12, 12));
+    for (step, (alone, changing)) in alone.iter().zip(&changing).enumerate() {
+        assert!((alone - changing).abs() < 1e-4, "step {step}: {changing}, and {alone} alone");
     }
 }

@@ -259,45 +259,50 @@ impl Comm {
     /// Tells the others why this process ends. One that has lost others waits, for 10 s at most, to hear from all, and learns
     /// who has ended without a word, and who has failed and how; whoever keeps the store stays until all know.
     pub fn part(&self, own: &Ending) -> Option<DistError> {
-        let me = self.launch.rank;
-        let key = |what: &str, rank: u32| self.key(&format!("{what}/{rank}"));
         let said = serde_json::to_string(own).unwrap_or_default();
-        let reached = self.ranks.set(&key("end", me), &said).is_ok();
-        if *own != Ending::Lost {
-            return None;
+        let reached = self.ranks.set(&self.key_of("end", self.launch.rank), &said).is_ok();
+        let (gone, failed) = match own {
+            Ending::Lost if reached => self.ask_for_endings(),
+            // The store has ended with whoever keeps it.
+            Ending::Lost => (vec![self.peers[0].clone()], Vec::new()),
+            _ => (Vec::new(), Vec::new()),
+        };
+        let _ = self.ranks.set(&self.key_of("parted", self.launch.rank), "");
+        if self.launch.keeps_store {
+            let until = Instant::now() + GRACE;
+            for peer in self.others().filter(|peer| !gone.contains(peer)) {
+                let _ = self.ranks.get(&self.key_of("parted", peer.rank), left(until));
+            }
         }
+        (*own == Ending::Lost).then_some(DistError::Broken { rank: self.launch.rank, gone, failed })
+    }
+
+    /// Who is silent, and who has failed and how: once that is known, nobody waits for the rest.
+    fn ask_for_endings(&self) -> (Vec<Peer>, Vec<(u32, Ending)>) {
         let (until, mut gone, mut failed) = (Instant::now() + GRACE, Vec::new(), Vec::new());
-        for peer in self.peers.iter().filter(|peer| reached && peer.rank != me) {
-            // Once somebody has said what was wrong, nobody waits for the rest.
+        for peer in self.others() {
             let until = if failed.is_empty() { until } else { Instant::now() };
-            match self.ranks.get(&key("end", peer.rank), left(until)) {
+            match self.ranks.get(&self.key_of("end", peer.rank), left(until)) {
                 Ok(Some(said)) => match serde_json::from_str(&said) {
                     Ok(Ending::Lost) | Err(_) => {}
                     Ok(ending) => failed.push((peer.rank, ending)),
                 },
                 Ok(None) => gone.push(peer.clone()),
-                // The store has ended with who keeps it.
-                Err(_) => {
-                    gone = vec![self.peers[0].clone()];
-                    break;
-                }
-            }
-        }
-        if !reached {
-            gone = vec![self.peers[0].clone()];
-        }
-        let _ = self.ranks.set(&key("parted", me), "");
-        if self.launch.keeps_store {
-            let until = Instant::now() + GRACE / 2;
-            let here = |peer: &&Peer| peer.rank != me && !gone.contains(peer);
-            for peer in self.peers.iter().filter(here) {
-                let _ = self.ranks.get(&key("parted", peer.rank), left(until));
+                Err(_) => return (vec![self.peers[0].clone()], failed),
             }
         }
         if !failed.is_empty() {
             gone.clear();
         }
-        Some(DistError::Broken { rank: me, gone, failed })
+        (gone, failed)
+    }
+
+    fn others(&self) -> impl Iterator<Item = &Peer> {
+        self.peers.iter().filter(|peer| peer.rank != self.launch.rank)
+    }
+
+    fn key_of(&self, what: &str, rank: u32) -> String {
+        self.key(&format!("{what}/{rank}"))
     }
 
     fn key(&self, what: &str) -> String {
@@ -323,7 +328,7 @@ impl Comm {
             if let Some(text) = self.ranks.get(key, LOOK).map_err(failed)? {
                 return Ok(text);
             }
-            if self.ranks.get(&self.key(&format!("end/{from}")), at_once).map_err(failed)?.is_some() {
+            if self.ranks.get(&self.key_of("end", from), at_once).map_err(failed)?.is_some() {
                 return Err(silent("has ended"));
             }
             let sign = self.ranks.get(&self.key("alive"), at_once).map_err(failed)?;

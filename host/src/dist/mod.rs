@@ -92,6 +92,17 @@ pub enum DistError {
     /// They would not do the same.
     #[error("{0}: give all ranks the same settings, plugins, data and libraries")]
     Differ(String),
+    /// They have computed the same, and it has become something else.
+    #[error(
+        "the weights of rank {rank} are not those of rank 0 any more at step {step}: its machine may be faulty, or the method \
+         computes there what it does not compute elsewhere; go on from the last checkpoint"
+    )]
+    Drift {
+        /// Whose weights.
+        rank: u32,
+        /// Optimizer steps taken.
+        step: u64,
+    },
     /// The library that does it.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -2,7 +2,7 @@
 
 use jepa_plugin_api::abi::MethodHandle;
 use jepa_plugin_api::params::Kind;
-use jepa_plugin_api::tch::{Device, Tensor, no_grad};
+use jepa_plugin_api::tch::{Device, Kind as TensorKind, TchError, Tensor, no_grad};
 
 use super::TrainError;
 use super::ema::Ema;
@@ -54,6 +54,25 @@ impl Model {
     /// Every tensor, as a checkpoint holds it.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         self.method.entries().iter().map(|entry| (entry.name.clone(), entry.tensor.shallow_clone())).collect()
+    }
+
+    /// A number that differs for models that differ in a bit, as good as always: the sum of all bits, taken as integers.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn checksum(&self) -> Result<i64, TchError> {
+        let mut sum = 0i64;
+        for entry in self.method.entries() {
+            let tensor = entry.tensor.detach();
+            let bits = match tensor.kind() {
+                TensorKind::Float => tensor.f_view_dtype(TensorKind::Int)?,
+                TensorKind::Double => tensor.f_view_dtype(TensorKind::Int64)?,
+                TensorKind::Half | TensorKind::BFloat16 => tensor.f_view_dtype(TensorKind::Int16)?,
+                _ => tensor,
+            };
+            sum = sum.wrapping_mul(31).wrapping_add(bits.f_sum(TensorKind::Int64)?.f_int64_value(&[])?);
+        }
+        Ok(sum)
     }
 
     /// Features (B, D) on `device` of images f32 `(B, 3, S, S)`, wherever these are.

@@ -15,8 +15,12 @@ use crate::dist::{Comm, DistError, Ending, Reduce};
 ///
 /// Each has its share of every batch, and all of them have the same weights: the mean of their gradients moves these, on every
 /// rank by the same arithmetic. The first alone evaluates, saves and records.
-#[derive(Debug, Default)]
-pub struct Ranks(Option<Others>);
+#[derive(Debug)]
+pub struct Ranks {
+    rank: usize,
+    size: usize,
+    others: Option<Others>,
+}
 
 #[derive(Debug)]
 struct Others {
@@ -29,7 +33,7 @@ struct Others {
 impl Ranks {
     /// A run of one process.
     pub fn alone() -> Self {
-        Ranks(None)
+        Ranks { rank: 0, size: 1, others: None }
     }
 
     /// All ranks of `comm`, with the gradients of `model`, which travel in parts of `bucket_bytes`.
@@ -40,27 +44,28 @@ impl Ranks {
         let params: Vec<Tensor> = model.trained().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
         let exchange = comm.exchange(&params, bucket_bytes)?;
         comm.let_plugins_join(true)?;
-        Ok(Ranks(Some(Others { exchange, figures: None, comm })))
-    }
-
-    /// How many there are.
-    pub fn size(&self) -> usize {
-        self.comm().map_or(1, |comm| comm.size() as usize)
+        let (rank, size) = (comm.rank() as usize, comm.size() as usize);
+        Ok(Ranks { rank, size, others: Some(Others { exchange, figures: None, comm }) })
     }
 
     /// The number of this one, from 0.
     pub fn rank(&self) -> usize {
-        self.comm().map_or(0, |comm| comm.rank() as usize)
+        self.rank
+    }
+
+    /// How many there are.
+    pub fn size(&self) -> usize {
+        self.size
     }
 
     /// Whether this is the one that evaluates, saves and records.
     pub fn is_first(&self) -> bool {
-        self.comm().is_none_or(|comm| comm.rank() == 0)
+        self.rank == 0
     }
 
     /// Their connection.
     pub fn comm(&self) -> Option<&Comm> {
-        self.0.as_ref().map(|others| &others.comm)
+        self.others.as_ref().map(|others| &others.comm)
     }
 
     /// The signal that any rank has got: all of them end at the same step.
@@ -79,7 +84,7 @@ impl Ranks {
     /// # Errors
     /// [`DistError::Lost`].
     pub fn begin_exchange(&mut self, figures: &Unread) -> anyhow::Result<()> {
-        let Some(others) = &mut self.0 else { return Ok(()) };
+        let Some(others) = &mut self.others else { return Ok(()) };
         let values = figures.values().map_err(TrainError::from)?;
         let message = Tensor::cat(&[Tensor::from_slice(&[key_of(figures)]).to_device(values.device()), values], 0);
         others.exchange.begin(&message).map_err(|error| others.comm.lost_gradients(error))?;
@@ -92,7 +97,7 @@ impl Ranks {
     /// # Errors
     /// [`DistError::Lost`]; ranks that have measured different things.
     pub fn finish_exchange(&mut self, figures: &mut Unread) -> Result<(), DistError> {
-        let Some(others) = &mut self.0 else { return Ok(()) };
+        let Some(others) = &mut self.others else { return Ok(()) };
         others.exchange.finish().map_err(|error| others.comm.lost_gradients(error))?;
         let Some(message) = others.figures.take() else { return Ok(()) };
         if message.device() == Device::Cpu {
@@ -147,11 +152,32 @@ impl Ranks {
         }
     }
 
+    /// Refuses to go on with ranks whose weights are not the same any more, to the bit.
+    ///
+    /// # Errors
+    /// [`DistError::Drift`].
+    pub fn check(&self, model: &Model, step: u64) -> anyhow::Result<()> {
+        let Some(comm) = self.comm() else { return Ok(()) };
+        let own = model.checksum().map_err(TrainError::from)?;
+        let all = Vec::<i64>::try_from(comm.all_gather(&Tensor::from_slice(&[own]))?)?;
+        match all.iter().position(|other| *other != all[0]) {
+            Some(rank) => Err(DistError::Drift { rank: rank as u32, step }.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// At the end of a run nobody leaves before all are done: the first may keep the store.
+    pub fn leave(&self) {
+        if let Some(Err(error)) = self.comm().map(Comm::wait_for_all) {
+            tracing::warn!("the run is complete, and {error}");
+        }
+    }
+
     /// Tells the others that this rank ends with `error`, and gives the error that the run ends with: where others were lost,
-    /// that says who.
-    pub fn part(&self, error: anyhow::Error) -> anyhow::Error {
-        match self.comm() {
-            Some(comm) => part(comm, error),
+    /// that says who. From here on this rank is alone.
+    pub fn part(&mut self, error: anyhow::Error) -> anyhow::Error {
+        match self.others.take() {
+            Some(others) => part(&others.comm, error),
             None => error,
         }
     }

@@ -18,6 +18,7 @@ use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
 use crate::data::{DataError, LoadedBatch, Loader, RawBatch, Work};
 use crate::device::autocast_bf16;
+use crate::dist::DistError;
 use crate::eval::{EvalError, Evaluation};
 use crate::trace::Trace;
 use crate::track::{Histogram, StepReport, Trackers};
@@ -94,7 +95,7 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
         Err(error) => {
             run.trackers.finish();
             let error = run.ranks.part(error);
-            if error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause)) {
+            if error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause) || has_drifted(cause)) {
                 return Err(error);
             }
             match run.undo_step().and_then(|()| run.save()) {
@@ -175,6 +176,10 @@ pub fn has_diverged(cause: &(dyn Error + 'static)) -> bool {
         || matches!(cause.downcast_ref(), Some(EvalError::NotFinite { .. } | EvalError::Diverged { .. }))
 }
 
+fn has_drifted(cause: &(dyn Error + 'static)) -> bool {
+    matches!(cause.downcast_ref(), Some(DistError::Drift { .. }))
+}
+
 struct Run<'t> {
     config: Config,
     device: Device,
@@ -250,7 +255,9 @@ impl<'t> Run<'t> {
             self.finish_epoch()?;
         }
         self.trackers.finish();
+        self.ranks.check(&self.model, self.state.step)?;
         self.save()?;
+        self.ranks.leave();
         match self.save_failed.take() {
             Some(error) => Err(error),
             None => Ok(()),
@@ -273,6 +280,7 @@ impl<'t> Run<'t> {
             if due && !self.epoch_is_over() && self.state.step < self.last_step() {
                 // Here, for a run that has diverged ends, and one that only cannot be saved goes on.
                 self.read_figures()?;
+                self.ranks.check(&self.model, self.state.step)?;
                 self.save_or_warn();
             }
         }
@@ -482,6 +490,7 @@ impl<'t> Run<'t> {
             self.state.batch_in_epoch = 0;
         }
         if (best || due(self.config.checkpoint.every_epochs)) && !last {
+            self.ranks.check(&self.model, self.state.step)?;
             self.save_or_warn();
         }
         Ok(())
