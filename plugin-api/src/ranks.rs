@@ -87,6 +87,9 @@ pub fn gather(x: &Tensor) -> Tensor {
 /// The sum over all ranks, without a graph.
 pub(crate) fn summed(x: &Tensor) -> Tensor {
     let mut sum = x.detach().copy().contiguous();
+    if size() == 1 {
+        return sum;
+    }
     let mut error = ptr::null_mut();
     // SAFETY: the handle is valid, and the tensor is nobody else's.
     let done = unsafe { jepa_ranks_all_reduce(sum.as_mut_ptr().cast(), &mut error) };
@@ -97,6 +100,9 @@ pub(crate) fn summed(x: &Tensor) -> Tensor {
 /// The rows of all ranks, without a graph.
 pub(crate) fn gathered(x: &Tensor) -> Tensor {
     let x = x.detach().contiguous();
+    if size() == 1 {
+        return x;
+    }
     let mut shape = x.size();
     shape[0] *= size() as i64;
     let mut all = Tensor::empty(shape, (x.kind(), x.device()));

@@ -3,11 +3,14 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use jepa_host::device::zero_gradients;
 use jepa_host::dist::{Comm, DistError, Launch, Launcher, Reduce};
+use jepa_plugin_api::nn::BatchNorm;
+use jepa_plugin_api::{Params, ranks};
 use jepa_tests::ranks::{free_port, start};
 use jepa_tests::real::{Room, Running};
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 #[test]
 fn ranks_find_each_other_and_the_first_tells() {
@@ -156,4 +159,133 @@ fn what_an_earlier_attempt_has_left_behind_confuses_nobody() {
         first.wait_for_all().unwrap();
         other.join().unwrap();
     });
+}
+
+/// Runs [`in_a_rank_of_its_own`] of this test file in as many processes: what plugins compute together is one thing in a
+/// process.
+#[test]
+fn what_plugins_and_gradients_need_of_the_others_is_what_one_process_computes() {
+    let room = Room::new();
+    for size in [2, 4] {
+        let port = free_port().to_string();
+        let start = |rank: u32| {
+            let (rank, size) = (rank.to_string(), size.to_string());
+            let variables =
+                [("RANK", &*rank), ("WORLD_SIZE", &*size), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &*port)];
+            let arguments = ["--ignored", "--exact", "in_a_rank_of_its_own", "--nocapture"];
+            room.start_other_in(&variables, &std::env::current_exe().unwrap(), arguments)
+        };
+        let ranks: Vec<Running> = (0..size).map(start).collect();
+        for rank in ranks {
+            let ended = rank.wait().expect(0);
+            assert!(ended.stdout.contains("1 passed"), "{}", ended.stdout);
+        }
+    }
+}
+
+#[test]
+#[ignore = "a part of another test"]
+fn in_a_rank_of_its_own() {
+    let Some(launch) = Launch::from_environment().unwrap() else { return };
+    let comm = Comm::join(launch, Duration::from_secs(60)).unwrap();
+    tch::manual_seed(3);
+    batch_norms(&comm);
+    sums_and_rows(&comm);
+    exchanged_gradients(&comm);
+    // A collective that fails in a plugin's hands is known afterwards.
+    assert!(!comm.is_lost());
+}
+
+#[track_caller]
+fn close(a: &Tensor, b: &Tensor) {
+    let off = f64::try_from((a - b).norm() / b.norm().clamp_min(1e-12)).unwrap();
+    assert!(a.size() == b.size() && off < 1e-5, "{off} apart");
+}
+
+/// Of maps in different layouts, and of different numbers of rows.
+fn batch_norms(comm: &Comm) {
+    let (rank, size) = (i64::from(comm.rank()), i64::from(comm.size()));
+    let maps = Tensor::randn([2 * size, 6, 5, 5], (Kind::Float, Device::Cpu)) * 2.0 + 1.0;
+    let by = Tensor::randn_like(&maps);
+    // Each rank one row more than the one before it.
+    let rows = size * (size + 1) / 2;
+    let vectors = Tensor::randn([rows, 6], (Kind::Float, Device::Cpu)) - 2.0;
+    let by_vectors = Tensor::randn_like(&vectors);
+    let of_maps = (maps, by, rank * 2, 2);
+    let of_vectors = (vectors, by_vectors, rank * (rank + 1) / 2, rank + 1);
+    for (x, by, first, rows) in [of_maps, of_vectors] {
+        let new = || BatchNorm::new(&Params::new(Device::Cpu), 6);
+        let (alone, together) = (new(), new());
+        let (whole, own) = (x.copy().set_requires_grad(true), x.narrow(0, first, rows).copy());
+        // The first goes the way of libtorch's operations, the others that of the fused kernels.
+        let own = if rank == 0 || own.dim() == 2 { own } else { channels_last(&own) }.set_requires_grad(true);
+        let expected = alone.forward_relu(&whole, true);
+        (&expected * &by).sum(Kind::Float).backward();
+        comm.let_plugins_join(true).unwrap();
+        let y = together.forward_relu(&own, true);
+        (&y * by.narrow(0, first, rows)).sum(Kind::Float).backward();
+        comm.let_plugins_join(false).unwrap();
+        close(&y, &expected.narrow(0, first, rows));
+        close(&own.grad(), &whole.grad().narrow(0, first, rows));
+        close(&together.running_mean, &alone.running_mean);
+        close(&together.running_var, &alone.running_var);
+        for (together, alone) in [(&together.weight, &alone.weight), (&together.bias, &alone.bias)] {
+            let mut sum = together.grad();
+            comm.all_reduce(&mut sum, Reduce::Sum).unwrap();
+            close(&sum, &alone.grad());
+        }
+    }
+}
+
+fn channels_last(x: &Tensor) -> Tensor {
+    x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
+}
+
+fn sums_and_rows(comm: &Comm) {
+    let (rank, size) = (i64::from(comm.rank()), i64::from(comm.size()));
+    let x = Tensor::randn([3 * size, 4], (Kind::Float, Device::Cpu));
+    let (whole, own) = (x.copy().set_requires_grad(true), x.narrow(0, 3 * rank, 3).copy().set_requires_grad(true));
+    let weight = Tensor::randn([3 * size, 3 * size], (Kind::Float, Device::Cpu));
+    // The sum over ranks of each one's rows of a function of all rows.
+    let expected = (whole.matmul(&whole.transpose(0, 1)) * &weight).sum(Kind::Float) + whole.sum(Kind::Float).square();
+    expected.backward();
+    comm.let_plugins_join(true).unwrap();
+    assert_eq!((ranks::rank() as i64, ranks::size() as i64), (rank, size));
+    let all = ranks::gather(&own);
+    let of_rows = (own.matmul(&all.transpose(0, 1)) * weight.narrow(0, 3 * rank, 3)).sum(Kind::Float);
+    let of_sum = ranks::all_reduce(&own.sum(Kind::Float)).square() / size as f64;
+    (of_rows + of_sum).backward();
+    comm.let_plugins_join(false).unwrap();
+    close(&all, &x);
+    close(&own.grad(), &whole.grad().narrow(0, 3 * rank, 3));
+}
+
+/// Over two backward passes, with parameters that some ranks or all of them do not use.
+fn exchanged_gradients(comm: &Comm) {
+    let rank = f64::from(comm.rank());
+    let size = f64::from(comm.size());
+    let new = || Tensor::zeros([3, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let (both, of_first, early, nowhere) = (new(), new(), new(), new());
+    let params = [&both, &of_first, &early, &nowhere].map(Tensor::shallow_clone);
+    // Parts of 16 bytes: each parameter travels by itself.
+    let mut exchange = comm.exchange(&params, 16).unwrap();
+    for _ in 0..2 {
+        let mut loss = both.sum(Kind::Float) * (rank + 1.0) + early.sum(Kind::Float);
+        loss.backward();
+        loss = both.sum(Kind::Float) * 10.0;
+        if rank == 0.0 {
+            loss += of_first.sum(Kind::Float) * size;
+        }
+        let figures = Tensor::from_slice(&[rank, 1.0]);
+        exchange.begin(&figures).unwrap();
+        loss.backward();
+        exchange.finish().unwrap();
+        let all = |value: f64| Tensor::full([3, 2], value, (Kind::Float, Device::Cpu));
+        close(&both.grad(), &all((size + 1.0) / 2.0 + 10.0));
+        close(&of_first.grad(), &all(1.0));
+        close(&early.grad(), &all(1.0));
+        assert!(!nowhere.grad().defined(), "what nobody uses has no gradient");
+        assert_eq!(Vec::<f64>::try_from(&figures).unwrap(), [(size - 1.0) / 2.0, 1.0]);
+        zero_gradients(&params).unwrap();
+    }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use jepa_host::data::decode::{Rgb, decode};
 use jepa_host::data::{
-    Augment, DataError, Dataset, Decode, LoadedBatch, Loader, LoaderOptions, OnError, RawBatch,
+    Augment, DataError, Dataset, Decode, LoadedBatch, Loader, LoaderOptions, OnError, RawBatch, Share,
 };
 use jepa_plugin_api::{Interpolation, Transform, ViewSpec};
 use tch::{Device, Kind, Tensor};
@@ -65,6 +65,47 @@ fn batches_are_the_same_for_any_number_of_threads_and_from_any_start() {
             assert_eq!(epoch(&loader, 5, start), expected[start.min(8)..], "{threads} threads from {start}");
         }
     }
+}
+
+#[test]
+fn shares_of_ranks_are_the_batches_of_one_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = small_set(directory.path(), 50, &[3, 20]);
+    let shared = |share, drop_last| {
+        let options = LoaderOptions { on_error: OnError::Replace, share, drop_last, ..options(2) };
+        loader(&path, options)
+    };
+    let whole = epoch(&shared(Share::Whole, true), 2, 1);
+    for parts in [1, 2, 3, 6] {
+        let of_part = |part| epoch(&shared(Share::OfEachBatch { part, parts }, true), 2, 1);
+        let of_parts: Vec<Vec<Contents>> = (0..parts).map(of_part).collect();
+        for (number, (views, labels, indices, replaced)) in whole.iter().enumerate() {
+            let batch = || of_parts.iter().map(|part| &part[number]);
+            assert_eq!(batch().flat_map(|batch| batch.2.clone()).collect::<Vec<_>>(), *indices);
+            assert_eq!(batch().flat_map(|batch| batch.1.clone()).collect::<Vec<_>>(), *labels);
+            assert_eq!(batch().map(|batch| batch.3).sum::<u64>(), *replaced);
+            for (view, expected) in views.iter().enumerate() {
+                assert_eq!(batch().flat_map(|batch| batch.0[view].clone()).collect::<Vec<_>>(), *expected);
+            }
+        }
+    }
+    // 9 batches, the last of two images: whole ones in turn.
+    let whole = epoch(&shared(Share::Whole, false), 2, 0);
+    for parts in [2, 4, 12] {
+        let mut seen = vec![None; whole.len()];
+        for part in 0..parts {
+            let loader = shared(Share::OfBatches { part, parts }, false);
+            let rounds: Vec<_> = loader.rounds(2).collect();
+            assert_eq!(rounds.len(), whole.len().div_ceil(parts));
+            for (number, batch) in rounds.into_iter().flatten() {
+                assert!(seen[number].replace(contents(finished(batch))).is_none());
+            }
+        }
+        assert_eq!(seen.into_iter().map(Option::unwrap).collect::<Vec<_>>(), whole);
+    }
+    let uneven = LoaderOptions { share: Share::OfEachBatch { part: 0, parts: 4 }, ..options(1) };
+    let error = Loader::new(Arc::new(Dataset::open(&path).unwrap()), uneven).unwrap_err();
+    assert!(error.to_string().contains("a batch of 6 images has no 4 equal parts"), "{error}");
 }
 
 #[test]

@@ -53,7 +53,7 @@ pub(super) fn deviation(x: &Tensor) -> Tensor {
 
 /// Batch norm of `x`, of C channels in dimension 1, with the statistics of all ranks, on any device and in any layout.
 pub(super) fn batch_norm(norm: &BatchNorm, x: &Tensor) -> Tensor {
-    let _no_grad = tch::no_grad_guard();
+    let no_grad = tch::no_grad_guard();
     let channels = norm.weight.size()[0];
     let others: Vec<i64> = (0..x.dim() as i64).filter(|dimension| *dimension != 1).collect();
     let mut shape = vec![1; x.dim()];
@@ -86,6 +86,7 @@ pub(super) fn batch_norm(norm: &BatchNorm, x: &Tensor) -> Tensor {
     let scale = along(&inverse_std) * along(&norm.weight.detach());
     let y = (&centred * &scale + along(&norm.bias.detach())).to_kind(x.kind());
     let kind = x.kind();
+    drop(no_grad);
     autograd::record("BatchNorm", &[x, &norm.weight, &norm.bias], y, move |grad| {
         let grad = grad.to_kind(Kind::Float);
         let sum = |x: &Tensor| x.sum_dim_intlist(others.as_slice(), false, Kind::Float).to_kind(Kind::Double);
@@ -97,4 +98,63 @@ pub(super) fn batch_norm(norm: &BatchNorm, x: &Tensor) -> Tensor {
         let of_weight = of_product * &inverse_std;
         vec![Some(of_x.to_kind(kind)), Some(of_weight.to_kind(Kind::Float)), Some(of_bias.to_kind(Kind::Float))]
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Params;
+
+    fn close(a: &Tensor, b: &Tensor) {
+        let off = (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).norm() / b.to_kind(Kind::Double).norm();
+        assert!(f64::try_from(&off).unwrap() < 1e-5, "{off:?} apart");
+    }
+
+    #[test]
+    fn means_and_variances_of_parts_are_those_of_the_whole() {
+        let x = Tensor::randn([10, 3], (Kind::Double, Device::Cpu)) + 5.0;
+        let of_part = |first, rows| {
+            let (var, mean) = x.narrow(0, first, rows).var_mean_dim([0i64].as_slice(), false, false);
+            Tensor::cat(&[Tensor::from_slice(&[rows as f64]), mean, var], 0)
+        };
+        // One part has no values, and a mean of none.
+        let all = Tensor::stack(&[of_part(0, 7), of_part(7, 0), of_part(7, 3)], 0);
+        let (count, mean, var) = combined(&all, 3);
+        assert_eq!(f64::try_from(count).unwrap(), 10.0);
+        close(&mean, &x.mean_dim([0i64].as_slice(), false, Kind::Double));
+        close(&var, &x.var_dim([0i64].as_slice(), false, false));
+    }
+
+    #[test]
+    fn batch_norm_of_operations_is_that_of_libtorch() {
+        for shape in [vec![6, 4], vec![3, 4, 5, 2]] {
+            let norm = BatchNorm::new(&Params::new(Device::Cpu), 4);
+            let (weight, bias) = (norm.weight.detach(), norm.bias.detach());
+            let _ = (weight.shallow_clone().uniform_(0.5, 2.0), bias.shallow_clone().uniform_(-1.0, 1.0));
+            let x = Tensor::randn(shape.as_slice(), (Kind::Float, Device::Cpu)) * 3.0 + 2.0;
+            let by = Tensor::randn(shape.as_slice(), (Kind::Float, Device::Cpu));
+            let (own, theirs) = (x.copy().set_requires_grad(true), x.copy().set_requires_grad(true));
+            let parameters = [&weight, &bias].map(|tensor| tensor.copy().set_requires_grad(true));
+            let running = [Tensor::zeros([4], (Kind::Float, Device::Cpu)), Tensor::ones([4], (Kind::Float, Device::Cpu))];
+            let y = theirs.batch_norm(
+                Some(&parameters[0]),
+                Some(&parameters[1]),
+                Some(&running[0]),
+                Some(&running[1]),
+                true,
+                BatchNorm::MOMENTUM,
+                BatchNorm::EPS,
+                false,
+            );
+            let ours = batch_norm(&norm, &own);
+            close(&ours, &y);
+            (&ours * &by).sum(Kind::Float).backward();
+            (&y * &by).sum(Kind::Float).backward();
+            close(&own.grad(), &theirs.grad());
+            close(&norm.weight.grad(), &parameters[0].grad());
+            close(&norm.bias.grad(), &parameters[1].grad());
+            close(&norm.running_mean, &running[0]);
+            close(&norm.running_var, &running[1]);
+        }
+    }
 }
