@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
@@ -58,7 +59,10 @@ bool jepa_comm_open(const char* host, uint16_t port, bool serve, const char* pre
         options.timeout = std::chrono::milliseconds(timeout_ms);
         auto store = c10::make_intrusive<c10d::TCPStore>(host, options);
         auto with_prefix = c10::make_intrusive<c10d::PrefixStore>(prefix, std::move(store));
-        *comm = new Comm{std::move(with_prefix), options.timeout, nullptr, nullptr};
+        auto opened = std::make_unique<Comm>();
+        opened->store = std::move(with_prefix);
+        opened->timeout = options.timeout;
+        *comm = opened.release();
     });
 }
 
@@ -116,10 +120,19 @@ bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size
 bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor handle, int32_t operation, char** error) {
     return together(comm, error, [&] {
         std::vector<at::Tensor> tensors{tensor(handle)};
+        opened(comm).traffic.count(tensors[0]);
         c10d::AllreduceOptions options;
         options.reduceOp = operation == JEPA_MAX ? c10d::ReduceOp::MAX : c10d::ReduceOp::SUM;
         joined(comm).allreduce(tensors, options)->wait();
     });
+}
+
+void jepa_comm_traffic(jepa_comm comm, uint64_t counts[4]) {
+    const auto& [traffic, gradients] = std::tie(opened(comm).traffic, *opened(comm).of_gradient_traffic);
+    counts[0] = traffic.times;
+    counts[1] = traffic.bytes;
+    counts[2] = gradients.times;
+    counts[3] = gradients.bytes;
 }
 
 bool jepa_comm_lost(jepa_comm comm) { return opened(comm).lost; }
@@ -132,6 +145,7 @@ bool jepa_comm_all_gather(jepa_comm comm, jepa_tensor handle, jepa_tensor all, c
     return together(comm, error, [&] {
         auto& to = *static_cast<at::Tensor*>(all);
         auto from = tensor(handle);
+        opened(comm).traffic.count(from);
         // Nothing of nobody is there already.
         if (to.numel() > 0) joined(comm)._allgather_base(to, from)->wait();
     });

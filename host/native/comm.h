@@ -3,15 +3,26 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 #include "native.h"
+
+// What has been handed over to the others: how often, and how many bytes.
+struct Traffic {
+    std::atomic<std::uint64_t> times{0}, bytes{0};
+    void count(const at::Tensor& tensor) {
+        times += 1;
+        bytes += tensor.nbytes();
+    }
+};
 
 struct Comm {
     c10::intrusive_ptr<c10d::Store> store;
@@ -21,6 +32,8 @@ struct Comm {
     c10::intrusive_ptr<c10d::ProcessGroupGloo> group, of_gradients;
     // Whether something that all do together has failed.
     std::atomic<bool> lost{false};
+    Traffic traffic;
+    std::shared_ptr<Traffic> of_gradient_traffic = std::make_shared<Traffic>();
 };
 
 // What goes wrong is in our errors. Meanwhile c10d does not say it too, at greater length, unless it is asked to.

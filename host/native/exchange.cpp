@@ -42,7 +42,7 @@ struct Bucket {
 
 class Exchange : public std::enable_shared_from_this<Exchange> {
   public:
-    explicit Exchange(c10::intrusive_ptr<c10d::ProcessGroupGloo> group) : group_(std::move(group)) {}
+    explicit Exchange(const Comm& comm) : group_(comm.of_gradients), traffic_(comm.of_gradient_traffic) {}
 
     void adopt(const std::vector<at::Tensor>& params, std::int64_t bucket_bytes) {
         std::size_t begin = params.size();
@@ -152,10 +152,12 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
     c10::intrusive_ptr<c10d::Work> send(const at::Tensor& flat) {
         const Quiet quiet;
         std::vector<at::Tensor> tensors{flat};
+        traffic_->count(flat);
         return group_->allreduce(tensors, c10d::AllreduceOptions());
     }
 
     const c10::intrusive_ptr<c10d::ProcessGroupGloo> group_;
+    const std::shared_ptr<Traffic> traffic_;
     // A GPU's part of a backward pass is on a thread of its own.
     std::mutex mutex_;
     std::vector<Slot> slots_;
@@ -175,11 +177,11 @@ std::shared_ptr<Exchange>& opened(jepa_exchange exchange) {
 bool jepa_exchange_open(jepa_comm comm, size_t count, const jepa_tensor* params, int64_t bucket_bytes,
                         jepa_exchange* out, char** error) {
     return guarded(error, [&] {
-        auto& group = static_cast<Comm*>(comm)->of_gradients;
-        TORCH_CHECK(group, "the ranks have not been joined");
+        const auto& joined = *static_cast<Comm*>(comm);
+        TORCH_CHECK(joined.of_gradients, "the ranks have not been joined");
         std::vector<at::Tensor> tensors;
         for (size_t i = 0; i < count; ++i) tensors.push_back(tensor(params[i]));
-        auto exchange = std::make_shared<Exchange>(group);
+        auto exchange = std::make_shared<Exchange>(joined);
         exchange->adopt(tensors, bucket_bytes);
         *out = new std::shared_ptr<Exchange>(std::move(exchange));
     });

@@ -140,6 +140,10 @@ bool jepa_comm_all_gather(jepa_comm comm, jepa_tensor tensor, jepa_tensor all, c
 /* Replaces `tensor`, in place, by that of rank `from`. */
 bool jepa_comm_broadcast(jepa_comm comm, jepa_tensor tensor, int32_t from, char** error);
 
+/* How often this rank has handed over a tensor to be added up or gathered since it joined, and how many bytes; then the same of
+ * gradients, in the exchange below. */
+void jepa_comm_traffic(jepa_comm comm, uint64_t counts[4]);
+
 /* Whether any of these has failed, whoever has called it. */
 bool jepa_comm_lost(jepa_comm comm);
 

@@ -9,15 +9,16 @@ use serde::Serialize;
 
 use super::output::{Format, print, print_columns};
 use super::session::Session;
-use super::train::{Prepared, Purpose, begin_trace, prepare};
+use super::train::{Prepared, Purpose, begin_trace, join_ranks, prepare};
 use crate::checkpoint::RunDir;
 use crate::config::Layers;
 use crate::data::Work;
 use crate::device::peak_resident_bytes;
+use crate::dist::Comm;
 use crate::plugin::PluginSources;
 use crate::trace::Trace;
 use crate::track::Trackers;
-use crate::train::{Measured, Part, Ranks, Resources, Signals, measure};
+use crate::train::{Measured, Part, Ranks, Resources, Signals, measure, part};
 
 /// Measure training on this machine
 #[derive(Debug, Subcommand)]
@@ -76,14 +77,20 @@ impl StepArgs {
         let layers =
             Layers { file: self.config.clone(), overrides: self.overrides.clone(), ..Layers::default() };
         let session = Session::open(&self.plugin, layers, sources)?;
-        let trace = self.trace.as_deref().map(begin_trace).transpose()?;
-        let prepared = prepare(&session, Purpose::Measuring, None, trace.clone())?;
+        let comm = join_ranks(&session)?;
+        let first = comm.as_ref().is_none_or(|comm| comm.rank() == 0);
+        let trace = self.trace.as_deref().filter(|_| first).map(begin_trace).transpose()?;
+        let prepared = match (prepare(&session, Purpose::Measuring, comm.as_ref(), trace.clone()), &comm) {
+            (Err(error), Some(comm)) => return Err(part(comm, error)),
+            (prepared, _) => prepared?,
+        };
         let counts = (self.warmup, self.steps);
-        let timed = time_steps(session, prepared, trace.clone(), signals, counts, self.same_batch);
+        let timed = time_steps(session, prepared, comm, trace.clone(), signals, counts, self.same_batch);
         if let Some(Err(error)) = trace.map(|trace| trace.finish()) {
             tracing::warn!("--trace: the file is not complete: {error}");
         }
-        print(self.format, &timed?, Report::text)
+        let report = timed?;
+        if first { print(self.format, &report, Report::text) } else { Ok(()) }
     }
 }
 
@@ -91,6 +98,7 @@ impl StepArgs {
 pub(super) fn time_steps(
     session: Session,
     prepared: Prepared,
+    comm: Option<Comm>,
     trace: Option<Trace>,
     signals: Signals,
     (warmup, steps): (u32, u32),
@@ -106,13 +114,21 @@ pub(super) fn time_steps(
         precision: serde_json::to_value(config.trainer.precision)?.as_str().unwrap_or_default().to_owned(),
         device: state.device.clone(),
         threads: state.threads,
+        ranks: state.ranks,
         warmup,
         same_batch,
     };
     // The loop wants a place for its records.
     let folder = tempfile::tempdir().context("no folder can be made for temporary files")?;
     let directory = RunDir::create(folder.path(), "bench")?;
-    let mut trackers = Trackers::open(directory.path(), Vec::new())?;
+    let mut trackers = match &comm {
+        Some(comm) if comm.rank() > 0 => Trackers::none(),
+        _ => Trackers::open(directory.path(), Vec::new())?,
+    };
+    let ranks = match comm {
+        Some(comm) => Ranks::new(comm, &model, config.ranks.bucket_mib << 20)?,
+        None => Ranks::alone(),
+    };
     let resources = Resources {
         device,
         model,
@@ -122,7 +138,7 @@ pub(super) fn time_steps(
         evaluation: None,
         directory,
         signals,
-        ranks: Ranks::alone(),
+        ranks,
         steps_per_epoch: state.steps_per_epoch,
         state,
         trace,
@@ -142,6 +158,7 @@ struct Setup {
     precision: String,
     device: String,
     threads: usize,
+    ranks: usize,
     warmup: u32,
     same_batch: bool,
 }
@@ -161,6 +178,14 @@ struct Beside {
     seconds_per_step: f64,
 }
 
+#[derive(Debug, Serialize)]
+struct TrafficOfStep {
+    times: f64,
+    bytes: f64,
+    parts_of_gradients: f64,
+    bytes_of_gradients: f64,
+}
+
 /// The parts of a step.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
@@ -171,6 +196,8 @@ pub(super) struct Report {
     step: Row,
     pub images_per_s: f64,
     loader: Vec<Beside>,
+    /// What each rank hands over to the others.
+    traffic: Option<TrafficOfStep>,
     peak_resident_bytes: Option<u64>,
 }
 
@@ -196,13 +223,22 @@ impl Report {
             loader: beside
                 .map(|(work, seconds)| Beside { part: work.name(), seconds_per_step: seconds })
                 .collect(),
+            traffic: measured.traffic.map(|traffic| {
+                let of_step = |count: u64| count as f64 / measured.steps.len().max(1) as f64;
+                TrafficOfStep {
+                    times: of_step(traffic.times),
+                    bytes: of_step(traffic.bytes),
+                    parts_of_gradients: of_step(traffic.parts_of_gradients),
+                    bytes_of_gradients: of_step(traffic.bytes_of_gradients),
+                }
+            }),
             peak_resident_bytes: peak_resident_bytes(),
             setup,
         }
     }
 
     fn text(&self, out: &mut dyn Write) -> io::Result<()> {
-        let Setup { method, backbone, size, images, precision, device, threads, warmup, same_batch } =
+        let Setup { method, backbone, size, images, precision, device, threads, ranks, warmup, same_batch } =
             &self.setup;
         let data = if *same_batch { "one batch again and again" } else { "from the pipeline" };
         writeln!(
@@ -234,6 +270,16 @@ impl Report {
                 _ => "the step is the bottleneck, not the data",
             };
             writeln!(out, "{verdict}")?;
+        }
+        if let Some(traffic) = &self.traffic {
+            let TrafficOfStep { times, bytes, parts_of_gradients, bytes_of_gradients } = traffic;
+            writeln!(
+                out,
+                "{ranks} ranks: each hands over {:.2} MB of gradients in {parts_of_gradients:.0} parts, and {:.2} MB for sums and rows \
+                 that are waited for {times:.0} times a step",
+                bytes_of_gradients / 1e6,
+                bytes / 1e6
+            )?;
         }
         match self.peak_resident_bytes {
             Some(bytes) => writeln!(out, "peak memory {:.2} GiB", bytes as f64 / (1u64 << 30) as f64),

@@ -494,7 +494,7 @@ fn initialise(method: &MethodHandle, from: &Path) -> anyhow::Result<()> {
 }
 
 /// The other processes that a launcher has started, if it has.
-fn join_ranks(session: &Session) -> anyhow::Result<Option<Comm>> {
+pub(super) fn join_ranks(session: &Session) -> anyhow::Result<Option<Comm>> {
     let Some(launch) = Launch::from_environment()?.filter(|launch| launch.size > 1) else { return Ok(None) };
     // Built before there were ranks: its batch norms would look at their own share of a batch alone.
     for plugin in session.registry.plugins() {

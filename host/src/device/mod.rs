@@ -21,7 +21,7 @@ pub use native::{
     sgd_step, total_norm, zero_gradients,
 };
 pub use openmp::begin_with_calm_threads;
-pub use ranks::{Exchange, Ranks};
+pub use ranks::{Exchange, Ranks, Traffic};
 
 use crate::config;
 

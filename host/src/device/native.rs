@@ -69,6 +69,7 @@ pub(super) struct Native {
     pub(super) comm_all_reduce: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
     pub(super) comm_broadcast: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
     pub(super) comm_sum: unsafe extern "C" fn(Handle, Handle, ErrorOut) -> bool,
+    pub(super) comm_traffic: unsafe extern "C" fn(Handle, *mut u64),
     pub(super) comm_lost: unsafe extern "C" fn(Handle) -> bool,
     pub(super) comm_all_gather: unsafe extern "C" fn(Handle, Handle, Handle, ErrorOut) -> bool,
     pub(super) exchange_open:
@@ -130,6 +131,7 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             comm_all_reduce: *library.get(b"jepa_comm_all_reduce").map_err(words)?,
             comm_broadcast: *library.get(b"jepa_comm_broadcast").map_err(words)?,
             comm_sum: *library.get(b"jepa_comm_sum").map_err(words)?,
+            comm_traffic: *library.get(b"jepa_comm_traffic").map_err(words)?,
             comm_lost: *library.get(b"jepa_comm_lost").map_err(words)?,
             comm_all_gather: *library.get(b"jepa_comm_all_gather").map_err(words)?,
             exchange_open: *library.get(b"jepa_exchange_open").map_err(words)?,

@@ -1,6 +1,7 @@
 //! Bindings to the part of libjepa_native.so that is about ranks: host/native/comm.cpp and exchange.cpp.
 
 use std::ffi::CString;
+use std::ops::Sub;
 use std::time::Duration;
 
 use jepa_plugin_api::tch::Tensor;
@@ -121,6 +122,17 @@ impl Ranks {
         Ok(all)
     }
 
+    /// What this rank has handed over to the others since it joined them.
+    pub fn traffic(&self) -> Traffic {
+        let mut counts = [0; 4];
+        if let Ok(native) = library() {
+            // SAFETY: the handle is ours, and there is room for four numbers.
+            unsafe { (native.comm_traffic)(self.0, counts.as_mut_ptr()) };
+        }
+        let [times, bytes, parts_of_gradients, bytes_of_gradients] = counts;
+        Traffic { times, bytes, parts_of_gradients, bytes_of_gradients }
+    }
+
     /// Whether something that all do together has failed, in a plugin's hands for one.
     pub fn is_lost(&self) -> bool {
         // SAFETY: the handle is ours.
@@ -145,6 +157,32 @@ impl Ranks {
     pub fn uninstall(&self) {
         // SAFETY: NULL is allowed.
         unsafe { jepa_ranks_install(std::ptr::null()) };
+    }
+}
+
+/// What a rank has handed over to the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// How often all have waited for a sum, or for rows of all.
+    pub times: u64,
+    /// How many bytes those had on each rank.
+    pub bytes: u64,
+    /// In how many parts gradients went, and the figures with them.
+    pub parts_of_gradients: u64,
+    /// How many bytes those had.
+    pub bytes_of_gradients: u64,
+}
+
+impl Sub for Traffic {
+    type Output = Traffic;
+
+    fn sub(self, before: Traffic) -> Traffic {
+        Traffic {
+            times: self.times - before.times,
+            bytes: self.bytes - before.bytes,
+            parts_of_gradients: self.parts_of_gradients - before.parts_of_gradients,
+            bytes_of_gradients: self.bytes_of_gradients - before.bytes_of_gradients,
+        }
     }
 }
 

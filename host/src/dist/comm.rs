@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::meet::{Entry, Met, call_together, follow, left};
 use super::{DistError, Launch};
-use crate::device::{DeviceError, Exchange, Ranks};
+use crate::device::{DeviceError, Exchange, Ranks, Traffic};
 
 /// How long ranks that have lost another wait to hear from all that are left.
 const GRACE: Duration = Duration::from_secs(10);
@@ -185,6 +185,11 @@ impl Comm {
     /// Whatever libtorch reports.
     pub fn exchange(&self, params: &[Tensor], bucket_bytes: u64) -> Result<Exchange, DistError> {
         Ok(Exchange::open(&self.ranks, params, bucket_bytes)?)
+    }
+
+    /// What this rank has handed over to the others so far.
+    pub fn traffic(&self) -> Traffic {
+        self.ranks.traffic()
     }
 
     /// An error of [`Exchange`] as one of these ranks.

@@ -17,8 +17,8 @@ use super::{Model, Optimizer, Ranks, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
 use crate::data::{DataError, LoadedBatch, Loader, RawBatch, Work};
-use crate::device::autocast_bf16;
-use crate::dist::DistError;
+use crate::device::{Traffic, autocast_bf16};
+use crate::dist::{Comm, DistError};
 use crate::eval::{EvalError, Evaluation};
 use crate::trace::Trace;
 use crate::track::{Histogram, StepReport, Trackers};
@@ -117,8 +117,10 @@ pub struct Measured {
     pub steps: Vec<Seconds>,
     /// Seconds of the loader's threads for a step's images, all threads together, as in [`Work::ALL`].
     pub beside: [f64; Work::ALL.len()],
-    /// Images in a step.
+    /// Images in a step, of all ranks together.
     pub images: usize,
+    /// What this rank has handed over to the others, if there are any.
+    pub traffic: Option<Traffic>,
 }
 
 /// Takes `warmup` steps and then `steps` that are measured, waiting for the device after each part. With `same_batch`, all of
@@ -148,8 +150,10 @@ pub fn measure(
         },
         false => Box::new((0..).flat_map(move |epoch| loader.batches(epoch, 0))),
     };
-    let mut measured = Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images };
+    let mut measured = Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images, traffic: None };
     let mut before = run.train.clock().seconds();
+    let traffic = |run: &Run| run.ranks.comm().map(Comm::traffic);
+    let mut traffic_before = None;
     run.trackers.start(0, (warmup + steps) as u64);
     for step in 0..warmup + steps {
         if let Some(signal) = run.signals.pending() {
@@ -157,6 +161,7 @@ pub fn measure(
         }
         if step == warmup {
             before = run.train.clock().seconds();
+            traffic_before = traffic(&run);
         }
         run.step(&mut batches)?;
         if step >= warmup {
@@ -164,6 +169,8 @@ pub fn measure(
         }
     }
     run.trackers.finish();
+    measured.traffic = traffic(&run).zip(traffic_before).map(|(now, before)| now - before);
+    run.ranks.leave();
     for ((beside, now), before) in measured.beside.iter_mut().zip(run.train.clock().seconds()).zip(before) {
         *beside = (now - before) / steps.max(1) as f64;
     }

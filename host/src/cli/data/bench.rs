@@ -86,7 +86,7 @@ impl BenchArgs {
             0 => None,
             steps => {
                 tracing::info!("timing {steps} steps of {} behind one", config.optimizer.batch_size);
-                Some(time_steps(session, prepared, None, signals, (1, steps), true)?.images_per_s)
+                Some(time_steps(session, prepared, None, None, signals, (1, steps), true)?.images_per_s)
             }
         };
         let report = Report {
