@@ -185,6 +185,27 @@ PYTHON
     printf '%s\n' "${names[@]}" >"$deps/site/.cuda"
 }
 
+# Whether the libtorch in use has NCCL and its headers beside it.
+has_nccl() {
+    local torch
+    torch=$(realpath "$deps/site/torch")
+    [[ -f $torch/lib/libtorch_cuda.so && -f $(dirname "$torch")/nvidia/nccl/include/nccl.h ]]
+}
+
+install_cuda_headers() {
+    local pin
+    pin=$(pins nvidia-cuda-crt nvidia-cuda-cccl)
+    [[ -f $deps/cuda-headers/.pin && $(<"$deps/cuda-headers/.pin") == "$pin" ]] && return
+    say "CUDA headers (3 MB)"
+    check_pip
+    download "$tmp/wheels" --no-deps --require-hashes -r <(echo "$pin")
+    unpack "$tmp/cuda-headers" "$tmp"/wheels/*.whl
+    rm -r "$tmp/wheels"
+    echo "$pin" >"$tmp/cuda-headers/.pin"
+    rm -rf "$deps/cuda-headers"
+    mv "$tmp/cuda-headers" "$deps/cuda-headers"
+}
+
 # W&B's engine, out of the wandb wheel. Its Python code is not needed.
 install_wandb() {
     local pin
@@ -238,5 +259,9 @@ if [[ -n ${LIBTORCH:-} ]]; then use_torch "$LIBTORCH"; else install_torch; fi
 if [[ -n ${CUDA:-} && $CUDA != 0 ]]; then install_cuda; fi
 if [[ -n ${WANDB:-} && $WANDB != 0 ]]; then install_wandb; fi
 build libjepa_torch_0_24.so host/bridge "80 s on two cores"
-build libjepa_native.so host/native "15 s"
+build libjepa_native.so host/native "25 s"
+if has_nccl; then
+    install_cuda_headers
+    build libjepa_nccl.so host/native/nccl "20 s"
+fi
 say "ready"

@@ -1,5 +1,6 @@
 // Ranks, over libtorch's c10d: its TCP store, and its process group over gloo.
 
+#include <cstdlib>
 #include <future>
 #include <memory>
 #include <optional>
@@ -10,6 +11,8 @@
 
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <dlfcn.h>
+
 #include "comm.h"
 #include "guarded.h"
 
@@ -17,9 +20,10 @@ namespace {
 
 Comm& opened(jepa_comm comm) { return *static_cast<Comm*>(comm); }
 
-c10d::ProcessGroupGloo& joined(jepa_comm comm) {
-    TORCH_CHECK(opened(comm).group, "the ranks have not been joined");
-    return *opened(comm).group;
+c10d::Backend& joined(jepa_comm comm, const at::Tensor& tensor) {
+    const auto& [group, of_gpus] = std::tie(opened(comm).group, opened(comm).group_of_gpus);
+    TORCH_CHECK(group, "the ranks have not been joined");
+    return tensor.is_cuda() && of_gpus ? *of_gpus : *group;
 }
 
 // A store whose machine is cut off never answers, and its client waits without an end: here, not longer than this beyond the
@@ -108,12 +112,46 @@ bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size
         auto options = address == nullptr ? Group::Options::create_default(opened(comm).timeout)
                                           : Group::Options::create(opened(comm).timeout);
         if (address != nullptr) options->devices.push_back(Group::createDeviceForHostname(address));
-        const auto join = [&](const std::string& name) {
+        const auto join = [&](const std::string& name) -> c10::intrusive_ptr<c10d::Backend> {
             auto store = c10::make_intrusive<c10d::PrefixStore>(name, opened(comm).store);
             return c10::make_intrusive<Group>(std::move(store), rank, size, options);
         };
+        opened(comm).rank = rank;
+        opened(comm).size = size;
         opened(comm).group = join(name);
         opened(comm).of_gradients = join(std::string(name) + "/gradients");
+    });
+}
+
+bool jepa_comm_join_nccl(jepa_comm comm, const char* name, const char* library, char** error) {
+    return guarded(error, [&] {
+        const Quiet quiet;
+        // Of nccl/nccl.cpp. It stays open: its process groups have threads.
+        using Join = bool (*)(void*, const char*, int32_t, int32_t, int64_t, void*, char**);
+        void* opened_library = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+        TORCH_CHECK(opened_library != nullptr, dlerror());
+        const auto function = reinterpret_cast<Join>(dlsym(opened_library, "jepa_nccl_join"));
+        TORCH_CHECK(function != nullptr, library, " is not what it should be");
+        auto& joining = opened(comm);
+        const auto join = [&](const std::string& name, c10::intrusive_ptr<c10d::Backend>& group) {
+            // What hangs shows on the CPUs first, where it is an error; NCCL's own watch ends the process.
+            const auto timeout = 2 * static_cast<int64_t>(joining.timeout.count());
+            char* words = nullptr;
+            if (function(&joining.store, name.c_str(), joining.rank, joining.size, timeout, &group, &words)) return;
+            const std::string text(words);
+            std::free(words);
+            TORCH_CHECK(false, text);
+        };
+        join(std::string(name) + "/nccl", joining.group_of_gpus);
+        join(std::string(name) + "/nccl/gradients", joining.of_gradients_of_gpus);
+    });
+}
+
+void jepa_comm_abort(jepa_comm comm) {
+    guarded(nullptr, [&] {
+        for (const auto& group : {opened(comm).group_of_gpus, opened(comm).of_gradients_of_gpus}) {
+            if (group) group->abort();
+        }
     });
 }
 
@@ -123,7 +161,7 @@ bool jepa_comm_all_reduce(jepa_comm comm, jepa_tensor handle, int32_t operation,
         opened(comm).traffic.count(tensors[0]);
         c10d::AllreduceOptions options;
         options.reduceOp = operation == JEPA_MAX ? c10d::ReduceOp::MAX : c10d::ReduceOp::SUM;
-        joined(comm).allreduce(tensors, options)->wait();
+        joined(comm, tensors[0]).allreduce(tensors, options)->wait();
     });
 }
 
@@ -147,7 +185,7 @@ bool jepa_comm_all_gather(jepa_comm comm, jepa_tensor handle, jepa_tensor all, c
         auto from = tensor(handle);
         opened(comm).traffic.count(from);
         // Nothing of nobody is there already.
-        if (to.numel() > 0) joined(comm)._allgather_base(to, from)->wait();
+        if (to.numel() > 0) joined(comm, from)._allgather_base(to, from)->wait();
     });
 }
 
@@ -156,6 +194,6 @@ bool jepa_comm_broadcast(jepa_comm comm, jepa_tensor handle, int32_t from, char*
         std::vector<at::Tensor> tensors{tensor(handle)};
         c10d::BroadcastOptions options;
         options.rootRank = from;
-        joined(comm).broadcast(tensors, options)->wait();
+        joined(comm, tensors[0]).broadcast(tensors, options)->wait();
     });
 }

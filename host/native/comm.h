@@ -29,7 +29,10 @@ struct Comm {
     std::chrono::milliseconds timeout;
     // What ranks do one after the other, and gradients, which are on their way meanwhile: two groups, as the order of what a
     // group does has to be the same on all ranks.
-    c10::intrusive_ptr<c10d::ProcessGroupGloo> group, of_gradients;
+    c10::intrusive_ptr<c10d::Backend> group, of_gradients;
+    // The same for tensors on GPUs, over NCCL, where it is there; otherwise gloo takes these too, by way of the CPU's memory.
+    c10::intrusive_ptr<c10d::Backend> group_of_gpus, of_gradients_of_gpus;
+    std::int32_t rank = 0, size = 1;
     // Whether something that all do together has failed.
     std::atomic<bool> lost{false};
     Traffic traffic;

@@ -42,7 +42,9 @@ struct Bucket {
 
 class Exchange : public std::enable_shared_from_this<Exchange> {
   public:
-    explicit Exchange(const Comm& comm) : group_(comm.of_gradients), traffic_(comm.of_gradient_traffic) {}
+    Exchange(const Comm& comm, bool on_gpu)
+        : group_(on_gpu && comm.of_gradients_of_gpus ? comm.of_gradients_of_gpus : comm.of_gradients),
+          traffic_(comm.of_gradient_traffic) {}
 
     void adopt(const std::vector<at::Tensor>& params, std::int64_t bucket_bytes) {
         std::size_t begin = params.size();
@@ -156,7 +158,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
         return group_->allreduce(tensors, c10d::AllreduceOptions());
     }
 
-    const c10::intrusive_ptr<c10d::ProcessGroupGloo> group_;
+    const c10::intrusive_ptr<c10d::Backend> group_;
     const std::shared_ptr<Traffic> traffic_;
     // A GPU's part of a backward pass is on a thread of its own.
     std::mutex mutex_;
@@ -181,7 +183,7 @@ bool jepa_exchange_open(jepa_comm comm, size_t count, const jepa_tensor* params,
         TORCH_CHECK(joined.of_gradients, "the ranks have not been joined");
         std::vector<at::Tensor> tensors;
         for (size_t i = 0; i < count; ++i) tensors.push_back(tensor(params[i]));
-        auto exchange = std::make_shared<Exchange>(joined);
+        auto exchange = std::make_shared<Exchange>(joined, count > 0 && tensors[0].is_cuda());
         exchange->adopt(tensors, bucket_bytes);
         *out = new std::shared_ptr<Exchange>(std::move(exchange));
     });

@@ -123,6 +123,13 @@ bool jepa_comm_get(jepa_comm comm, const char* key, int64_t timeout_ms, char** v
  * GLOO_SOCKET_IFNAME, or of the machine's name. */
 bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size, const char* address, char** error);
 
+/* After that: ranks with GPUs talk over NCCL about tensors there. `library` is that of nccl/build.sh, and libtorch_cuda has to be
+ * in the process. */
+bool jepa_comm_join_nccl(jepa_comm comm, const char* name, const char* library, char** error);
+
+/* Ends what waits for others on a GPU, for good: to be called when they are lost. */
+void jepa_comm_abort(jepa_comm comm);
+
 /* All ranks call these with tensors of equal shape and dtype, in the same order; they return when it is done. A rank that has
  * ended is an error, and one that does not come is, when the time is over. */
 

@@ -21,7 +21,8 @@ pub struct RunFacts {
     pub device: String,
     /// Side S of a view, in pixels.
     pub image_size: i64,
-    /// Images in a batch of one forward pass: with gradient accumulation, several of these make a step.
+    /// Images in a batch of one forward pass, of all [`ranks`](crate::ranks) together: with gradient accumulation, several of
+    /// these make a step.
     pub batch_size: i64,
     /// Epochs of the whole run.
     pub epochs: u64,

@@ -109,7 +109,8 @@ pub trait Method: Send + Sized + 'static {
     }
 }
 
-/// One batch of views, and where in the run it stands.
+/// One batch of views, and where in the run it stands. Where several [`ranks`](crate::ranks) train together, it is this one's
+/// share.
 ///
 /// ```
 /// use jepa_plugin_api::{testing, tch};

@@ -69,6 +69,9 @@ pub(super) struct Native {
     pub(super) comm_all_reduce: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
     pub(super) comm_broadcast: unsafe extern "C" fn(Handle, Handle, i32, ErrorOut) -> bool,
     pub(super) comm_sum: unsafe extern "C" fn(Handle, Handle, ErrorOut) -> bool,
+    pub(super) comm_join_nccl:
+        unsafe extern "C" fn(Handle, *const c_char, *const c_char, ErrorOut) -> bool,
+    pub(super) comm_abort: unsafe extern "C" fn(Handle),
     pub(super) comm_traffic: unsafe extern "C" fn(Handle, *mut u64),
     pub(super) comm_lost: unsafe extern "C" fn(Handle) -> bool,
     pub(super) comm_all_gather: unsafe extern "C" fn(Handle, Handle, Handle, ErrorOut) -> bool,
@@ -86,15 +89,20 @@ pub(super) fn library() -> Result<&'static Native, DeviceError> {
     if let Some(native) = NATIVE.get() {
         return Ok(native);
     }
-    let bridge = mapped(&format!("lib{}.so", jepa_plugin_api::abi::BRIDGE));
-    let folder = bridge.and_then(|path| path.parent().map(PathBuf::from)).unwrap_or_default();
-    let path = folder.join("libjepa_native.so");
+    let path = beside_bridge("libjepa_native.so");
     let native = open(&path).map_err(|reason| DeviceError::Library {
         path,
         reason,
         advice: "run `make setup`, which builds it beside the torch bridge",
     })?;
     Ok(NATIVE.get_or_init(|| native))
+}
+
+/// Where a library of ours is.
+pub(super) fn beside_bridge(name: &str) -> PathBuf {
+    let bridge = mapped(&format!("lib{}.so", jepa_plugin_api::abi::BRIDGE));
+    let folder = bridge.and_then(|path| path.parent().map(PathBuf::from)).unwrap_or_default();
+    folder.join(name)
 }
 
 fn open(path: &std::path::Path) -> Result<Native, String> {
@@ -131,6 +139,8 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             comm_all_reduce: *library.get(b"jepa_comm_all_reduce").map_err(words)?,
             comm_broadcast: *library.get(b"jepa_comm_broadcast").map_err(words)?,
             comm_sum: *library.get(b"jepa_comm_sum").map_err(words)?,
+            comm_join_nccl: *library.get(b"jepa_comm_join_nccl").map_err(words)?,
+            comm_abort: *library.get(b"jepa_comm_abort").map_err(words)?,
             comm_traffic: *library.get(b"jepa_comm_traffic").map_err(words)?,
             comm_lost: *library.get(b"jepa_comm_lost").map_err(words)?,
             comm_all_gather: *library.get(b"jepa_comm_all_gather").map_err(words)?,

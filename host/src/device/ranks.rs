@@ -7,7 +7,7 @@ use std::time::Duration;
 use jepa_plugin_api::tch::Tensor;
 
 use super::DeviceError;
-use super::native::{ErrorOut, Handle, handles, library};
+use super::native::{ErrorOut, Handle, beside_bridge, handles, library};
 
 /// A connection to the other ranks: see native.h, and [`dist`](crate::dist) for what is made of it. One thread has it.
 #[derive(Debug)]
@@ -82,6 +82,32 @@ impl Ranks {
         library()?.checked(|native, error| unsafe {
             (native.comm_join)(self.0, name.as_ptr(), rank as i32, size as i32, address, error)
         })
+    }
+
+    /// Lets ranks with a GPU each talk over NCCL about what lies there, in a group of this name; false where the library for that
+    /// is not there.
+    ///
+    /// # Errors
+    /// Whatever libtorch and NCCL report.
+    pub fn join_gpus(&self, name: &str) -> Result<bool, DeviceError> {
+        let path = beside_bridge("libjepa_nccl.so");
+        if !path.exists() {
+            return Ok(false);
+        }
+        let (name, path) = (c_string(name)?, c_string(&path.to_string_lossy())?);
+        // SAFETY: the handle is ours, and the strings live through the call.
+        library()?.checked(|native, error| unsafe {
+            (native.comm_join_nccl)(self.0, name.as_ptr(), path.as_ptr(), error)
+        })?;
+        Ok(true)
+    }
+
+    /// Ends what waits for others on a GPU, for good.
+    pub fn abort(&self) {
+        if let Ok(native) = library() {
+            // SAFETY: the handle is ours.
+            unsafe { (native.comm_abort)(self.0) };
+        }
     }
 
     /// Replaces a tensor by the sum over all ranks, or by the maximum.

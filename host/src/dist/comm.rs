@@ -167,6 +167,20 @@ impl Comm {
         done.map_err(|error| lost(&self.launch, "waits for them", error))
     }
 
+    /// What lies on GPUs goes over NCCL from here on, where that is there.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`], whatever else NCCL reports included.
+    pub fn join_gpus(&self) -> Result<(), DistError> {
+        let joined = self.ranks.join_gpus(&self.round);
+        if !joined.map_err(|error| lost(&self.launch, "joins them over NCCL", error))? && self.launch.rank == 0 {
+            tracing::warn!(
+                "GPUs talk by way of the CPU's memory, which is slow: make setup CUDA=1 builds libjepa_nccl.so, for NCCL"
+            );
+        }
+        Ok(())
+    }
+
     /// What plugins compute from here on, they compute with the other ranks, or alone.
     ///
     /// # Errors
@@ -264,6 +278,9 @@ impl Comm {
     /// Tells the others why this process ends. One that has lost others waits, for 10 s at most, to hear from all, and learns
     /// who has ended without a word, and who has failed and how; whoever keeps the store stays until all know.
     pub fn part(&self, own: &Ending) -> Option<DistError> {
+        if *own == Ending::Lost {
+            self.ranks.abort();
+        }
         let said = serde_json::to_string(own).unwrap_or_default();
         let reached = self.ranks.set(&self.key_of("end", self.launch.rank), &said).is_ok();
         let (gone, failed) = match own {

@@ -42,6 +42,9 @@ impl Ranks {
     /// Whatever libtorch reports.
     pub fn new(comm: Comm, model: &Model, bucket_bytes: u64) -> Result<Self, DistError> {
         let params: Vec<Tensor> = model.trained().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+        if params.iter().any(|param| param.device().is_cuda()) {
+            comm.join_gpus()?;
+        }
         let exchange = comm.exchange(&params, bucket_bytes)?;
         comm.let_plugins_join(true)?;
         let (rank, size) = (comm.rank() as usize, comm.size() as usize);

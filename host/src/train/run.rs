@@ -95,7 +95,9 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
         Err(error) => {
             run.trackers.finish();
             let error = run.ranks.part(error);
-            if error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause) || has_drifted(cause)) {
+            // What is queued on a GPU behind a sum that others did not give would be saved with it.
+            let spoilt = |cause: &(dyn Error + 'static)| has_drifted(cause) || run.device != Device::Cpu && has_lost(cause);
+            if error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause) || spoilt(cause)) {
                 return Err(error);
             }
             match run.undo_step().and_then(|()| run.save()) {
@@ -185,6 +187,10 @@ pub fn has_diverged(cause: &(dyn Error + 'static)) -> bool {
 
 fn has_drifted(cause: &(dyn Error + 'static)) -> bool {
     matches!(cause.downcast_ref(), Some(DistError::Drift { .. }))
+}
+
+fn has_lost(cause: &(dyn Error + 'static)) -> bool {
+    matches!(cause.downcast_ref(), Some(DistError::Broken { .. }))
 }
 
 struct Run<'t> {

@@ -1,0 +1,32 @@
+// Ranks with a GPU each, over NCCL: a library of its own, because it needs CUDA's headers and libtorch_cuda. comm.cpp opens it
+// where it is there.
+
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+
+
+// `store` is a c10::intrusive_ptr<c10d::Store>*, and stays the caller's; `group`, a c10::intrusive_ptr<c10d::Backend>*, gets the
+// process group of this name. False: *error holds a message from malloc.
+extern "C" bool jepa_nccl_join(void* store, const char* name, std::int32_t rank, std::int32_t size,
+                               std::int64_t timeout_ms, void* group, char** error) {
+    try {
+        auto options = c10d::ProcessGroupNCCL::Options::create();
+        options->timeout = std::chrono::milliseconds(timeout_ms);
+        const auto& root = *static_cast<c10::intrusive_ptr<c10d::Store>*>(store);
+        auto with_prefix = c10::make_intrusive<c10d::PrefixStore>(name, root);
+        *static_cast<c10::intrusive_ptr<c10d::Backend>*>(group) =
+            c10::make_intrusive<c10d::ProcessGroupNCCL>(std::move(with_prefix), rank, size, std::move(options));
+        return true;
+    } catch (const c10::Error& caught) {
+        *error = strdup(caught.what_without_backtrace());
+    } catch (const std::exception& caught) {
+        *error = strdup(caught.what());
+    } catch (...) {
+        *error = strdup("an unknown C++ exception");
+    }
+    return false;
+}
