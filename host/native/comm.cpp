@@ -147,11 +147,17 @@ bool jepa_comm_join_nccl(jepa_comm comm, const char* name, const char* library, 
     });
 }
 
-void jepa_comm_abort(jepa_comm comm) {
+void jepa_comm_leave(jepa_comm comm) {
     guarded(nullptr, [&] {
-        for (const auto& group : {opened(comm).group_of_gpus, opened(comm).of_gradients_of_gpus}) {
+        auto& left = opened(comm);
+        for (const auto& group : {left.group_of_gpus, left.of_gradients_of_gpus}) {
             if (group) group->abort();
         }
+        // A group ends when nothing of it is under way any more: nobody waits for that.
+        std::thread([groups = std::vector{std::move(left.group), std::move(left.of_gradients),
+                                          std::move(left.group_of_gpus), std::move(left.of_gradients_of_gpus)}]() mutable {
+            groups.clear();
+        }).detach();
     });
 }
 

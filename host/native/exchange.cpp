@@ -21,7 +21,7 @@
 
 namespace {
 
-// The first buckets are small, so that the first goes off early.
+// The first bucket is small, so that it goes off early.
 constexpr std::int64_t first_bytes = 1 << 20;
 
 struct Slot {
@@ -65,6 +65,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
                 if (const auto exchange = weak.lock()) exchange->ready(*at);
                 return outputs;
             };
+            // What wants no gradient has none, on any rank.
+            if (!slot.accumulator) continue;
             slot.accumulator->add_post_hook(std::make_unique<torch::autograd::utils::LambdaPostHook>(std::move(hook)));
         }
     }
@@ -91,7 +93,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
         }
         const double share = 1.0 / group_->getSize();
         of_figures_->wait();
-        figures_.mul_(share);
+        // Not a product: the mean of equal numbers is that number, to the bit.
+        figures_.div_(group_->getSize());
         for (auto& bucket : buckets_) {
             bucket.work->wait();
             bucket.flat.mul_(share);

@@ -127,8 +127,9 @@ bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size
  * in the process. */
 bool jepa_comm_join_nccl(jepa_comm comm, const char* name, const char* library, char** error);
 
-/* Ends what waits for others on a GPU, for good: to be called when they are lost. */
-void jepa_comm_abort(jepa_comm comm);
+/* Leaves the process group, for good, so that whoever waits for this rank there sees that it does not come; the store stays.
+ * What waits for others on a GPU ends. */
+void jepa_comm_leave(jepa_comm comm);
 
 /* All ranks call these with tensors of equal shape and dtype, in the same order; they return when it is done. A rank that has
  * ended is an error, and one that does not come is, when the time is over. */

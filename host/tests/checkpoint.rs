@@ -364,8 +364,8 @@ fn what_changed_since_the_checkpoint_is_told() {
     assert_eq!(
         state(1).changes(&now),
         [
+            "plugin cnn-jepa was 0.1.0 (0123456789ab) and is 0.1.0 (fedcba987654)",
             "the number of compute threads was 2 and is 4",
-            "plugin cnn-jepa was 0.1.0 (0123456789ab) when the checkpoint was saved and is 0.1.0 (fedcba987654) now",
         ]
     );
 

@@ -170,8 +170,12 @@ fn what_plugins_and_gradients_need_of_the_others_is_what_one_process_computes() 
         let port = free_port().to_string();
         let start = |rank: u32| {
             let (rank, size) = (rank.to_string(), size.to_string());
-            let variables =
-                [("RANK", &*rank), ("WORLD_SIZE", &*size), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &*port)];
+            let variables = [
+                ("RANK", &*rank),
+                ("WORLD_SIZE", &*size),
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", &*port),
+            ];
             let arguments = ["--ignored", "--exact", "in_a_rank_of_its_own", "--nocapture"];
             room.start_other_in(&variables, &std::env::current_exe().unwrap(), arguments)
         };
@@ -244,10 +248,12 @@ fn channels_last(x: &Tensor) -> Tensor {
 fn sums_and_rows(comm: &Comm) {
     let (rank, size) = (i64::from(comm.rank()), i64::from(comm.size()));
     let x = Tensor::randn([3 * size, 4], (Kind::Float, Device::Cpu));
-    let (whole, own) = (x.copy().set_requires_grad(true), x.narrow(0, 3 * rank, 3).copy().set_requires_grad(true));
+    let (whole, own) =
+        (x.copy().set_requires_grad(true), x.narrow(0, 3 * rank, 3).copy().set_requires_grad(true));
     let weight = Tensor::randn([3 * size, 3 * size], (Kind::Float, Device::Cpu));
     // The sum over ranks of each one's rows of a function of all rows.
-    let expected = (whole.matmul(&whole.transpose(0, 1)) * &weight).sum(Kind::Float) + whole.sum(Kind::Float).square();
+    let expected =
+        (whole.matmul(&whole.transpose(0, 1)) * &weight).sum(Kind::Float) + whole.sum(Kind::Float).square();
     expected.backward();
     comm.let_plugins_join(true).unwrap();
     assert_eq!((ranks::rank() as i64, ranks::size() as i64), (rank, size));

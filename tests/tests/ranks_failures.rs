@@ -83,6 +83,24 @@ fn a_rank_that_dies_ends_the_others_and_they_go_on_to_the_same_bytes() {
 }
 
 #[test]
+fn of_three_the_others_name_the_one_that_died_at_once() {
+    let room = Room::new();
+    let mut ranks = begin(&room, 3, &arguments(&["optimizer.batch_size=18"]));
+    let folder = folder(&room);
+    ranks[0].until("a checkpoint", || has_saved(&folder, 5));
+    let who = format!("rank 1 (process {} on ", ranks[1].id());
+    ranks[1].signal(libc::SIGKILL);
+    let began = Instant::now();
+    let ended: Vec<_> = ranks.into_iter().map(Running::wait).collect();
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    for other in [0, 2] {
+        let ended = &ended[other];
+        ended.error_says(&[&who, "has ended or does not answer"]);
+        assert_eq!(ended.stderr.matches("(process ").count(), 1, "{}", ended.stderr);
+    }
+}
+
+#[test]
 fn a_rank_that_hangs_is_named_when_the_time_is_over() {
     let room = Room::new();
     let mut ranks = begin(&room, 3, &arguments(&["ranks.timeout_s=6", "optimizer.batch_size=18"]));
@@ -185,7 +203,9 @@ fn ranks_that_would_not_do_the_same_are_refused() {
 
     let room = Room::new();
     for rank in begin(&room, 3, &arguments(&[])) {
-        rank.wait().expect(2).error_says(&["a batch of 16 images has no 3 equal parts", "optimizer.batch_size"]);
+        rank.wait()
+            .expect(2)
+            .error_says(&["a batch of 16 images has no 3 equal parts", "optimizer.batch_size"]);
     }
 }
 
@@ -216,7 +236,8 @@ fn torchrun_begins_anew_and_the_run_goes_on_by_itself() {
         let before = process_of(&room, victim).unwrap();
         let killed = Command::new("kill").args(["-KILL", &before.to_string()]).status().unwrap();
         assert!(killed.success());
-        running.until("another attempt", || process_of(&room, victim).is_some_and(|process| process != before));
+        running
+            .until("another attempt", || process_of(&room, victim).is_some_and(|process| process != before));
     }
     let ended = running.wait().expect(0);
     assert_eq!(ended.stderr.matches("going on at step ").count(), 2, "{}", ended.stderr);

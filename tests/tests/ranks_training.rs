@@ -27,7 +27,15 @@ const SHORT: [&str; 12] = [
 /// Each method, sparse and dense, over batch norms and layer norms.
 const METHODS: [(&str, &[&str]); 6] = [
     ("cnn_jepa", &["backbone.name=resnet18", "method.projection=true", "method.mask.min_keep=1"]),
-    ("cnn_jepa", &["backbone.name=convnext_tiny", "backbone.depths=[1,1,1]", "backbone.layer_scale=1", "method.mask.min_keep=1"]),
+    (
+        "cnn_jepa",
+        &[
+            "backbone.name=convnext_tiny",
+            "backbone.depths=[1,1,1]",
+            "backbone.layer_scale=1",
+            "method.mask.min_keep=1",
+        ],
+    ),
     ("byol", &["backbone.name=resnet18", "method.hidden=32", "method.output=16"]),
     ("simclr", &["backbone.name=resnet18", "method.hidden=32", "method.output=16"]),
     ("vicreg", &["backbone.name=resnet18", "method.units=32", "method.layers=2"]),
@@ -58,7 +66,9 @@ fn parameters(room: &Room) -> Vec<f64> {
     names.sort();
     let numbers = names.into_iter().flat_map(|name| {
         let data = tensors.tensor(name).unwrap().data().to_vec();
-        data.chunks(4).map(|bytes| f64::from(f32::from_le_bytes(bytes.try_into().unwrap()))).collect::<Vec<_>>()
+        data.chunks(4)
+            .map(|bytes| f64::from(f32::from_le_bytes(bytes.try_into().unwrap())))
+            .collect::<Vec<_>>()
     });
     numbers.collect()
 }
@@ -132,12 +142,14 @@ fn ten_steps_with_validation_and_evaluation_stay_together() {
             let (_, together) = train(size, method, &settings);
             let together = figures(&together);
             let what = format!("{} with {} on {size} ranks", method.0, method.1[0]);
-            let names = |figures: &[(String, f64)]| figures.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+            let names =
+                |figures: &[(String, f64)]| figures.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
             assert_eq!(names(&alone), names(&together), "{what}");
             for ((name, alone), (_, together)) in alone.iter().zip(&together) {
                 // Ranks of features count, and an image more or less in 500 may be the nearest.
                 let tolerance = if name.contains("top") || name.contains("accuracy") { 0.02 } else { 2e-3 };
-                let off = (alone - together).abs() / if name.contains("eval/rank") { alone.abs() } else { alone.abs().max(1.0) };
+                let off = (alone - together).abs()
+                    / if name.contains("eval/rank") { alone.abs() } else { alone.abs().max(1.0) };
                 assert!(off <= tolerance, "{what}: {name} is {together}, and {alone} alone");
             }
         }

@@ -22,19 +22,42 @@ const FREE: [&str; 11] = [
     "trainer.max_steps",
 ];
 
+/// Settings that may differ between the ranks of a run: nothing that they do together depends on them.
+const FREE_OF_RANKS: [&str; 8] = [
+    "run.",
+    "track.",
+    "data.threads",
+    "data.train",
+    "data.val",
+    "data.upscale",
+    "trainer.threads",
+    "trainer.log_every_steps",
+];
+
 impl State {
     /// What is not as it was when this state was saved, in a few words each: a run that goes on nevertheless may
     /// differ from one that was never stopped.
     pub fn changes(&self, now: &State) -> Vec<String> {
-        self.compared(now, |what, saved, now| format!("{what} was {saved} and is {now}"))
+        let mut changes =
+            self.compared(now, &FREE, |what, saved, now| format!("{what} was {saved} and is {now}"));
+        if self.threads != now.threads {
+            changes
+                .push(format!("the number of compute threads was {} and is {}", self.threads, now.threads));
+        }
+        changes
     }
 
     /// What is not the same for another rank of a run.
     pub fn differences(&self, other: &State) -> Vec<String> {
-        self.compared(other, |what, own, other| format!("{what} is {other}, not {own}"))
+        self.compared(other, &FREE_OF_RANKS, |what, own, other| format!("{what} is {other}, not {own}"))
     }
 
-    fn compared(&self, now: &State, sentence: impl Fn(&str, &str, &str) -> String) -> Vec<String> {
+    fn compared(
+        &self,
+        now: &State,
+        free: &[&str],
+        sentence: impl Fn(&str, &str, &str) -> String,
+    ) -> Vec<String> {
         let mut changes = Vec::new();
         let mut compare = |what: &str, saved: &str, now: &str| {
             if saved != now {
@@ -48,7 +71,6 @@ impl State {
         compare("jepa-host", &self.host, &now.host);
         compare("libtorch", &self.libtorch, &now.libtorch);
         compare("the device", &self.device, &now.device);
-        compare("the number of compute threads", &self.threads.to_string(), &now.threads.to_string());
         compare("the number of ranks", &self.ranks.to_string(), &now.ranks.to_string());
         let short = |plugin: Option<&PluginRecord>| match plugin {
             Some(plugin) => {
@@ -66,7 +88,7 @@ impl State {
             let present = now_there.clone().find(|plugin| plugin.name == name);
             compare(&format!("plugin {name}"), &short(saved), &short(present));
         }
-        for (key, was, is) in changed_settings(&self.config, &now.config) {
+        for (key, was, is) in changed_settings(&self.config, &now.config, free) {
             changes.push(sentence(&key, &was, &is));
         }
         changes
@@ -94,7 +116,7 @@ impl State {
 }
 
 /// Settings that differ and on which the weights depend.
-fn changed_settings(saved: &Value, now: &Value) -> Vec<(String, String, String)> {
+fn changed_settings(saved: &Value, now: &Value, free: &[&str]) -> Vec<(String, String, String)> {
     fn leaves(value: &Value, key: &str, out: &mut BTreeMap<String, Value>) {
         match value {
             Value::Object(map) => {
@@ -112,7 +134,7 @@ fn changed_settings(saved: &Value, now: &Value) -> Vec<(String, String, String)>
     leaves(now, "", &mut after);
     let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     let text = |value: Option<&Value>| value.map_or("not set".to_owned(), Value::to_string);
-    let free = |key: &str| FREE.iter().any(|f| key == *f || f.ends_with('.') && key.starts_with(f));
+    let free = |key: &str| free.iter().any(|f| key == *f || f.ends_with('.') && key.starts_with(f));
     let changed = |key: &String| {
         let (was, is) = (before.get(key), after.get(key));
         (was != is && !free(key)).then(|| (key.clone(), text(was), text(is)))

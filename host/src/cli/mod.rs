@@ -28,8 +28,8 @@ use serde_json::json;
 
 use self::exit::Usage;
 use crate::config::Config;
-use crate::dist::Launch;
 use crate::device::{begin_with_calm_threads, keep_freed_memory};
+use crate::dist::Launch;
 use crate::plugin::{Admission, Lock, PluginSources};
 use crate::track::console::{self, Verbosity, init_logging};
 

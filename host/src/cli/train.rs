@@ -17,10 +17,10 @@ use super::output::print_text;
 use super::session::{Session, cores_of};
 use super::trackers::{open_trackers, patience_at_end};
 use crate::checkpoint::{
-    self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, find_run, read_encoder, resolve_resume,
-    restore,
+    self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, find_run, read_encoder,
+    resolve_resume, restore,
 };
-use crate::config::{Base, Config, Layers, LrScale, nearest};
+use crate::config::{Base, Config, Data, Layers, LrScale, nearest};
 use crate::data::{Augment, Dataset, Loader, LoaderOptions, Share};
 use crate::device::{cpu_capability, libtorch};
 use crate::dist::{Comm, DistError, Launch};
@@ -139,12 +139,7 @@ impl TrainArgs {
 
     /// Everything up to the first step. Of several ranks the first alone reads and writes what is kept of the run, and the
     /// others take from it where to begin.
-    fn begin(
-        &self,
-        session: &Session,
-        comm: Option<&Comm>,
-        trace: Option<Trace>,
-    ) -> anyhow::Result<Begun> {
+    fn begin(&self, session: &Session, comm: Option<&Comm>, trace: Option<Trace>) -> anyhow::Result<Begun> {
         let first = comm.is_none_or(|comm| comm.rank() == 0);
         let resume = if first { self.find_resume(session, comm)? } else { None };
         let has_weights = resume.is_some() || !first;
@@ -157,7 +152,7 @@ impl TrainArgs {
             return Ok(Begun { prepared: Prepared { state, ..prepared }, directory, trackers });
         };
 
-        refuse_differences(comm, &prepared.state)?;
+        refuse_differences(comm, &prepared)?;
         let mut directory = None;
         let (path, state) = comm.from_first(|| {
             let (taken_up, state) = self.take_up(session, &prepared, resume)?;
@@ -169,7 +164,9 @@ impl TrainArgs {
             Ok((path, state))
         })?;
         for (_, mut tensor) in prepared.model.tensors().into_iter().chain(prepared.optimizer.tensors()) {
-            tch::no_grad(|| comm.broadcast(&mut tensor, 0))?;
+            let mut of_first = tensor.detach().contiguous();
+            comm.broadcast(&mut of_first, 0)?;
+            tch::no_grad(|| tensor.copy_(&of_first));
         }
         prepared.state = state;
         speak_up();
@@ -182,23 +179,30 @@ impl TrainArgs {
         })
     }
 
-    /// Where to go on: as asked for, or where the attempt before this one was, of a launcher that begins anew after a failure
-    /// or of a SLURM job that was requeued.
+    /// Where to go on: where the attempt before this one was, of a launcher that begins anew after a failure or of a SLURM job
+    /// that was requeued; or as asked for.
     fn find_resume(&self, session: &Session, comm: Option<&Comm>) -> anyhow::Result<Option<Resume>> {
         let config = session.config();
         let (runs, name) = (&config.run.dir, config.run_name(&session.method));
-        if let Some(request) = &self.resume {
-            return Ok(resolve_resume(request, runs, name)?);
-        }
-        let counts = |variable: &str| std::env::var(variable).is_ok_and(|count| !["", "0"].contains(&count.trim()));
+        let counts =
+            |variable: &str| std::env::var(variable).is_ok_and(|count| !["", "0"].contains(&count.trim()));
         let run = match comm {
             Some(comm) if counts("TORCHELASTIC_RESTART_COUNT") => comm.left_behind()?.map(PathBuf::from),
-            _ if counts("SLURM_RESTART_COUNT") => find_run(&runs.join(name)).ok().filter(|run| is_of_this_job(run)),
+            _ if counts("SLURM_RESTART_COUNT") => {
+                find_run(&runs.join(name)).ok().filter(|run| is_of_this_job(run))
+            }
             _ => None,
         };
-        let Some(run) = run else { return Ok(None) };
-        let checkpoint = checkpoint::latest(&run)?;
-        Ok(checkpoint.map(|checkpoint| Resume { run, checkpoint }))
+        // It has gone further than what this command, given once more, asks for.
+        if let Some(run) = run
+            && let Some(checkpoint) = checkpoint::latest(&run)?
+        {
+            return Ok(Some(Resume { run, checkpoint }));
+        }
+        match &self.resume {
+            Some(request) => Ok(resolve_resume(request, runs, name)?),
+            None => Ok(None),
+        }
     }
 
     /// The directory of the run, and where it stands: at its beginning, or where `resume` says, with the tensors of that.
@@ -397,6 +401,8 @@ pub(super) fn prepare(
     };
     let evaluation = match &val_set {
         Some(val_set) if config.eval.every_epochs > 0 => {
+            let threads = threads_of_loader(config, comm);
+            let config = &Config { data: Data { threads, ..config.data.clone() }, ..config.clone() };
             let view = evaluation_view(config, &views);
             Some(Evaluation::new(config, view, &train_set, val_set, session.probes()?, of_all)?)
         }
@@ -449,6 +455,7 @@ fn resumed(saved: Checkpoint, now: State) -> State {
         libtorch: now.libtorch,
         device: now.device,
         threads: now.threads,
+        ranks: now.ranks,
         ..saved.state
     }
 }
@@ -513,14 +520,20 @@ pub(super) fn join_ranks(session: &Session) -> anyhow::Result<Option<Comm>> {
 }
 
 /// Refuses ranks that would not do the same as the first.
-fn refuse_differences(comm: &Comm, own: &State) -> anyhow::Result<()> {
-    let states = comm.collect(&serde_json::to_string(own)?)?;
+fn refuse_differences(comm: &Comm, prepared: &Prepared) -> anyhow::Result<()> {
+    let own = &prepared.state;
+    let validation = prepared.validation.as_ref().map(|loader| loader.dataset().fingerprint()).transpose()?;
+    let states = comm.collect(&serde_json::to_string(&(own, &validation))?)?;
     let differences = comm.from_first(|| {
         let mut differences = Vec::new();
         for (rank, state) in states.iter().enumerate().skip(1) {
-            let state: State = serde_json::from_str(state)?;
-            let of_rank = own.differences(&state);
-            differences.extend(of_rank.into_iter().map(|what| format!("rank {rank} differs from rank 0: {what}")));
+            let (state, of_validation): (State, Option<String>) = serde_json::from_str(state)?;
+            let mut of_rank = own.differences(&state);
+            if of_validation != validation {
+                of_rank.push("the images of data.val are others".to_owned());
+            }
+            differences
+                .extend(of_rank.into_iter().map(|what| format!("rank {rank} differs from rank 0: {what}")));
         }
         Ok(differences)
     })?;

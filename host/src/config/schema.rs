@@ -136,7 +136,7 @@ pub struct Optimizer {
     /// Added to the denominator of an update, for AdamW and LARS. Default 1e-8.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub eps: f64,
-    /// Images in one forward pass on one device. Default 128.
+    /// Images in one forward pass, of all ranks together. Default 128.
     #[schemars(range(min = 1))]
     pub batch_size: usize,
     /// Length of the linear warm-up from 0, in epochs; may be a fraction. Default 10.

@@ -17,8 +17,8 @@ pub use autocast::autocast_bf16;
 pub use libtorch::{Libtorch, check_native, libtorch};
 pub use memory::{allocated_bytes, keep_freed_memory, peak_resident_bytes};
 pub use native::{
-    AdamW, Sgd, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, lars_scale,
-    sgd_step, total_norm, zero_gradients,
+    AdamW, Sgd, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, lars_scale, sgd_step,
+    total_norm, zero_gradients,
 };
 pub use openmp::begin_with_calm_threads;
 pub use ranks::{Exchange, Ranks, Traffic};

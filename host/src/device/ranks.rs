@@ -1,5 +1,6 @@
 //! Bindings to the part of libjepa_native.so that is about ranks: host/native/comm.cpp and exchange.cpp.
 
+use std::cell::Cell;
 use std::ffi::CString;
 use std::ops::Sub;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use super::native::{ErrorOut, Handle, beside_bridge, handles, library};
 
 /// A connection to the other ranks: see native.h, and [`dist`](crate::dist) for what is made of it. One thread has it.
 #[derive(Debug)]
-pub struct Ranks(Handle);
+pub struct Ranks(Handle, Cell<bool>);
 
 // SAFETY: c10d's objects belong to no thread, and one thread at a time has a `Ranks`: it is not shared, but moved.
 unsafe impl Send for Ranks {}
@@ -34,7 +35,7 @@ impl Ranks {
             let timeout = milliseconds(timeout);
             (native.comm_open)(host.as_ptr(), port, serve, prefix.as_ptr(), timeout, &mut handle, error)
         })?;
-        Ok(Ranks(handle))
+        Ok(Ranks(handle, Cell::new(false)))
     }
 
     /// Sets a key of the store.
@@ -102,11 +103,12 @@ impl Ranks {
         Ok(true)
     }
 
-    /// Ends what waits for others on a GPU, for good.
-    pub fn abort(&self) {
+    /// Leaves the process group, for good: whoever waits for this rank there sees that it does not come. The store stays.
+    pub fn leave(&self) {
+        self.uninstall();
         if let Ok(native) = library() {
             // SAFETY: the handle is ours.
-            unsafe { (native.comm_abort)(self.0) };
+            unsafe { (native.comm_leave)(self.0) };
         }
     }
 
@@ -176,13 +178,17 @@ impl Ranks {
         let installed = Installed { rank, size, data: self.0, all_reduce, all_gather };
         // SAFETY: the bridge copies what it is given; `data` lives until `uninstall`, which dropping calls at the latest.
         unsafe { jepa_ranks_install(&installed) };
+        self.1.set(true);
         Ok(())
     }
 
     /// What plugins compute from here on, this process computes alone.
     pub fn uninstall(&self) {
-        // SAFETY: NULL is allowed.
-        unsafe { jepa_ranks_install(std::ptr::null()) };
+        // Of several in a process, as in tests, one at most is installed.
+        if self.1.replace(false) {
+            // SAFETY: NULL is allowed.
+            unsafe { jepa_ranks_install(std::ptr::null()) };
+        }
     }
 }
 
@@ -295,4 +301,3 @@ fn c_string(text: &str) -> Result<CString, DeviceError> {
 fn milliseconds(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }
-

@@ -173,7 +173,9 @@ impl Comm {
     /// [`DistError::Lost`], whatever else NCCL reports included.
     pub fn join_gpus(&self) -> Result<(), DistError> {
         let joined = self.ranks.join_gpus(&self.round);
-        if !joined.map_err(|error| lost(&self.launch, "joins them over NCCL", error))? && self.launch.rank == 0 {
+        if !joined.map_err(|error| lost(&self.launch, "joins them over NCCL", error))?
+            && self.launch.rank == 0
+        {
             tracing::warn!(
                 "GPUs talk by way of the CPU's memory, which is slow: make setup CUDA=1 builds libjepa_nccl.so, for NCCL"
             );
@@ -275,28 +277,39 @@ impl Comm {
         self.ranks.is_lost()
     }
 
-    /// Tells the others why this process ends. One that has lost others waits, for 10 s at most, to hear from all, and learns
-    /// who has ended without a word, and who has failed and how; whoever keeps the store stays until all know.
-    pub fn part(&self, own: &Ending) -> Option<DistError> {
-        if *own == Ending::Lost {
-            self.ranks.abort();
-        }
+    /// Tells the others why this process ends, and leaves the process group, so that they notice. What follows is
+    /// [`part`](Self::part).
+    pub fn announce(&self, own: &Ending) {
         let said = serde_json::to_string(own).unwrap_or_default();
-        let reached = self.ranks.set(&self.key_of("end", self.launch.rank), &said).is_ok();
+        // A store that is not there shows when this process parts.
+        let _ = self.ranks.set(&self.key_of("end", self.launch.rank), &said);
+        // A signal has come to all, and nobody is waited for.
+        if !matches!(own, Ending::Signal(_)) {
+            self.ranks.leave();
+        }
+    }
+
+    /// The last word, after [`announce`](Self::announce). One that has lost others waits, for 10 s at most, to hear from all, and
+    /// learns who has ended without a word, and who has failed and how. After a signal all stay until rank 0 has saved, for its
+    /// launcher may end what is left when the first of them ends. Whoever keeps the store stays until all know.
+    pub fn part(&self, own: &Ending) -> Option<DistError> {
+        let me = self.launch.rank;
         let (gone, failed) = match own {
-            Ending::Lost if reached => self.ask_for_endings(),
-            // The store has ended with whoever keeps it.
-            Ending::Lost => (vec![self.peers[0].clone()], Vec::new()),
+            Ending::Lost => self.ask_for_endings(),
+            Ending::Signal(_) if me > 0 => {
+                let _ = self.ranks.get(&self.key_of("parted", 0), self.timeout);
+                (Vec::new(), Vec::new())
+            }
             _ => (Vec::new(), Vec::new()),
         };
-        let _ = self.ranks.set(&self.key_of("parted", self.launch.rank), "");
+        let _ = self.ranks.set(&self.key_of("parted", me), "");
         if self.launch.keeps_store {
             let until = Instant::now() + GRACE;
             for peer in self.others().filter(|peer| !gone.contains(peer)) {
                 let _ = self.ranks.get(&self.key_of("parted", peer.rank), left(until));
             }
         }
-        (*own == Ending::Lost).then_some(DistError::Broken { rank: self.launch.rank, gone, failed })
+        (*own == Ending::Lost).then_some(DistError::Broken { rank: me, gone, failed })
     }
 
     /// Who is silent, and who has failed and how: once that is known, nobody waits for the rest.

@@ -59,7 +59,12 @@ const ROUND: &str = "round";
 const LOOK: Duration = Duration::from_millis(200);
 
 /// Rank 0: calls a new round, waits for all, and says who they are, or who is missing.
-pub(super) fn call_together(ranks: &Ranks, launch: &Launch, me: &Entry, until: Instant) -> Result<Met, DeviceError> {
+pub(super) fn call_together(
+    ranks: &Ranks,
+    launch: &Launch,
+    me: &Entry,
+    until: Instant,
+) -> Result<Met, DeviceError> {
     let round = format!("{}-{}", me.process, me.began);
     ranks.set(ROUND, &round)?;
     let (mut entries, mut missing) = (vec![me.clone()], Vec::new());
@@ -82,7 +87,13 @@ pub(super) fn call_together(ranks: &Ranks, launch: &Launch, me: &Entry, until: I
 }
 
 /// Every other rank: answers whatever round is called, until one has it among all.
-pub(super) fn follow(ranks: &Ranks, rank: u32, size: u32, me: &Entry, until: Instant) -> Result<Met, DeviceError> {
+pub(super) fn follow(
+    ranks: &Ranks,
+    rank: u32,
+    size: u32,
+    me: &Entry,
+    until: Instant,
+) -> Result<Met, DeviceError> {
     let line = me.to_line();
     // Rank 0's time may have begun a little later.
     let until = until + 4 * LOOK;

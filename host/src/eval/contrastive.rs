@@ -23,7 +23,12 @@ impl Contrastive {
     ///
     /// # Errors
     /// A view that makes no sense.
-    pub fn new(config: &Config, view: &ViewSpec, set: &Arc<Dataset>, share: Share) -> Result<Self, DataError> {
+    pub fn new(
+        config: &Config,
+        view: &ViewSpec,
+        set: &Arc<Dataset>,
+        share: Share,
+    ) -> Result<Self, DataError> {
         let normalizes = |transform: &Transform| matches!(transform, Transform::Normalize { .. });
         let pair = ["contrastive_1", "contrastive_2"].map(|name| {
             let mut augmented = Augmentation::SIMCLR.view(name);
@@ -32,7 +37,8 @@ impl Contrastive {
             augmented
         });
         let batch_size = config.eval.contrastive.images.min(set.len());
-        let options = LoaderOptions { batch_size, drop_last: true, ..loader_options(config, pair.to_vec(), share) };
+        let options =
+            LoaderOptions { batch_size, drop_last: true, ..loader_options(config, pair.to_vec(), share) };
         Ok(Contrastive { pairs: Loader::new(Arc::clone(set), options)? })
     }
 

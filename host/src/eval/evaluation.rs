@@ -156,7 +156,8 @@ impl Evaluation {
         let bank = self.features(&self.bank, self.bank_limit, encode, go_on, comm)?;
         let queries = self.features(&self.queries, None, encode, go_on, comm)?;
         let contrastive = self.contrastive.as_ref();
-        let contrastive_accuracy = contrastive.map(|probe| probe.accuracy(encode, go_on, comm)).transpose()?;
+        let contrastive_accuracy =
+            contrastive.map(|probe| probe.accuracy(encode, go_on, comm)).transpose()?;
         let (Some(bank), Some(queries)) = (bank, queries) else { return Ok(None) };
         let (bank, queries) = bank.near(queries, device)?;
         Ok(Some(Seen { bank, queries, contrastive_accuracy }))

@@ -134,7 +134,9 @@ pub(super) fn extract_together(
         let mut own = None;
         if let Some((images, labels)) = round.map_err(EvalError::Encode)? {
             let x = encode(&images)
-                .with_context(|| format!("images {done} to {}", done + images.size().first().unwrap_or(&0) - 1))
+                .with_context(|| {
+                    format!("images {done} to {}", done + images.size().first().unwrap_or(&0) - 1)
+                })
                 .map_err(EvalError::Encode)?;
             own = Some((x.f_to_device(Device::Cpu)?, labels.f_to_device(Device::Cpu)?));
         }
@@ -164,23 +166,31 @@ pub(super) fn extract_together(
 
 /// Features and labels of all ranks, in their order; some may have none.
 fn rows_of_all(comm: &Comm, own: Option<(Tensor, Tensor)>) -> anyhow::Result<(Tensor, Tensor)> {
-    let own = own.map(|(x, y)| -> Result<_, TchError> { Ok((x.f_to_kind(Kind::Float)?, y.f_to_kind(Kind::Int64)?)) });
+    let own = own
+        .map(|(x, y)| -> Result<_, TchError> { Ok((x.f_to_kind(Kind::Float)?, y.f_to_kind(Kind::Int64)?)) });
     let own = own.transpose()?;
-    let (rows, columns) = own.as_ref().map_or((0, 0), |(x, _)| (x.size()[0], x.size().get(1).copied().unwrap_or(0)));
+    let (rows, columns) =
+        own.as_ref().map_or((0, 0), |(x, _)| (x.size()[0], x.size().get(1).copied().unwrap_or(0)));
     let shapes = Vec::<i64>::try_from(comm.all_gather(&Tensor::from_slice(&[rows, columns]))?)?;
     let most = |at: usize| shapes.iter().skip(at).step_by(2).copied().max().unwrap_or(0);
     let (most_rows, most_columns) = (most(0), most(1));
     let x = Tensor::zeros([most_rows, most_columns], (Kind::Float, Device::Cpu));
     let y = Tensor::zeros([most_rows], (Kind::Int64, Device::Cpu));
     if let Some((own_x, own_y)) = own {
-        anyhow::ensure!(columns == most_columns, "features have {columns} dimensions here, {most_columns} elsewhere");
+        anyhow::ensure!(
+            columns == most_columns,
+            "features have {columns} dimensions here, {most_columns} elsewhere"
+        );
         x.narrow(0, 0, rows).f_copy_(&own_x)?;
         y.narrow(0, 0, rows).f_copy_(&own_y)?;
     }
     let (x, y) = (comm.all_gather(&x)?, comm.all_gather(&y)?);
     let of_rank = |all: &Tensor| -> Result<Tensor, TchError> {
         let parts = (0..).zip(shapes.iter().step_by(2));
-        Tensor::f_cat(&parts.map(|(rank, rows)| all.narrow(0, rank * most_rows, *rows)).collect::<Vec<_>>(), 0)
+        Tensor::f_cat(
+            &parts.map(|(rank, rows)| all.narrow(0, rank * most_rows, *rows)).collect::<Vec<_>>(),
+            0,
+        )
     };
     Ok((of_rank(&x)?, of_rank(&y)?))
 }

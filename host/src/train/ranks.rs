@@ -20,6 +20,8 @@ pub struct Ranks {
     rank: usize,
     size: usize,
     others: Option<Others>,
+    /// The connection of one that has announced its end.
+    left: Option<Comm>,
 }
 
 #[derive(Debug)]
@@ -33,7 +35,7 @@ struct Others {
 impl Ranks {
     /// A run of one process.
     pub fn alone() -> Self {
-        Ranks { rank: 0, size: 1, others: None }
+        Ranks { rank: 0, size: 1, others: None, left: None }
     }
 
     /// All ranks of `comm`, with the gradients of `model`, which travel in parts of `bucket_bytes`.
@@ -48,7 +50,7 @@ impl Ranks {
         let exchange = comm.exchange(&params, bucket_bytes)?;
         comm.let_plugins_join(true)?;
         let (rank, size) = (comm.rank() as usize, comm.size() as usize);
-        Ok(Ranks { rank, size, others: Some(Others { exchange, figures: None, comm }) })
+        Ok(Ranks { rank, size, others: Some(Others { exchange, figures: None, comm }), left: None })
     }
 
     /// The number of this one, from 0.
@@ -59,6 +61,12 @@ impl Ranks {
     /// How many there are.
     pub fn size(&self) -> usize {
         self.size
+    }
+
+    /// Whether others were lost: what a plugin says of it is its own panic.
+    pub fn has_lost(&self, error: &anyhow::Error) -> bool {
+        let comm = self.comm().or(self.left.as_ref());
+        comm.is_some_and(|comm| comm.is_lost() || error.chain().any(has_lost))
     }
 
     /// Whether this is the one that evaluates, saves and records.
@@ -89,7 +97,8 @@ impl Ranks {
     pub fn begin_exchange(&mut self, figures: &Unread) -> anyhow::Result<()> {
         let Some(others) = &mut self.others else { return Ok(()) };
         let values = figures.values().map_err(TrainError::from)?;
-        let message = Tensor::cat(&[Tensor::from_slice(&[key_of(figures)]).to_device(values.device()), values], 0);
+        let message =
+            Tensor::cat(&[Tensor::from_slice(&[key_of(figures)]).to_device(values.device()), values], 0);
         others.exchange.begin(&message).map_err(|error| others.comm.lost_gradients(error))?;
         others.figures = Some(message);
         Ok(())
@@ -107,7 +116,10 @@ impl Ranks {
             if message.double_value(&[0]) != key_of(figures) {
                 let own: Vec<&str> = figures.names().collect();
                 let rank = others.comm.rank();
-                return Err(DistError::Differ(format!("rank {rank} measures {}, others do not", own.join(", "))));
+                return Err(DistError::Differ(format!(
+                    "rank {rank} measures {}, others do not",
+                    own.join(", ")
+                )));
             }
         }
         figures.replace_values(&message.narrow(0, 1, message.size()[0] - 1));
@@ -176,42 +188,61 @@ impl Ranks {
         }
     }
 
-    /// Tells the others that this rank ends with `error`, and gives the error that the run ends with: where others were lost,
-    /// that says who. From here on this rank is alone.
+    /// Tells the others that this rank ends with `error`. It computes alone from here on.
+    pub fn announce(&mut self, error: &anyhow::Error) {
+        if let Some(Others { exchange, figures, comm }) = self.others.take() {
+            drop((exchange, figures));
+            comm.announce(&ending(&comm, error));
+            self.left = Some(comm);
+        }
+    }
+
+    /// After that, and when the first has saved what there is: the error that the run ends with. Where others were lost, that
+    /// says who.
     pub fn part(&mut self, error: anyhow::Error) -> anyhow::Error {
-        match self.others.take() {
-            Some(others) => part(&others.comm, error),
+        match self.left.take() {
+            Some(comm) => conclude(&comm, error),
             None => error,
         }
     }
 }
 
-/// Tells names from others: a number that is exact as an f64, and so is the mean of equal ones.
-fn key_of(figures: &Unread) -> f64 {
-    let mut names = DefaultHasher::new();
-    figures.names().for_each(|name| name.hash(&mut names));
-    (names.finish() >> 32) as f64
+/// [`Ranks::announce`] and [`Ranks::part`], for ranks that have not begun a run.
+pub fn part(comm: &Comm, error: anyhow::Error) -> anyhow::Error {
+    comm.announce(&ending(comm, &error));
+    conclude(comm, error)
 }
 
-/// [`Ranks::part`], for ranks that have not begun a run.
-pub fn part(comm: &Comm, error: anyhow::Error) -> anyhow::Error {
-    let lost = |cause: &(dyn std::error::Error + 'static)| {
-        matches!(cause.downcast_ref(), Some(DistError::Lost { .. }))
-    };
-    let signal = error.chain().find_map(|cause| match cause.downcast_ref() {
-        Some(TrainError::Interrupted { signal, .. } | TrainError::Stopped { signal }) => Some(*signal),
-        _ => None,
-    });
-    let ending = match signal {
-        Some(signal) => Ending::Signal(signal),
-        None if comm.is_lost() || error.chain().any(lost) => Ending::Lost,
-        None => Ending::Failed(format!("{error:#}")),
-    };
-    match comm.part(&ending) {
+fn conclude(comm: &Comm, error: anyhow::Error) -> anyhow::Error {
+    match comm.part(&ending(comm, &error)) {
         Some(broken) => {
             tracing::debug!("{error:#}");
             broken.into()
         }
         None => error,
     }
+}
+
+fn ending(comm: &Comm, error: &anyhow::Error) -> Ending {
+    let signal = error.chain().find_map(|cause| match cause.downcast_ref() {
+        Some(TrainError::Interrupted { signal, .. } | TrainError::Stopped { signal }) => Some(*signal),
+        _ => None,
+    });
+    match signal {
+        Some(signal) => Ending::Signal(signal),
+        None if comm.is_lost() || error.chain().any(has_lost) => Ending::Lost,
+        None => Ending::Failed(format!("{error:#}")),
+    }
+}
+
+/// Whether `cause` says that others were lost.
+fn has_lost(cause: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(cause.downcast_ref(), Some(DistError::Lost { .. }))
+}
+
+/// Tells names from others: a number that is exact as an f64.
+fn key_of(figures: &Unread) -> f64 {
+    let mut names = DefaultHasher::new();
+    figures.names().for_each(|name| name.hash(&mut names));
+    (names.finish() >> 32) as f64
 }

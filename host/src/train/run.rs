@@ -94,13 +94,18 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
         }),
         Err(error) => {
             run.trackers.finish();
-            let error = run.ranks.part(error);
+            run.ranks.announce(&error);
             // What is queued on a GPU behind a sum that others did not give would be saved with it.
-            let spoilt = |cause: &(dyn Error + 'static)| has_drifted(cause) || run.device != Device::Cpu && has_lost(cause);
-            if error.chain().any(|cause| cause.is::<CheckpointError>() || has_diverged(cause) || spoilt(cause)) {
-                return Err(error);
+            let spoilt = run.device != Device::Cpu && run.ranks.has_lost(&error);
+            let hopeless = |cause: &(dyn Error + 'static)| {
+                cause.is::<CheckpointError>() || has_diverged(cause) || has_drifted(cause)
+            };
+            if spoilt || error.chain().any(hopeless) {
+                return Err(run.ranks.part(error));
             }
-            match run.undo_step().and_then(|()| run.save()) {
+            let saved = run.undo_step().and_then(|()| run.save());
+            let error = run.ranks.part(error);
+            match saved {
                 Ok(()) => Err(error),
                 // Figures that were still unread say so, and it matters more than why the run was ending.
                 Err(diverged) if diverged.chain().any(has_diverged) => Err(diverged),
@@ -152,7 +157,8 @@ pub fn measure(
         },
         false => Box::new((0..).flat_map(move |epoch| loader.batches(epoch, 0))),
     };
-    let mut measured = Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images, traffic: None };
+    let mut measured =
+        Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images, traffic: None };
     let mut before = run.train.clock().seconds();
     let traffic = |run: &Run| run.ranks.comm().map(Comm::traffic);
     let mut traffic_before = None;
@@ -187,10 +193,6 @@ pub fn has_diverged(cause: &(dyn Error + 'static)) -> bool {
 
 fn has_drifted(cause: &(dyn Error + 'static)) -> bool {
     matches!(cause.downcast_ref(), Some(DistError::Drift { .. }))
-}
-
-fn has_lost(cause: &(dyn Error + 'static)) -> bool {
-    matches!(cause.downcast_ref(), Some(DistError::Broken { .. }))
 }
 
 struct Run<'t> {

@@ -87,10 +87,8 @@ pub fn nt_xent(a: &Tensor, b: &Tensor, temperature: f64) -> (Tensor, Tensor) {
     let all = ranks::gather(&z);
     let first = 2 * images * ranks::rank() as i64;
     let number = Tensor::arange_start(first, first + images, (Kind::Int64, z.device()));
-    let (itself, other) = (
-        Tensor::cat(&[&number, &(&number + images)], 0),
-        Tensor::cat(&[&(&number + images), &number], 0),
-    );
+    let (itself, other) =
+        (Tensor::cat(&[&number, &(&number + images)], 0), Tensor::cat(&[&(&number + images), &number], 0));
     let itself = itself.unsqueeze(1).eq_tensor(&Tensor::arange(all.size()[0], (Kind::Int64, z.device())));
     let logits = matmul_f32(&z, &all.transpose(0, 1)) / temperature;
     let logits = logits.masked_fill(&itself, f64::NEG_INFINITY);

@@ -27,7 +27,8 @@ pub use conv::{Conv2d, ConvOptions};
 pub use init::{Init, truncated_normal};
 pub use linear::Linear;
 pub use loss::{
-    covariance_loss, deviation, l2_normalize, masked_mean, negative_cosine, nt_xent, smooth_l1, spread, variance_loss,
+    covariance_loss, deviation, l2_normalize, masked_mean, negative_cosine, nt_xent, smooth_l1, spread,
+    variance_loss,
 };
 pub use mlp::Mlp;
 pub use norm::{BatchNorm, LayerNorm2d, Norm};

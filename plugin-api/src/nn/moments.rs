@@ -96,7 +96,11 @@ pub(super) fn batch_norm(norm: &BatchNorm, x: &Tensor) -> Tensor {
         let along_std = along(&(inverse_std.square() * mean_product));
         let of_x = (&grad - along(&mean_grad) - &centred * along_std) * &scale;
         let of_weight = of_product * &inverse_std;
-        vec![Some(of_x.to_kind(kind)), Some(of_weight.to_kind(Kind::Float)), Some(of_bias.to_kind(Kind::Float))]
+        vec![
+            Some(of_x.to_kind(kind)),
+            Some(of_weight.to_kind(Kind::Float)),
+            Some(of_bias.to_kind(Kind::Float)),
+        ]
     })
 }
 
@@ -135,7 +139,10 @@ mod tests {
             let by = Tensor::randn(shape.as_slice(), (Kind::Float, Device::Cpu));
             let (own, theirs) = (x.copy().set_requires_grad(true), x.copy().set_requires_grad(true));
             let parameters = [&weight, &bias].map(|tensor| tensor.copy().set_requires_grad(true));
-            let running = [Tensor::zeros([4], (Kind::Float, Device::Cpu)), Tensor::ones([4], (Kind::Float, Device::Cpu))];
+            let running = [
+                Tensor::zeros([4], (Kind::Float, Device::Cpu)),
+                Tensor::ones([4], (Kind::Float, Device::Cpu)),
+            ];
             let y = theirs.batch_norm(
                 Some(&parameters[0]),
                 Some(&parameters[1]),

@@ -6,7 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use jepa_plugin_api::params::{Entry, Kind as EntryKind};
-use jepa_plugin_api::{Backbone, BackboneInfo, Context, Error, NormKind, Params, Result, bail, ensure};
+use jepa_plugin_api::{
+    Backbone, BackboneInfo, Context, Error, NormKind, Params, Result, bail, ensure, ranks,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::jit::{IValue, f_set_graph_executor_optimize};
@@ -153,7 +155,11 @@ impl Backbone for TorchScript {
             mask.is_none(),
             "a TorchScript has no sparse mode: it cannot be asked for visible cells only"
         );
-        let BackboneInfo { channels, downsample, .. } = self.info;
+        let BackboneInfo { channels, downsample, norm, .. } = self.info;
+        ensure!(
+            !train || norm != NormKind::Batch || ranks::size() == 1,
+            "the batch norms of a TorchScript look at their own rank's images alone: train it in one process"
+        );
         let (given, output) = (images.size(), self.run(images, train));
         let output = output.with_context(|| format!("backbone.file `{}`", self.file.display()))?;
         let shape = output.size();
