@@ -42,6 +42,7 @@ fn state(step: u64) -> State {
         libtorch: "2.11.0".to_owned(),
         device: "cpu (AVX2)".to_owned(),
         threads: 2,
+        ranks: 1,
     }
 }
 
