@@ -27,7 +27,10 @@ fn the_parts_of_a_step_add_up() {
         let report: Value = serde_json::from_str(&ended.stdout).unwrap();
         let parts = report["parts"].as_array().unwrap();
         let names: Vec<&str> = parts.iter().map(|row| row["part"].as_str().unwrap()).collect();
-        assert_eq!(names, ["wait", "copy", "forward", "backward", "optimizer", "ema", "sync", "log"]);
+        assert_eq!(
+            names,
+            ["wait", "copy", "forward", "backward", "exchange", "optimizer", "ema", "sync", "log"]
+        );
         let step = number(&report["step"]["median_s"]);
         let sum: f64 = parts.iter().map(|row| number(&row["median_s"])).sum();
         assert!((0.5..1.5).contains(&(sum / step)), "{report}");
