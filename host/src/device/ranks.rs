@@ -12,7 +12,11 @@ use super::native::{ErrorOut, Handle, beside_bridge, handles, library};
 
 /// A connection to the other ranks: see native.h, and [`dist`](crate::dist) for what is made of it. One thread has it.
 #[derive(Debug)]
-pub struct Ranks(Handle, Cell<bool>);
+pub struct Ranks(
+    Handle,
+    /// Whether plugins compute with it.
+    Cell<bool>,
+);
 
 // SAFETY: c10d's objects belong to no thread, and one thread at a time has a `Ranks`: it is not shared, but moved.
 unsafe impl Send for Ranks {}

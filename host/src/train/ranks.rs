@@ -66,7 +66,7 @@ impl Ranks {
     /// Whether others were lost: what a plugin says of it is its own panic.
     pub fn has_lost(&self, error: &anyhow::Error) -> bool {
         let comm = self.comm().or(self.left.as_ref());
-        comm.is_some_and(|comm| comm.is_lost() || error.chain().any(has_lost))
+        comm.is_some_and(|comm| ending(comm, error) == Ending::Lost)
     }
 
     /// Whether this is the one that evaluates, saves and records.
