@@ -103,7 +103,7 @@ bool jepa_lars_scale(size_t count, const jepa_tensor* params, const jepa_tensor*
 
 /* --- ranks: processes that train together, over libtorch's c10d ------------------------------------------- */
 
-/* A connection to the others. Used by one thread at a time. */
+/* A connection to the others. Used by one thread at a time, but for its store, which any thread may set and ask. */
 typedef void* jepa_comm;
 
 /* Connects to the key-value store at host:port, within the time that every later call has too; with `serve`, this process

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use jepa_host::device::zero_gradients;
-use jepa_host::dist::{Comm, DistError, Launch, Launcher, Reduce};
+use jepa_host::dist::{Comm, DistError, Keeper, Launch, Launcher, Reduce};
 use jepa_plugin_api::nn::BatchNorm;
 use jepa_plugin_api::{Params, ranks};
 use jepa_tests::ranks::{free_port, start};
@@ -71,10 +71,10 @@ fn in_threads<T: Send>(size: u32, timeout: Duration, work: impl Fn(Comm) -> T + 
                     group: String::new(),
                     rank,
                     size,
-                    local_rank: rank,
+                    local_rank: None,
                     host: "127.0.0.1".to_owned(),
                     port,
-                    keeps_store: rank == 0,
+                    keeper: Keeper::First,
                 };
                 let work = &work;
                 scope.spawn(move || work(Comm::join(launch, timeout).unwrap()))
@@ -128,15 +128,15 @@ fn a_rank_that_leaves_is_an_error_of_the_others_at_once() {
 #[test]
 fn what_an_earlier_attempt_has_left_behind_confuses_nobody() {
     let port = free_port();
-    let launch = |rank: u32, keeps_store: bool| Launch {
+    let launch = |rank: u32, keeper: Keeper| Launch {
         launcher: Launcher::Torchrun,
         group: "run".to_owned(),
         rank,
         size: 2,
-        local_rank: rank,
+        local_rank: None,
         host: "127.0.0.1".to_owned(),
         port,
-        keeps_store,
+        keeper,
     };
     let time = Duration::from_secs(20);
     let join = |launch| {
@@ -145,15 +145,15 @@ fn what_an_earlier_attempt_has_left_behind_confuses_nobody() {
         comm
     };
     thread::scope(|scope| {
-        let first = scope.spawn(|| join(launch(0, true)));
-        let second = scope.spawn(|| drop(join(launch(1, false))));
+        let first = scope.spawn(|| join(launch(0, Keeper::First)));
+        let second = scope.spawn(|| drop(join(launch(1, Keeper::Launcher))));
         // It keeps the store on.
         let _keeper = first.join().unwrap();
         second.join().unwrap();
         // The one comes before the other has called.
-        let again = scope.spawn(|| Comm::join(launch(1, false), time).unwrap());
+        let again = scope.spawn(|| Comm::join(launch(1, Keeper::Launcher), time).unwrap());
         thread::sleep(Duration::from_millis(500));
-        let first = Comm::join(launch(0, false), time).unwrap();
+        let first = Comm::join(launch(0, Keeper::Launcher), time).unwrap();
         let again = again.join().unwrap();
         let other = scope.spawn(move || again.wait_for_all().unwrap());
         first.wait_for_all().unwrap();

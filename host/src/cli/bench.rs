@@ -18,7 +18,7 @@ use crate::dist::Comm;
 use crate::plugin::PluginSources;
 use crate::trace::Trace;
 use crate::track::Trackers;
-use crate::train::{Measured, Part, Ranks, Resources, Signals, measure, part};
+use crate::train::{Measured, Part, Ranks, Resources, Signals, measure, or_part};
 
 /// Measure training on this machine
 #[derive(Debug, Subcommand)]
@@ -79,11 +79,11 @@ impl StepArgs {
         let session = Session::open(&self.plugin, layers, sources)?;
         let comm = join_ranks(&session)?;
         let first = comm.as_ref().is_none_or(|comm| comm.rank() == 0);
-        let trace = self.trace.as_deref().filter(|_| first).map(begin_trace).transpose()?;
-        let prepared = match (prepare(&session, Purpose::Measuring, comm.as_ref(), trace.clone()), &comm) {
-            (Err(error), Some(comm)) => return Err(part(comm, error)),
-            (prepared, _) => prepared?,
+        let begin = || {
+            let trace = self.trace.as_deref().filter(|_| first).map(begin_trace).transpose()?;
+            anyhow::Ok((prepare(&session, Purpose::Measuring, comm.as_ref(), trace.clone())?, trace))
         };
+        let (prepared, trace) = or_part(comm.as_ref(), begin())?;
         let counts = (self.warmup, self.steps);
         let timed = time_steps(session, prepared, comm, trace.clone(), signals, counts, self.same_batch);
         if let Some(Err(error)) = trace.map(|trace| trace.finish()) {
@@ -119,12 +119,16 @@ pub(super) fn time_steps(
         same_batch,
     };
     // The loop wants a place for its records.
-    let folder = tempfile::tempdir().context("no folder can be made for temporary files")?;
-    let directory = RunDir::create(folder.path(), "bench")?;
-    let mut trackers = match &comm {
-        Some(comm) if comm.rank() > 0 => Trackers::none(),
-        _ => Trackers::open(directory.path(), Vec::new())?,
+    let begin = || {
+        let folder = tempfile::tempdir().context("no folder can be made for temporary files")?;
+        let directory = RunDir::create(folder.path(), "bench")?;
+        let trackers = match &comm {
+            Some(comm) if comm.rank() > 0 => Trackers::none(),
+            _ => Trackers::open(directory.path(), Vec::new())?,
+        };
+        anyhow::Ok((folder, directory, trackers))
     };
+    let (_folder, directory, mut trackers) = or_part(comm.as_ref(), begin())?;
     let ranks = match comm {
         Some(comm) => Ranks::new(comm, &model, config.ranks.bucket_mib << 20)?,
         None => Ranks::alone(),

@@ -150,7 +150,7 @@ impl Session {
     pub fn device_of(&self, comm: Option<&Comm>) -> anyhow::Result<tch::Device> {
         let trainer = &self.config().trainer;
         let device =
-            device::choose(trainer.device, comm.map_or(0, |comm| comm.launch().local_rank as usize))?;
+            device::choose(trainer.device, comm.map_or(0, |comm| comm.local_rank() as usize))?;
         match (trainer.threads, comm) {
             (0, None) => {}
             (0, Some(comm)) => tch::set_num_threads(cores_of(comm) as i32),
@@ -163,7 +163,7 @@ impl Session {
 /// The cores that a rank has for itself, at least 1.
 pub(super) fn cores_of(comm: &Comm) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    (cores / comm.size_here()).max(1)
+    (cores / comm.cores_shared_by()).max(1)
 }
 
 /// Puts libtorch's generator where a run of `seed` draws its weights from.

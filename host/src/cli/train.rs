@@ -23,14 +23,14 @@ use crate::checkpoint::{
 use crate::config::{Base, Config, Data, Layers, LrScale, nearest};
 use crate::data::{Augment, Dataset, Loader, LoaderOptions, Share};
 use crate::device::{cpu_capability, libtorch};
-use crate::dist::{Comm, DistError, Launch};
+use crate::dist::{Comm, DistError, Launch, Launcher};
 use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::{Kind, LoadedPlugin, PluginSources};
 use crate::provenance::{self, is_of_this_job};
 use crate::trace::Trace;
 use crate::track::console::{keep_log, speak_up};
 use crate::track::{METRICS_FILE, Trackers};
-use crate::train::{Model, Optimizer, Outcome, Ranks, Resources, Signals, part, run, steps_per_epoch};
+use crate::train::{Model, Optimizer, Outcome, Ranks, Resources, Signals, or_part, run, steps_per_epoch};
 
 /// What comes of Ctrl-C.
 const ON_SIGNAL: &str = "ending after this step, with a checkpoint; a second signal ends at once, with the checkpoints that are there";
@@ -91,12 +91,11 @@ impl TrainArgs {
         if first {
             tell_of_optimizer(session.config());
         }
-        let trace = self.trace.as_deref().filter(|_| first).map(begin_trace).transpose()?;
-        let begun = match (self.begin(&session, comm.as_ref(), trace.clone()), &comm) {
-            (Err(error), Some(comm)) => return Err(part(comm, error)),
-            (begun, _) => begun?,
+        let begin = || {
+            let trace = self.trace.as_deref().filter(|_| first).map(begin_trace).transpose()?;
+            anyhow::Ok((self.begin(&session, comm.as_ref(), trace.clone())?, trace))
         };
-        let Begun { prepared, directory, mut trackers } = begun;
+        let (Begun { prepared, directory, mut trackers }, trace) = or_part(comm.as_ref(), begin())?;
         let Prepared { device, model, optimizer, train, validation, evaluation, state } = prepared;
         let settings = session.settings.config;
         let ranks = match comm {
@@ -144,32 +143,35 @@ impl TrainArgs {
         let resume = if first { self.find_resume(session, comm)? } else { None };
         let has_weights = resume.is_some() || !first;
         let mut prepared = prepare(session, Purpose::Training { has_weights }, comm, trace)?;
-        let Some(comm) = comm else {
-            let (directory, state) = self.take_up(session, &prepared, resume)?;
-            provenance::write(directory.path(), &session.settings, &state, &[])?;
-            keep_log(directory.path())?;
-            let trackers = open_trackers(session, &directory)?;
-            return Ok(Begun { prepared: Prepared { state, ..prepared }, directory, trackers });
-        };
-
-        refuse_differences(comm, &prepared)?;
+        if let Some(comm) = comm {
+            refuse_differences(comm, &prepared)?;
+        }
         let mut directory = None;
-        let (path, state) = comm.from_first(|| {
+        let take_up = || {
             let (taken_up, state) = self.take_up(session, &prepared, resume)?;
-            provenance::write(taken_up.path(), &session.settings, &state, comm.peers())?;
-            keep_log(taken_up.path())?;
-            comm.leave_behind(&taken_up.path().display().to_string())?;
-            let path = taken_up.path().to_owned();
+            let (path, peers) = (taken_up.path().to_owned(), comm.map_or(&[][..], Comm::peers));
+            provenance::write(&path, &session.settings, &state, peers)?;
+            keep_log(&path)?;
+            if let Some(comm) = comm {
+                comm.leave_behind(&path.display().to_string())?;
+            }
             directory = Some(taken_up);
             Ok((path, state))
-        })?;
-        for (_, mut tensor) in prepared.model.tensors().into_iter().chain(prepared.optimizer.tensors()) {
-            let mut of_first = tensor.detach().contiguous();
-            comm.broadcast(&mut of_first, 0)?;
-            tch::no_grad(|| tensor.copy_(&of_first));
+        };
+        let (path, state) = match comm {
+            Some(comm) => comm.from_first(take_up)?,
+            None => take_up()?,
+        };
+        if let Some(comm) = comm {
+            let tensors = prepared.model.tensors().into_iter().chain(prepared.optimizer.tensors());
+            for (_, mut tensor) in tensors {
+                let mut of_first = tensor.detach().contiguous();
+                comm.broadcast(&mut of_first, 0)?;
+                tch::no_grad(|| tensor.copy_(&of_first));
+            }
+            speak_up();
         }
         prepared.state = state;
-        speak_up();
         Ok(match directory {
             Some(directory) => {
                 let trackers = open_trackers(session, &directory)?;
@@ -187,7 +189,8 @@ impl TrainArgs {
         let counts =
             |variable: &str| std::env::var(variable).is_ok_and(|count| !["", "0"].contains(&count.trim()));
         let run = match comm {
-            Some(comm) if counts("TORCHELASTIC_RESTART_COUNT") => comm.left_behind()?.map(PathBuf::from),
+            // Not by TORCHELASTIC_RESTART_COUNT: it stays on a machine that begins anew because another one has failed.
+            Some(comm) if comm.launch().launcher == Launcher::Torchrun => comm.left_behind()?.map(PathBuf::from),
             _ if counts("SLURM_RESTART_COUNT") => {
                 find_run(&runs.join(name)).ok().filter(|run| is_of_this_job(run))
             }
@@ -526,7 +529,7 @@ fn refuse_differences(comm: &Comm, prepared: &Prepared) -> anyhow::Result<()> {
     let states = comm.collect(&serde_json::to_string(&(own, &validation))?)?;
     let differences = comm.from_first(|| {
         let mut differences = Vec::new();
-        for (rank, state) in states.iter().enumerate().skip(1) {
+        for (rank, state) in states.iter().flatten().enumerate().skip(1) {
             let (state, of_validation): (State, Option<String>) = serde_json::from_str(state)?;
             let mut of_rank = own.differences(&state);
             if of_validation != validation {

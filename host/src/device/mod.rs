@@ -21,7 +21,7 @@ pub use native::{
     total_norm, zero_gradients,
 };
 pub use openmp::begin_with_calm_threads;
-pub use ranks::{Exchange, Ranks, Traffic};
+pub use ranks::{Exchange, ProcessGroup, Store, Traffic};
 
 use crate::config;
 

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::ffi::CString;
 use std::ops::Sub;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jepa_plugin_api::tch::Tensor;
@@ -12,16 +13,27 @@ use super::native::{ErrorOut, Handle, beside_bridge, handles, library};
 
 /// A connection to the other ranks: see native.h, and [`dist`](crate::dist) for what is made of it. One thread has it.
 #[derive(Debug)]
-pub struct Ranks(
-    Handle,
+pub struct ProcessGroup {
+    store: Store,
     /// Whether plugins compute with it.
-    Cell<bool>,
-);
+    installed: Cell<bool>,
+}
 
-// SAFETY: c10d's objects belong to no thread, and one thread at a time has a `Ranks`: it is not shared, but moved.
-unsafe impl Send for Ranks {}
+/// The key-value store of a [`ProcessGroup`], for any thread.
+#[derive(Clone, Debug)]
+pub struct Store(Arc<Connection>);
 
-impl Ranks {
+/// What jepa_comm_open has made.
+#[derive(Debug)]
+struct Connection(Handle);
+
+// SAFETY: c10d's objects belong to no thread. Several threads use a connection by way of `Store` alone, which native.h allows for
+// what it calls; everything else belongs to `ProcessGroup`, which is moved, but not shared.
+unsafe impl Send for Connection {}
+// SAFETY: as above.
+unsafe impl Sync for Connection {}
+
+impl ProcessGroup {
     /// Connects to the store at `host:port`, and is that store with `serve`.
     ///
     /// # Errors
@@ -39,34 +51,16 @@ impl Ranks {
             let timeout = milliseconds(timeout);
             (native.comm_open)(host.as_ptr(), port, serve, prefix.as_ptr(), timeout, &mut handle, error)
         })?;
-        Ok(Ranks(handle, Cell::new(false)))
+        Ok(ProcessGroup { store: Store(Arc::new(Connection(handle))), installed: Cell::new(false) })
     }
 
-    /// Sets a key of the store.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn set(&self, key: &str, value: &str) -> Result<(), DeviceError> {
-        let (key, value) = (c_string(key)?, c_string(value)?);
-        // SAFETY: the handle is ours, and the strings live through the call.
-        library()?.checked(|native, error| unsafe {
-            (native.comm_set)(self.0, key.as_ptr(), value.as_ptr(), error)
-        })
+    /// Where all ranks see what each has set.
+    pub fn store(&self) -> &Store {
+        &self.store
     }
 
-    /// The value of a key, or `None` when nobody has set it within `timeout`.
-    ///
-    /// # Errors
-    /// Whatever libtorch reports.
-    pub fn get(&self, key: &str, timeout: Duration) -> Result<Option<String>, DeviceError> {
-        let (key, mut value) = (c_string(key)?, std::ptr::null_mut());
-        let native = library()?;
-        // SAFETY: the handle is ours, and key and value live through the call.
-        native.checked(|native, error| unsafe {
-            (native.comm_get)(self.0, key.as_ptr(), milliseconds(timeout), &mut value, error)
-        })?;
-        // SAFETY: a string that goes out is ours.
-        Ok((!value.is_null()).then(|| unsafe { native.take(value) }))
+    fn handle(&self) -> Handle {
+        self.store.0.0
     }
 
     /// Joins all ranks in a process group, which meets under a name of its own.
@@ -85,7 +79,7 @@ impl Ranks {
         let address = address.as_ref().map_or(std::ptr::null(), |address| address.as_ptr());
         // SAFETY: the handle is ours; the name lives through the call, and an address does or is null.
         library()?.checked(|native, error| unsafe {
-            (native.comm_join)(self.0, name.as_ptr(), rank as i32, size as i32, address, error)
+            (native.comm_join)(self.handle(), name.as_ptr(), rank as i32, size as i32, address, error)
         })
     }
 
@@ -102,7 +96,7 @@ impl Ranks {
         let (name, path) = (c_string(name)?, c_string(&path.to_string_lossy())?);
         // SAFETY: the handle is ours, and the strings live through the call.
         library()?.checked(|native, error| unsafe {
-            (native.comm_join_nccl)(self.0, name.as_ptr(), path.as_ptr(), error)
+            (native.comm_join_nccl)(self.handle(), name.as_ptr(), path.as_ptr(), error)
         })?;
         Ok(true)
     }
@@ -112,7 +106,7 @@ impl Ranks {
         self.uninstall();
         if let Ok(native) = library() {
             // SAFETY: the handle is ours.
-            unsafe { (native.comm_leave)(self.0) };
+            unsafe { (native.comm_leave)(self.handle()) };
         }
     }
 
@@ -124,7 +118,7 @@ impl Ranks {
         let tensor = tensor.as_mut_ptr().cast();
         // SAFETY: both handles are valid.
         library()?.checked(|native, error| unsafe {
-            (native.comm_all_reduce)(self.0, tensor, i32::from(max), error)
+            (native.comm_all_reduce)(self.handle(), tensor, i32::from(max), error)
         })
     }
 
@@ -136,7 +130,7 @@ impl Ranks {
         let tensor = tensor.as_mut_ptr().cast();
         // SAFETY: both handles are valid.
         library()?
-            .checked(|native, error| unsafe { (native.comm_broadcast)(self.0, tensor, from as i32, error) })
+            .checked(|native, error| unsafe { (native.comm_broadcast)(self.handle(), tensor, from as i32, error) })
     }
 
     /// The rows of all ranks' tensors of equal shape, in their order.
@@ -150,7 +144,7 @@ impl Ranks {
         let mut all = Tensor::empty(shape, (tensor.kind(), tensor.device()));
         let (from, to) = (tensor.as_ptr().cast_mut().cast(), all.as_mut_ptr().cast());
         // SAFETY: all handles are valid, and `all` has room for all.
-        library()?.checked(|native, error| unsafe { (native.comm_all_gather)(self.0, from, to, error) })?;
+        library()?.checked(|native, error| unsafe { (native.comm_all_gather)(self.handle(), from, to, error) })?;
         Ok(all)
     }
 
@@ -159,7 +153,7 @@ impl Ranks {
         let mut counts = [0; 4];
         if let Ok(native) = library() {
             // SAFETY: the handle is ours, and there is room for four numbers.
-            unsafe { (native.comm_traffic)(self.0, counts.as_mut_ptr()) };
+            unsafe { (native.comm_traffic)(self.handle(), counts.as_mut_ptr()) };
         }
         let [times, bytes, parts_of_gradients, bytes_of_gradients] = counts;
         Traffic { times, bytes, parts_of_gradients, bytes_of_gradients }
@@ -168,7 +162,7 @@ impl Ranks {
     /// Whether something that all do together has failed, in a plugin's hands for one.
     pub fn is_lost(&self) -> bool {
         // SAFETY: the handle is ours.
-        library().is_ok_and(|native| unsafe { (native.comm_lost)(self.0) })
+        library().is_ok_and(|native| unsafe { (native.comm_lost)(self.handle()) })
     }
 
     /// What plugins compute from here on, they compute with the other ranks.
@@ -179,20 +173,49 @@ impl Ranks {
         let native = library()?;
         let (rank, size) = (rank as i32, size as i32);
         let (all_reduce, all_gather) = (native.comm_sum, native.comm_all_gather);
-        let installed = Installed { rank, size, data: self.0, all_reduce, all_gather };
+        let installed = Installed { rank, size, data: self.handle(), all_reduce, all_gather };
         // SAFETY: the bridge copies what it is given; `data` lives until `uninstall`, which dropping calls at the latest.
         unsafe { jepa_ranks_install(&installed) };
-        self.1.set(true);
+        self.installed.set(true);
         Ok(())
     }
 
     /// What plugins compute from here on, this process computes alone.
     pub fn uninstall(&self) {
         // Of several in a process, as in tests, one at most is installed.
-        if self.1.replace(false) {
+        if self.installed.replace(false) {
             // SAFETY: NULL is allowed.
             unsafe { jepa_ranks_install(std::ptr::null()) };
         }
+    }
+}
+
+impl Store {
+    /// Sets a key.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn set(&self, key: &str, value: &str) -> Result<(), DeviceError> {
+        let (key, value) = (c_string(key)?, c_string(value)?);
+        // SAFETY: the handle is ours, and the strings live through the call.
+        library()?.checked(|native, error| unsafe {
+            (native.comm_set)(self.0.0, key.as_ptr(), value.as_ptr(), error)
+        })
+    }
+
+    /// The value of a key, or `None` when nobody has set it within `timeout`.
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn get(&self, key: &str, timeout: Duration) -> Result<Option<String>, DeviceError> {
+        let (key, mut value) = (c_string(key)?, std::ptr::null_mut());
+        let native = library()?;
+        // SAFETY: the handle is ours, and key and value live through the call.
+        native.checked(|native, error| unsafe {
+            (native.comm_get)(self.0.0, key.as_ptr(), milliseconds(timeout), &mut value, error)
+        })?;
+        // SAFETY: a string that goes out is ours.
+        Ok((!value.is_null()).then(|| unsafe { native.take(value) }))
     }
 }
 
@@ -240,7 +263,7 @@ unsafe extern "C" {
 #[derive(Debug)]
 pub struct Exchange(Handle);
 
-// SAFETY: as for `Ranks`.
+// SAFETY: one thread at a time has it, as with `ProcessGroup`.
 unsafe impl Send for Exchange {}
 
 impl Exchange {
@@ -248,12 +271,12 @@ impl Exchange {
     ///
     /// # Errors
     /// Whatever libtorch reports.
-    pub fn open(ranks: &Ranks, params: &[Tensor], bucket_bytes: u64) -> Result<Self, DeviceError> {
+    pub fn open(group: &ProcessGroup, params: &[Tensor], bucket_bytes: u64) -> Result<Self, DeviceError> {
         let (inputs, mut handle) = (handles(params), std::ptr::null_mut());
         let bytes = i64::try_from(bucket_bytes).unwrap_or(i64::MAX);
         // SAFETY: the list has `count` valid handles; the one that goes out is ours.
         library()?.checked(|native, error| unsafe {
-            (native.exchange_open)(ranks.0, inputs.len(), inputs.as_ptr(), bytes, &mut handle, error)
+            (native.exchange_open)(group.handle(), inputs.len(), inputs.as_ptr(), bytes, &mut handle, error)
         })?;
         Ok(Exchange(handle))
     }
@@ -288,9 +311,14 @@ impl Drop for Exchange {
     }
 }
 
-impl Drop for Ranks {
+impl Drop for ProcessGroup {
     fn drop(&mut self) {
         self.uninstall();
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
         if let Ok(native) = library() {
             // SAFETY: the handle is ours, and used no more.
             unsafe { (native.comm_close)(self.0) };

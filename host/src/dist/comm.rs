@@ -1,6 +1,8 @@
 //! The ranks of a run, and what they do together.
 
 use std::cell::Cell;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -9,8 +11,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::meet::{Entry, Met, call_together, follow, left};
-use super::{DistError, Launch};
-use crate::device::{DeviceError, Exchange, Ranks, Traffic};
+use super::{DistError, Keeper, Launch};
+use crate::device::{DeviceError, Exchange, ProcessGroup, Store, Traffic};
 
 /// How long ranks that have lost another wait to hear from all that are left.
 const GRACE: Duration = Duration::from_secs(10);
@@ -18,7 +20,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// How often is looked for what others have to say.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How often a rank that works while others wait says that it does.
+/// How often rank 0, which works while others wait, says that it does.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// How numbers of all ranks become one.
@@ -56,15 +58,18 @@ pub enum Ending {
 /// All ranks of a run, joined. What it does, all of them have to do, in the same order.
 #[derive(Debug)]
 pub struct Comm {
-    ranks: Ranks,
+    group: ProcessGroup,
     launch: Launch,
     peers: Vec<Peer>,
+    local_rank: u32,
+    cores_shared_by: usize,
     /// What the keys of these ranks begin with: another name for every time that they meet.
     round: String,
     timeout: Duration,
     /// How many messages there have been.
     messages: Cell<u64>,
-    sign_of_life: Cell<Option<Instant>>,
+    /// When was last asked for signals that others have got.
+    asked: Cell<Option<Instant>>,
 }
 
 impl Comm {
@@ -75,33 +80,39 @@ impl Comm {
     pub fn join(launch: Launch, timeout: Duration) -> Result<Comm, DistError> {
         let until = Instant::now() + timeout;
         let prefix = format!("jepa-host/{}", launch.group);
-        let mut ranks = Ranks::open(&launch.host, launch.port, launch.keeps_store, &prefix, timeout)
+        let mut group = ProcessGroup::open(&launch.host, launch.port, launch.keeps_store(), &prefix, timeout)
             .map_err(|error| unreachable(&launch, timeout, error))?;
         let me = Entry::of_this_process();
         let met = match launch.rank {
-            0 => call_together(&ranks, &launch, &me, until),
-            rank => follow(&ranks, rank, launch.size, &me, until),
+            0 => call_together(group.store(), &launch, &me, until),
+            rank => follow(group.store(), rank, launch.size, &me, until),
         };
         let (round, entries) = match met.map_err(|error| lost(&launch, "meets them", error))? {
             Met::All { round, entries } => (round, entries),
             Met::Missing(missing) => return Err(DistError::Missing { missing, size: launch.size, timeout }),
         };
         // Ranks of one machine talk within it: its name may not be one that it finds itself by.
-        let of_one_machine = entries.iter().all(|entry| entry.system == entries[0].system);
+        let of_one_machine = entries.iter().all(|entry| entry.is_beside(&entries[0]));
         let address = of_one_machine.then_some("127.0.0.1");
-        ranks
+        group
             .join(&round, launch.rank, launch.size, address)
             .map_err(|error| lost(&launch, "joins them (GLOO_SOCKET_IFNAME chooses the interface)", error))?;
+        let here = |entry: &&Entry| entry.system == me.system;
+        let before = entries[..launch.rank as usize].iter().filter(here).count();
+        let local_rank = launch.local_rank.unwrap_or(before as u32);
+        let cores_shared_by = entries.iter().filter(|entry| entry.shares_cores(&me)).count();
         let peers = (0..).zip(entries);
         let peers = peers.map(|(rank, entry)| Peer { rank, machine: entry.machine, process: entry.process });
         Ok(Comm {
             peers: peers.collect(),
-            ranks,
+            local_rank,
+            cores_shared_by,
+            group,
             launch,
             round,
             timeout,
             messages: Cell::new(0),
-            sign_of_life: Cell::new(None),
+            asked: Cell::new(None),
         })
     }
 
@@ -125,10 +136,14 @@ impl Comm {
         &self.peers
     }
 
-    /// How many there are on this machine.
-    pub fn size_here(&self) -> usize {
-        let here = &self.peers[self.launch.rank as usize].machine;
-        self.peers.iter().filter(|peer| peer.machine == *here).count()
+    /// The number of this process on its machine, from 0: as the launcher says, or how many of lower rank are there.
+    pub fn local_rank(&self) -> u32 {
+        self.local_rank
+    }
+
+    /// How many of them, this one too, run on the cores that this one runs on: 1 where a launcher gives each its own.
+    pub fn cores_shared_by(&self) -> usize {
+        self.cores_shared_by
     }
 
     /// Replaces a tensor, in place, by the sum or the maximum over all ranks.
@@ -136,7 +151,7 @@ impl Comm {
     /// # Errors
     /// [`DistError::Lost`].
     pub fn all_reduce(&self, tensor: &mut Tensor, reduce: Reduce) -> Result<(), DistError> {
-        let done = self.ranks.all_reduce(tensor, reduce == Reduce::Max);
+        let done = self.group.all_reduce(tensor, reduce == Reduce::Max);
         done.map_err(|error| lost(&self.launch, "adds up a tensor", error))
     }
 
@@ -145,7 +160,7 @@ impl Comm {
     /// # Errors
     /// [`DistError::Lost`].
     pub fn broadcast(&self, tensor: &mut Tensor, from: u32) -> Result<(), DistError> {
-        let done = self.ranks.broadcast(tensor, from);
+        let done = self.group.broadcast(tensor, from);
         done.map_err(|error| lost(&self.launch, "takes over a tensor", error))
     }
 
@@ -154,7 +169,7 @@ impl Comm {
     /// # Errors
     /// [`DistError::Lost`].
     pub fn all_gather(&self, tensor: &Tensor) -> Result<Tensor, DistError> {
-        let done = self.ranks.all_gather(tensor, self.launch.size);
+        let done = self.group.all_gather(tensor, self.launch.size);
         done.map_err(|error| lost(&self.launch, "collects a tensor", error))
     }
 
@@ -163,7 +178,7 @@ impl Comm {
     /// # Errors
     /// [`DistError::Lost`].
     pub fn wait_for_all(&self) -> Result<(), DistError> {
-        let done = self.ranks.all_reduce(&mut Tensor::from_slice(&[0i32]), false);
+        let done = self.group.all_reduce(&mut Tensor::from_slice(&[0i32]), false);
         done.map_err(|error| lost(&self.launch, "waits for them", error))
     }
 
@@ -172,7 +187,7 @@ impl Comm {
     /// # Errors
     /// [`DistError::Lost`], whatever else NCCL reports included.
     pub fn join_gpus(&self) -> Result<(), DistError> {
-        let joined = self.ranks.join_gpus(&self.round);
+        let joined = self.group.join_gpus(&self.round);
         if !joined.map_err(|error| lost(&self.launch, "joins them over NCCL", error))?
             && self.launch.rank == 0
         {
@@ -189,8 +204,8 @@ impl Comm {
     /// Without the native library.
     pub fn let_plugins_join(&self, join: bool) -> Result<(), DistError> {
         match join {
-            true => self.ranks.install(self.launch.rank, self.launch.size)?,
-            false => self.ranks.uninstall(),
+            true => self.group.install(self.launch.rank, self.launch.size)?,
+            false => self.group.uninstall(),
         }
         Ok(())
     }
@@ -200,12 +215,12 @@ impl Comm {
     /// # Errors
     /// Whatever libtorch reports.
     pub fn exchange(&self, params: &[Tensor], bucket_bytes: u64) -> Result<Exchange, DistError> {
-        Ok(Exchange::open(&self.ranks, params, bucket_bytes)?)
+        Ok(Exchange::open(&self.group, params, bucket_bytes)?)
     }
 
     /// What this rank has handed over to the others so far.
     pub fn traffic(&self) -> Traffic {
-        self.ranks.traffic()
+        self.group.traffic()
     }
 
     /// An error of [`Exchange`] as one of these ranks.
@@ -213,8 +228,7 @@ impl Comm {
         lost(&self.launch, "exchanges gradients", error)
     }
 
-    /// What rank 0 makes, on all ranks. The others wait as long as it gives a [`sign_of_life`](Self::sign_of_life) now and
-    /// then.
+    /// What rank 0 makes, on all ranks. The others wait as long as it lives.
     ///
     /// # Errors
     /// Those of `make`, on rank 0; there, the others have to be [told](Self::part). [`DistError::Lost`] on these.
@@ -222,45 +236,61 @@ impl Comm {
         &self,
         make: impl FnOnce() -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
+        self.from_first_unless(&|| None, make)
+    }
+
+    /// The same. The signal that another rank has got meanwhile, by `pending`, rank 0 learns from
+    /// [`signal_of_others`](Self::signal_of_others).
+    ///
+    /// # Errors
+    /// As [`from_first`](Self::from_first).
+    pub fn from_first_unless<T: Serialize + DeserializeOwned>(
+        &self,
+        pending: &dyn Fn() -> Option<i32>,
+        make: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
         let key = self.next_key("told");
         if self.launch.rank > 0 {
-            let text = self.hear(&key, 0)?;
+            let text = self.hear(&key, 0, pending)?;
             return serde_json::from_str(&text).context("what rank 0 says makes no sense");
         }
-        let made = make()?;
+        let made = with_signs_of_life(self.group.store(), &self.key("alive"), make)?;
         self.say(&key, &serde_json::to_string(&made)?)?;
         Ok(made)
     }
 
-    /// What each rank says, by rank, for rank 0; nothing for the others.
+    /// A signal that another rank has got while it waits in [`from_first_unless`](Self::from_first_unless).
+    pub fn signal_of_others(&self) -> Option<i32> {
+        if self.asked.get().is_some_and(|last| last.elapsed() < LOOK) {
+            return None;
+        }
+        self.asked.set(Some(Instant::now()));
+        // A store that is not there any more shows soon enough.
+        let signal = self.group.store().get(&self.key("signal"), Duration::from_millis(1));
+        signal.ok().flatten()?.parse().ok()
+    }
+
+    /// What each rank says, by rank, on rank 0; `None` on the others.
     ///
     /// # Errors
     /// [`DistError::Lost`].
-    pub fn collect(&self, own: &str) -> Result<Vec<String>, DistError> {
+    pub fn collect(&self, own: &str) -> Result<Option<Vec<String>>, DistError> {
         let key = self.next_key("said");
         if self.launch.rank > 0 {
             self.say(&format!("{key}/{}", self.launch.rank), own)?;
-            return Ok(Vec::new());
+            return Ok(None);
         }
-        let others = (1..self.launch.size).map(|rank| self.hear(&format!("{key}/{rank}"), rank));
-        std::iter::once(Ok(own.to_owned())).chain(others).collect()
+        let others = (1..self.launch.size).map(|rank| self.hear(&format!("{key}/{rank}"), rank, &|| None));
+        std::iter::once(Ok(own.to_owned())).chain(others).collect::<Result<_, _>>().map(Some)
     }
 
-    /// Rank 0 is at work, and nobody gives it up.
-    pub fn sign_of_life(&self) {
-        if self.sign_of_life.get().is_none_or(|last| last.elapsed() >= SIGN_OF_LIFE) {
-            self.sign_of_life.set(Some(Instant::now()));
-            // A store that is not there any more shows soon enough.
-            let _ = self.ranks.set(&self.key("alive"), &format!("{:?}", Instant::now()));
-        }
-    }
-
-    /// A text that outlives these ranks, for those that a launcher with a store of its own starts after them.
+    /// A text that outlives these ranks, for those that a launcher with a store of its own starts after them; none when it is empty.
     ///
     /// # Errors
     /// [`DistError::Lost`].
     pub fn leave_behind(&self, text: &str) -> Result<(), DistError> {
-        self.ranks.set("left_behind", text).map_err(|error| lost(&self.launch, "leaves a note", error))
+        let done = self.group.store().set("left_behind", text);
+        done.map_err(|error| lost(&self.launch, "leaves a note", error))
     }
 
     /// The text that earlier ones have left.
@@ -268,13 +298,14 @@ impl Comm {
     /// # Errors
     /// [`DistError::Lost`].
     pub fn left_behind(&self) -> Result<Option<String>, DistError> {
-        let text = self.ranks.get("left_behind", Duration::from_millis(1));
-        text.map_err(|error| lost(&self.launch, "looks for a note", error))
+        let text = self.group.store().get("left_behind", Duration::from_millis(1));
+        let text = text.map_err(|error| lost(&self.launch, "looks for a note", error))?;
+        Ok(text.filter(|text| !text.is_empty()))
     }
 
     /// Whether something that all do together has failed, in a plugin's hands for one.
     pub fn is_lost(&self) -> bool {
-        self.ranks.is_lost()
+        self.group.is_lost()
     }
 
     /// Tells the others why this process ends, and leaves the process group, so that they notice. What follows is
@@ -282,54 +313,71 @@ impl Comm {
     pub fn announce(&self, own: &Ending) {
         let said = serde_json::to_string(own).unwrap_or_default();
         // A store that is not there shows when this process parts.
-        let _ = self.ranks.set(&self.key_of("end", self.launch.rank), &said);
+        let _ = self.group.store().set(&self.key_of("end", self.launch.rank), &said);
         // A signal has come to all, and nobody is waited for.
         if !matches!(own, Ending::Signal(_)) {
-            self.ranks.leave();
+            self.group.leave();
         }
     }
 
     /// The last word, after [`announce`](Self::announce). One that has lost others waits, for 10 s at most, to hear from all, and
     /// learns who has ended without a word, and who has failed and how. After a signal all stay until rank 0 has saved, for its
-    /// launcher may end what is left when the first of them ends. Whoever keeps the store stays until all know.
+    /// launcher may end what is left when the first of them ends. Whoever keeps the store stays until all know, for another 10 s
+    /// at most.
     pub fn part(&self, own: &Ending) -> Option<DistError> {
         let me = self.launch.rank;
-        let (gone, failed) = match own {
+        let endings = match own {
             Ending::Lost => self.ask_for_endings(),
             Ending::Signal(_) if me > 0 => {
-                let _ = self.ranks.get(&self.key_of("parted", 0), self.timeout);
-                (Vec::new(), Vec::new())
+                let _ = self.group.store().get(&self.key_of("parted", 0), self.timeout);
+                Endings::default()
             }
-            _ => (Vec::new(), Vec::new()),
+            _ => Endings::default(),
         };
-        let _ = self.ranks.set(&self.key_of("parted", me), "");
-        if self.launch.keeps_store {
+        let _ = self.group.store().set(&self.key_of("parted", me), "");
+        if self.launch.keeps_store() {
             let until = Instant::now() + GRACE;
-            for peer in self.others().filter(|peer| !gone.contains(peer)) {
-                let _ = self.ranks.get(&self.key_of("parted", peer.rank), left(until));
+            for peer in self.others().filter(|peer| !endings.gone.contains(peer)) {
+                let _ = self.group.store().get(&self.key_of("parted", peer.rank), left(until));
             }
         }
-        (*own == Ending::Lost).then_some(DistError::Broken { rank: me, gone, failed })
+        let Endings { gone, failed, store_is_lost } = endings;
+        let Launch { launcher, ref host, port, .. } = self.launch;
+        match own {
+            Ending::Lost if store_is_lost && failed.is_empty() => {
+                Some(DistError::StoreLost { rank: me, launcher, host: host.clone(), port })
+            }
+            Ending::Lost => Some(DistError::Broken { rank: me, gone, failed }),
+            _ => None,
+        }
     }
 
-    /// Who is silent, and who has failed and how: once that is known, nobody waits for the rest.
-    fn ask_for_endings(&self) -> (Vec<Peer>, Vec<(u32, Ending)>) {
-        let (until, mut gone, mut failed) = (Instant::now() + GRACE, Vec::new(), Vec::new());
+    /// Once it is known who has failed, nobody waits for the rest.
+    fn ask_for_endings(&self) -> Endings {
+        let (until, mut found) = (Instant::now() + GRACE, Endings::default());
         for peer in self.others() {
-            let until = if failed.is_empty() { until } else { Instant::now() };
-            match self.ranks.get(&self.key_of("end", peer.rank), left(until)) {
+            let until = if found.failed.is_empty() { until } else { Instant::now() };
+            match self.group.store().get(&self.key_of("end", peer.rank), left(until)) {
                 Ok(Some(said)) => match serde_json::from_str(&said) {
                     Ok(Ending::Lost) | Err(_) => {}
-                    Ok(ending) => failed.push((peer.rank, ending)),
+                    Ok(ending) => found.failed.push((peer.rank, ending)),
                 },
-                Ok(None) => gone.push(peer.clone()),
-                Err(_) => return (vec![self.peers[0].clone()], failed),
+                Ok(None) => found.gone.push(peer.clone()),
+                // Nobody is asked any more, and nobody else is blamed for it.
+                Err(_) => {
+                    found.gone = match self.launch.keeper {
+                        Keeper::First => vec![self.peers[0].clone()],
+                        Keeper::Launcher => Vec::new(),
+                    };
+                    found.store_is_lost = self.launch.keeper == Keeper::Launcher;
+                    return found;
+                }
             }
         }
-        if !failed.is_empty() {
-            gone.clear();
+        if !found.failed.is_empty() {
+            found.gone.clear();
         }
-        (gone, failed)
+        found
     }
 
     fn others(&self) -> impl Iterator<Item = &Peer> {
@@ -350,23 +398,27 @@ impl Comm {
     }
 
     fn say(&self, key: &str, text: &str) -> Result<(), DistError> {
-        self.ranks.set(key, text).map_err(|error| lost(&self.launch, "tells them something", error))
+        self.group.store().set(key, text).map_err(|error| lost(&self.launch, "tells them something", error))
     }
 
     /// Waits for what rank `from` says.
-    fn hear(&self, key: &str, from: u32) -> Result<String, DistError> {
+    fn hear(&self, key: &str, from: u32, pending: &dyn Fn() -> Option<i32>) -> Result<String, DistError> {
         let failed = |error| lost(&self.launch, "waits for their word", error);
         let silent = |what: &str| failed(DeviceError::Torch(format!("rank {from} {what}")));
         let at_once = Duration::from_millis(1);
-        let (mut until, mut alive) = (Instant::now() + self.timeout, None);
+        let (mut until, mut alive, mut told) = (Instant::now() + self.timeout, None, false);
         loop {
-            if let Some(text) = self.ranks.get(key, LOOK).map_err(failed)? {
+            if let (Some(signal), false) = (pending(), told) {
+                self.say(&self.key("signal"), &signal.to_string())?;
+                told = true;
+            }
+            if let Some(text) = self.group.store().get(key, LOOK).map_err(failed)? {
                 return Ok(text);
             }
-            if self.ranks.get(&self.key_of("end", from), at_once).map_err(failed)?.is_some() {
+            if self.group.store().get(&self.key_of("end", from), at_once).map_err(failed)?.is_some() {
                 return Err(silent("has ended"));
             }
-            let sign = self.ranks.get(&self.key("alive"), at_once).map_err(failed)?;
+            let sign = self.group.store().get(&self.key("alive"), at_once).map_err(failed)?;
             if sign != alive {
                 (alive, until) = (sign, Instant::now() + self.timeout);
             }
@@ -377,10 +429,35 @@ impl Comm {
     }
 }
 
+/// What has become of the others, for one that has lost some.
+#[derive(Debug, Default)]
+struct Endings {
+    /// Who is silent.
+    gone: Vec<Peer>,
+    /// Who has ended, and why.
+    failed: Vec<(u32, Ending)>,
+    /// Whether the store does not answer that the launcher keeps.
+    store_is_lost: bool,
+}
+
+/// Makes something, while a thread says under `key` that this process lives: what is made may take long in one piece.
+fn with_signs_of_life<T>(store: &Store, key: &str, make: impl FnOnce() -> T) -> T {
+    thread::scope(|scope| {
+        let (_made, ended) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            while ended.recv_timeout(SIGN_OF_LIFE) == Err(RecvTimeoutError::Timeout) {
+                // A store that is not there any more shows soon enough.
+                let _ = store.set(key, &format!("{:?}", Instant::now()));
+            }
+        });
+        make()
+    })
+}
+
 fn unreachable(launch: &Launch, timeout: Duration, error: DeviceError) -> DistError {
     let Launch { rank, host, port, .. } = launch;
     let (rank, host, port, reason) = (*rank, host.clone(), *port, words(error));
-    match launch.keeps_store {
+    match launch.keeps_store() {
         true => DistError::Store { host, port, reason },
         false => DistError::Unreachable { rank, host, port, timeout, reason },
     }

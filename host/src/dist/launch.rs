@@ -26,17 +26,31 @@ pub struct Launch {
     pub rank: u32,
     /// How many there are, at least 1.
     pub size: u32,
-    /// Number of this process on its machine, from 0.
-    pub local_rank: u32,
+    /// Number of this process on its machine, from 0, if the launcher says so.
+    pub local_rank: Option<u32>,
     /// Where they meet.
     pub host: String,
     /// Where there.
     pub port: u16,
-    /// Whether this process keeps the store where they do; otherwise another rank does, or torchrun.
-    pub keeps_store: bool,
+    /// Who keeps the store where they do.
+    pub keeper: Keeper,
+}
+
+/// Who keeps the store that ranks meet in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeper {
+    /// Rank 0: it ends with that.
+    First,
+    /// The launcher: it outlives the ranks.
+    Launcher,
 }
 
 impl Launch {
+    /// Whether this process keeps the store.
+    pub fn keeps_store(&self) -> bool {
+        self.rank == 0 && self.keeper == Keeper::First
+    }
+
     /// Reads this process's environment; `None` for a process of its own.
     ///
     /// # Errors
@@ -65,9 +79,9 @@ impl Launch {
         let required = |name: &str| number(name)?.ok_or_else(|| refuse(format!("{name} is not set")));
         let (rank, size, local_rank) = match launcher {
             Launcher::Srun => {
-                (required("SLURM_PROCID")?, required("SLURM_STEP_NUM_TASKS")?, required("SLURM_LOCALID")?)
+                (required("SLURM_PROCID")?, required("SLURM_STEP_NUM_TASKS")?, number("SLURM_LOCALID")?)
             }
-            _ => (required("RANK")?, required("WORLD_SIZE")?, number("LOCAL_RANK")?.unwrap_or(0)),
+            _ => (required("RANK")?, required("WORLD_SIZE")?, number("LOCAL_RANK")?),
         };
         if rank >= size {
             return Err(refuse(format!("this is rank {rank} of {size}: ranks count from 0")));
@@ -101,8 +115,11 @@ impl Launch {
             Launcher::Environment => String::new(),
         };
         // As torch's own rendezvous has it.
-        let keeps_store = rank == 0 && named("TORCHELASTIC_USE_AGENT_STORE") != "True";
-        Ok(Some(Launch { launcher, group, rank, size, local_rank, host, port, keeps_store }))
+        let keeper = match named("TORCHELASTIC_USE_AGENT_STORE").as_str() {
+            "True" => Keeper::Launcher,
+            _ => Keeper::First,
+        };
+        Ok(Some(Launch { launcher, group, rank, size, local_rank, host, port, keeper }))
     }
 }
 
@@ -154,16 +171,16 @@ mod tests {
             group: String::new(),
             rank: 1,
             size: 2,
-            local_rank: 0,
+            local_rank: None,
             host: "gpu07".into(),
             port: 29500,
-            keeps_store: false,
+            keeper: Keeper::First,
         };
         assert_eq!(from(&TWO).unwrap(), Some(launch.clone()));
         assert_eq!(from(&[("WORLD_SIZE", "1")]).unwrap(), None);
 
         // torchrun keeps the store, unless it says that it does not.
-        for (agent, keeps_store) in [("True", false), ("False", true)] {
+        for (agent, keeper) in [("True", Keeper::Launcher), ("False", Keeper::First)] {
             let elastic = [
                 ("TORCHELASTIC_RUN_ID", "none"),
                 ("TORCHELASTIC_USE_AGENT_STORE", agent),
@@ -173,8 +190,8 @@ mod tests {
                 launcher: Launcher::Torchrun,
                 group: "none".into(),
                 rank: 0,
-                local_rank: 1,
-                keeps_store,
+                local_rank: Some(1),
+                keeper,
                 ..launch.clone()
             };
             let first = [("RANK", "0")].iter().chain(&TWO[1..]).chain(&elastic).copied().collect::<Vec<_>>();
@@ -191,7 +208,7 @@ mod tests {
         ];
         let port = 20_000 + (41_234 * 31 % 12_000) as u16;
         let of_srun =
-            Launch { launcher: Launcher::Srun, group: "41234.0".into(), local_rank: 1, port, ..launch };
+            Launch { launcher: Launcher::Srun, group: "41234.0".into(), local_rank: Some(1), port, ..launch };
         assert_eq!(from(&srun).unwrap(), Some(of_srun.clone()));
         // A script may have exported what others need.
         let exported = [&srun[..], &[("WORLD_SIZE", "2")]].concat();

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Launch;
-use crate::device::{DeviceError, Ranks};
+use crate::device::{DeviceError, Store};
 
 /// What a process says of itself where all meet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,33 +12,56 @@ pub(super) struct Entry {
     pub process: u32,
     /// Nanoseconds since 1970: another for every process that ever has this number.
     began: u128,
-    /// The running system and its network: the same for processes that reach each other by 127.0.0.1.
+    /// The running system: the same for all processes of a machine, of its containers too.
     pub system: String,
+    /// The part of its network that the process sees.
+    network: String,
+    /// The cores that it may run on, as a list: those of a launcher that hands out cores, or all.
+    cores: String,
+    /// The machine's name.
     pub machine: String,
 }
 
 impl Entry {
     pub(super) fn of_this_process() -> Entry {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-        let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
         let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let machine = read("/proc/sys/kernel/hostname");
+        let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
+        let status = read("/proc/self/status");
+        let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        // Words in a line: none is empty.
+        let or = |text: &str, other: &str| if text.is_empty() { other.to_owned() } else { text.to_owned() };
         Entry {
             process: std::process::id(),
             began: began.as_nanos(),
-            system: format!("{}{}", read("/proc/sys/kernel/random/boot_id"), network.display()),
-            machine: read("/proc/sys/kernel/hostname"),
+            system: or(&read("/proc/sys/kernel/random/boot_id"), &machine),
+            network: or(&network.display().to_string(), "-"),
+            cores: or(cores.unwrap_or_default().trim(), "-"),
+            machine,
         }
     }
 
+    /// Whether they reach each other by 127.0.0.1.
+    pub(super) fn is_beside(&self, other: &Entry) -> bool {
+        (&self.system, &self.network) == (&other.system, &other.network)
+    }
+
+    /// Whether they run on the same cores, and have to divide them.
+    pub(super) fn shares_cores(&self, other: &Entry) -> bool {
+        (&self.system, &self.cores) == (&other.system, &other.cores)
+    }
+
     fn to_line(&self) -> String {
-        let Entry { process, began, system, machine } = self;
-        format!("{process} {began} {system} {machine}")
+        let Entry { process, began, system, network, cores, machine } = self;
+        format!("{process} {began} {system} {network} {cores} {machine}")
     }
 
     fn from_line(line: &str) -> Option<Entry> {
-        let mut words = line.splitn(4, ' ');
+        let mut words = line.splitn(6, ' ');
         let (process, began) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-        Some(Entry { process, began, system: words.next()?.to_owned(), machine: words.next()?.to_owned() })
+        let mut word = || words.next().map(str::to_owned);
+        Some(Entry { process, began, system: word()?, network: word()?, cores: word()?, machine: word()? })
     }
 }
 
@@ -60,27 +83,28 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// Rank 0: calls a new round, waits for all, and says who they are, or who is missing.
 pub(super) fn call_together(
-    ranks: &Ranks,
+    store: &Store,
     launch: &Launch,
     me: &Entry,
     until: Instant,
 ) -> Result<Met, DeviceError> {
     let round = format!("{}-{}", me.process, me.began);
-    ranks.set(ROUND, &round)?;
+    store.set(ROUND, &round)?;
     let (mut entries, mut missing) = (vec![me.clone()], Vec::new());
     for rank in 1..launch.size {
-        match ranks.get(&format!("{round}/{rank}"), left(until))?.as_deref().and_then(Entry::from_line) {
+        match store.get(&format!("{round}/{rank}"), left(until))?.as_deref().and_then(Entry::from_line) {
             Some(entry) => entries.push(entry),
             None => missing.push(rank),
         }
     }
     if missing.is_empty() {
         let lines: Vec<String> = entries.iter().map(Entry::to_line).collect();
-        ranks.set(&format!("{round}/all"), &lines.join("\n"))?;
+        store.set(&format!("{round}/all"), &lines.join("\n"))?;
         return Ok(Met::All { round, entries });
     }
     let words: Vec<String> = missing.iter().map(u32::to_string).collect();
-    ranks.set(&format!("{round}/missing"), &words.join(" "))?;
+    let lines = std::iter::once(words.join(" ")).chain(entries.iter().map(Entry::to_line));
+    store.set(&format!("{round}/missing"), &lines.collect::<Vec<_>>().join("\n"))?;
     // The store may end with this process: the others shall have heard it.
     thread::sleep(2 * LOOK);
     Ok(Met::Missing(missing))
@@ -88,7 +112,7 @@ pub(super) fn call_together(
 
 /// Every other rank: answers whatever round is called, until one has it among all.
 pub(super) fn follow(
-    ranks: &Ranks,
+    store: &Store,
     rank: u32,
     size: u32,
     me: &Entry,
@@ -97,9 +121,9 @@ pub(super) fn follow(
     let line = me.to_line();
     // Rank 0's time may have begun a little later.
     let until = until + 4 * LOOK;
-    while let Some(round) = ranks.get(ROUND, left(until))? {
-        ranks.set(&format!("{round}/{rank}"), &line)?;
-        let all = ranks.get(&format!("{round}/all"), LOOK.min(left(until)))?.unwrap_or_default();
+    while let Some(round) = store.get(ROUND, left(until))? {
+        store.set(&format!("{round}/{rank}"), &line)?;
+        let all = store.get(&format!("{round}/all"), LOOK.min(left(until)))?.unwrap_or_default();
         // Of an older round, others are all.
         if all.lines().any(|other| other == line) {
             let entries: Option<Vec<Entry>> = all.lines().map(Entry::from_line).collect();
@@ -109,7 +133,12 @@ pub(super) fn follow(
         } else if !all.is_empty() {
             thread::sleep(LOOK);
         }
-        if let Some(missing) = ranks.get(&format!("{round}/missing"), Duration::from_millis(1))? {
+        // An older round, which this process came too late for, has missed others than this one will. The launcher's number of
+        // restarts would not tell: torchrun counts them for each machine, and not those after another machine has failed.
+        if let Some(text) = store.get(&format!("{round}/missing"), Duration::from_millis(1))?
+            && let Some((missing, came)) = text.split_once('\n')
+            && came.lines().any(|other| other == line)
+        {
             return Ok(Met::Missing(missing.split(' ').filter_map(|rank| rank.parse().ok()).collect()));
         }
         if Instant::now() >= until {

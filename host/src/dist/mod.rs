@@ -12,7 +12,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 pub use comm::{Comm, Ending, Peer, Reduce};
-pub use launch::{Launch, Launcher};
+pub use launch::{Keeper, Launch, Launcher};
 
 use crate::device::DeviceError;
 
@@ -88,6 +88,21 @@ pub enum DistError {
         gone: Vec<Peer>,
         /// Who has ended, and why.
         failed: Vec<(u32, Ending)>,
+    },
+    /// The launcher has ended, and the store with it.
+    #[error(
+        "the store at {host}:{port}, which {launcher} keeps, does not answer any more; look at what {launcher} has printed; rank \
+         {rank} ends too"
+    )]
+    StoreLost {
+        /// Who says so.
+        rank: u32,
+        /// Who keeps it.
+        launcher: Launcher,
+        /// Where.
+        host: String,
+        /// Where there.
+        port: u16,
     },
     /// They would not do the same.
     #[error("{0}: give all ranks the same settings, plugins, data and libraries")]

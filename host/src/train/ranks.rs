@@ -2,7 +2,8 @@
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use jepa_plugin_api::tch::{Device, Tensor};
+use anyhow::Context as _;
+use jepa_plugin_api::tch::Tensor;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -41,14 +42,18 @@ impl Ranks {
     /// All ranks of `comm`, with the gradients of `model`, which travel in parts of `bucket_bytes`.
     ///
     /// # Errors
-    /// Whatever libtorch reports.
-    pub fn new(comm: Comm, model: &Model, bucket_bytes: u64) -> Result<Self, DistError> {
+    /// Whatever libtorch reports: the others have been told.
+    pub fn new(comm: Comm, model: &Model, bucket_bytes: u64) -> anyhow::Result<Self> {
         let params: Vec<Tensor> = model.trained().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-        if params.iter().any(|param| param.device().is_cuda()) {
-            comm.join_gpus()?;
-        }
-        let exchange = comm.exchange(&params, bucket_bytes)?;
-        comm.let_plugins_join(true)?;
+        let open = || -> Result<Exchange, DistError> {
+            if params.iter().any(|param| param.device().is_cuda()) {
+                comm.join_gpus()?;
+            }
+            let exchange = comm.exchange(&params, bucket_bytes)?;
+            comm.let_plugins_join(true)?;
+            Ok(exchange)
+        };
+        let exchange = or_part(Some(&comm), open().map_err(anyhow::Error::from))?;
         let (rank, size) = (comm.rank() as usize, comm.size() as usize);
         Ok(Ranks { rank, size, others: Some(Others { exchange, figures: None, comm }), left: None })
     }
@@ -93,32 +98,26 @@ impl Ranks {
     /// Before the last backward pass of a step: its gradients become the mean of all ranks', as do `figures`.
     ///
     /// # Errors
-    /// [`DistError::Lost`].
+    /// [`DistError::Lost`]; ranks that have measured different things.
     pub fn begin_exchange(&mut self, figures: &Unread) -> anyhow::Result<()> {
         let Some(others) = &mut self.others else { return Ok(()) };
+        refuse_other_figures(&others.comm, figures)?;
         let values = figures.values().map_err(TrainError::from)?;
-        let message =
-            Tensor::cat(&[Tensor::from_slice(&[key_of(figures)]).to_device(values.device()), values], 0);
-        others.exchange.begin(&message).map_err(|error| others.comm.lost_gradients(error))?;
-        others.figures = Some(message);
+        others.exchange.begin(&values).map_err(|error| others.comm.lost_gradients(error))?;
+        others.figures = Some(values);
         Ok(())
     }
 
     /// After it: waits for what is on its way.
     ///
     /// # Errors
-    /// [`DistError::Lost`]; ranks that have measured different things.
+    /// [`DistError::Lost`].
     pub fn finish_exchange(&mut self, figures: &mut Unread) -> Result<(), DistError> {
         let Some(others) = &mut self.others else { return Ok(()) };
         others.exchange.finish().map_err(|error| others.comm.lost_gradients(error))?;
-        let Some(message) = others.figures.take() else { return Ok(()) };
-        // On a GPU this would be waited for.
-        if message.device() == Device::Cpu && message.double_value(&[0]) != key_of(figures) {
-            let own: Vec<&str> = figures.names().collect();
-            let rank = others.comm.rank();
-            return Err(DistError::Differ(format!("rank {rank} measures {}, others do not", own.join(", "))));
+        if let Some(means) = others.figures.take() {
+            figures.replace_values(&means);
         }
-        figures.replace_values(&message.narrow(0, 1, message.size()[0] - 1));
         Ok(())
     }
 
@@ -163,6 +162,24 @@ impl Ranks {
         }
     }
 
+    /// The same, of what takes long. It is given what asks for the signal that any rank has got; `own` asks for this one's.
+    ///
+    /// # Errors
+    /// As [`from_first`](Self::from_first).
+    pub fn from_first_unless<T: Serialize + DeserializeOwned>(
+        &self,
+        own: &dyn Fn() -> Option<i32>,
+        make: impl FnOnce(&dyn Fn() -> Option<i32>) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        match self.comm() {
+            Some(comm) => {
+                let of_any = || own().or_else(|| comm.signal_of_others());
+                comm.from_first_unless(own, || make(&of_any))
+            }
+            None => make(own),
+        }
+    }
+
     /// Refuses to go on with ranks whose weights are not the same any more, to the bit.
     ///
     /// # Errors
@@ -177,9 +194,14 @@ impl Ranks {
         }
     }
 
-    /// At the end of a run nobody leaves before all are done: the first may keep the store.
+    /// At the end of a run nobody leaves before all are done: the first may keep the store. Nothing is left to go on with.
     pub fn leave(&self) {
-        if let Some(Err(error)) = self.comm().map(Comm::wait_for_all) {
+        let Some(comm) = self.comm() else { return };
+        let left = comm.wait_for_all().and_then(|()| match self.is_first() {
+            true => comm.leave_behind(""),
+            false => Ok(()),
+        });
+        if let Err(error) = left {
             tracing::warn!("the run is complete, and {error}");
         }
     }
@@ -203,10 +225,17 @@ impl Ranks {
     }
 }
 
-/// [`Ranks::announce`] and [`Ranks::part`], for ranks that have not begun a run.
-pub fn part(comm: &Comm, error: anyhow::Error) -> anyhow::Error {
-    comm.announce(&ending(comm, &error));
-    conclude(comm, error)
+/// What was made before a run begins. Where that has failed, the others of `comm` are told, as by [`Ranks::announce`] and
+/// [`Ranks::part`].
+///
+/// # Errors
+/// That of `made`, or who has ended where others were lost.
+pub fn or_part<T>(comm: Option<&Comm>, made: anyhow::Result<T>) -> anyhow::Result<T> {
+    let Some(comm) = comm else { return made };
+    made.map_err(|error| {
+        comm.announce(&ending(comm, &error));
+        conclude(comm, error)
+    })
 }
 
 fn conclude(comm: &Comm, error: anyhow::Error) -> anyhow::Error {
@@ -236,9 +265,22 @@ fn has_lost(cause: &(dyn std::error::Error + 'static)) -> bool {
     matches!(cause.downcast_ref(), Some(DistError::Lost { .. }))
 }
 
-/// Tells names from others: a number that is exact as an f64.
-fn key_of(figures: &Unread) -> f64 {
+/// Refuses figures that other ranks have not: what is on its way together has one length, and means are of the same thing.
+fn refuse_other_figures(comm: &Comm, figures: &Unread) -> anyhow::Result<()> {
     let mut names = DefaultHasher::new();
     figures.names().for_each(|name| name.hash(&mut names));
-    (names.finish() >> 32) as f64
+    // On CPUs: no GPU is waited for.
+    let keys = Vec::<i64>::try_from(comm.all_gather(&Tensor::from_slice(&[names.finish() as i64]))?)?;
+    if keys.iter().all(|key| *key == keys[0]) {
+        return Ok(());
+    }
+    let own: Vec<&str> = figures.names().collect();
+    let of_all = comm.collect(&own.join(", "))?;
+    let difference = comm.from_first(|| {
+        let of_all = of_all.unwrap_or_default();
+        let others = (0..).zip(&of_all).find(|(_, names)| **names != of_all[0]);
+        let (rank, names) = others.context("all ranks measure the same, in other words")?;
+        Ok(format!("in a step, rank 0 measures {}, and rank {rank} measures {names}", of_all[0]))
+    })?;
+    Err(DistError::Differ(difference).into())
 }

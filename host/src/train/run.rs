@@ -142,47 +142,11 @@ pub fn measure(
     same_batch: bool,
 ) -> anyhow::Result<Measured> {
     let mut run = Run::new(resources, trackers);
-    // Pictures belong to a run's first and last steps.
-    (run.config.track.examples, run.config.track.histograms) = (false, false);
-    run.ledger.synchronize(run.device);
-    let loader = run.train.clone();
-    let images = run.config.optimizer.batch_size * run.config.trainer.accumulate;
-    let mut batches: Box<dyn Iterator<Item = Result<RawBatch, DataError>>> = match same_batch {
-        true => match loader.batches(0, 0).next() {
-            Some(first) => {
-                let first = first?;
-                Box::new(std::iter::repeat_with(move || Ok(first.shallow_clone())))
-            }
-            None => anyhow::bail!("the pipeline makes no batch"),
-        },
-        false => Box::new((0..).flat_map(move |epoch| loader.batches(epoch, 0))),
-    };
-    let mut measured =
-        Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images, traffic: None };
-    let mut before = run.train.clock().seconds();
-    let traffic = |run: &Run| run.ranks.comm().map(Comm::traffic);
-    let mut traffic_before = None;
-    run.trackers.start(0, (warmup + steps) as u64);
-    for step in 0..warmup + steps {
-        if let Some(signal) = run.signals.pending() {
-            return Err(TrainError::Stopped { signal }.into());
-        }
-        if step == warmup {
-            before = run.train.clock().seconds();
-            traffic_before = traffic(&run);
-        }
-        run.step(&mut batches)?;
-        if step >= warmup {
-            measured.steps.push(run.ledger.last_step());
-        }
-    }
-    run.trackers.finish();
-    measured.traffic = traffic(&run).zip(traffic_before).map(|(now, before)| now - before);
-    run.ranks.leave();
-    for ((beside, now), before) in measured.beside.iter_mut().zip(run.train.clock().seconds()).zip(before) {
-        *beside = (now - before) / steps.max(1) as f64;
-    }
-    Ok(measured)
+    run.measure((warmup, steps), same_batch).map_err(|error| {
+        run.trackers.finish();
+        run.ranks.announce(&error);
+        run.ranks.part(error)
+    })
 }
 
 /// Whether `cause` says that the weights are no good any more.
@@ -216,7 +180,6 @@ struct Run<'t> {
     /// Mean since the last log line, as far as it has been read.
     last_loss: f64,
     saved: Option<PathBuf>,
-    save_failed: Option<anyhow::Error>,
     ledger: Ledger,
     gradients_checked: bool,
 }
@@ -248,7 +211,6 @@ impl<'t> Run<'t> {
             unread: Unread::default(),
             last_loss: f64::NAN,
             saved: None,
-            save_failed: None,
             gradients_checked: false,
         }
     }
@@ -271,12 +233,57 @@ impl<'t> Run<'t> {
         }
         self.trackers.finish();
         self.ranks.check(&self.model, self.state.step)?;
-        self.save()?;
+        self.read_figures()?;
+        let saved = self.save();
+        // The others end well only if it has.
+        self.ranks.from_first(|| saved)?;
         self.ranks.leave();
-        match self.save_failed.take() {
-            Some(error) => Err(error),
-            None => Ok(()),
+        Ok(())
+    }
+
+    /// See [`measure`].
+    fn measure(&mut self, (warmup, steps): (usize, usize), same_batch: bool) -> anyhow::Result<Measured> {
+        // Pictures belong to a run's first and last steps.
+        (self.config.track.examples, self.config.track.histograms) = (false, false);
+        self.ledger.synchronize(self.device);
+        let loader = self.train.clone();
+        let images = self.config.optimizer.batch_size * self.config.trainer.accumulate;
+        let mut batches: Box<dyn Iterator<Item = Result<RawBatch, DataError>>> = match same_batch {
+            true => match loader.batches(0, 0).next() {
+                Some(first) => {
+                    let first = first?;
+                    Box::new(std::iter::repeat_with(move || Ok(first.shallow_clone())))
+                }
+                None => anyhow::bail!("the pipeline makes no batch"),
+            },
+            false => Box::new((0..).flat_map(move |epoch| loader.batches(epoch, 0))),
+        };
+        let mut measured =
+            Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images, traffic: None };
+        let mut before = self.train.clock().seconds();
+        let traffic = |run: &Self| run.ranks.comm().map(Comm::traffic);
+        let mut traffic_before = None;
+        self.trackers.start(0, (warmup + steps) as u64);
+        for step in 0..warmup + steps {
+            if let Some(signal) = self.ranks.agree_on_signal(self.signals.pending())? {
+                return Err(TrainError::Stopped { signal }.into());
+            }
+            if step == warmup {
+                before = self.train.clock().seconds();
+                traffic_before = traffic(self);
+            }
+            self.step(&mut batches)?;
+            if step >= warmup {
+                measured.steps.push(self.ledger.last_step());
+            }
         }
+        self.trackers.finish();
+        measured.traffic = traffic(self).zip(traffic_before).map(|(now, before)| now - before);
+        self.ranks.leave();
+        for ((beside, now), before) in measured.beside.iter_mut().zip(self.train.clock().seconds()).zip(before) {
+            *beside = (now - before) / steps.max(1) as f64;
+        }
+        Ok(measured)
     }
 
     /// The number of steps after which the run ends.
@@ -364,7 +371,7 @@ impl<'t> Run<'t> {
         measured.push(step, "train/grad_norm".to_owned(), gradients.norm())?;
         if !std::mem::replace(&mut self.gradients_checked, true) {
             let idle: Vec<&str> = self.optimizer.without_gradient(&gradients).collect();
-            if !idle.is_empty() {
+            if !idle.is_empty() && self.ranks.is_first() {
                 tracing::warn!("no gradient reaches {}: they will not be trained", idle.join(", "));
             }
         }
@@ -433,7 +440,7 @@ impl<'t> Run<'t> {
         let epoch_ends = self.state.batch_in_epoch + batches >= self.steps_per_epoch * batches;
         let evaluated = epoch_ends && every > 0 && (self.state.epoch + 1).is_multiple_of(every);
         let due = evaluated || self.state.step + 1 >= self.last_step();
-        if !self.config.track.histograms || !due {
+        if !self.config.track.histograms || !due || !self.ranks.is_first() {
             return;
         }
         self.ledger.lap(Part::Optimizer);
@@ -555,11 +562,9 @@ impl<'t> Run<'t> {
         let all_go_on = || ended(ranks.agree_on_signal(pending())?);
         let seen = ranks.each_alone(|| evaluation.look(device, &mut encode, &all_go_on, ranks.comm()))?;
         // The others wait for the first.
-        let first_goes_on = || {
-            ranks.comm().inspect(|comm| comm.sign_of_life());
-            ended(pending())
-        };
-        ranks.from_first(|| evaluation.judge(&seen.context("nothing was seen")?, &first_goes_on))
+        ranks.from_first_unless(&pending, |of_any| {
+            evaluation.judge(&seen.context("nothing was seen")?, &|| ended(of_any()))
+        })
     }
 
     /// Applies `eval.collapse`.
@@ -573,7 +578,9 @@ impl<'t> Run<'t> {
         match self.config.eval.collapse {
             Collapse::Off => Ok(()),
             Collapse::Warn => {
-                tracing::warn!("{error}");
+                if self.ranks.is_first() {
+                    tracing::warn!("{error}");
+                }
                 Ok(())
             }
             Collapse::Stop => Err(error),
@@ -617,7 +624,6 @@ impl<'t> Run<'t> {
         let folder = self.directory.save(&self.state, &model, &optimizer, self.config.checkpoint.keep)?;
         tracing::debug!("checkpoint {}", folder.display());
         self.saved = Some(folder);
-        self.save_failed = None;
         Ok(())
     }
 
@@ -625,7 +631,6 @@ impl<'t> Run<'t> {
     fn save_or_warn(&mut self) {
         if let Err(error) = self.save() {
             tracing::error!("no checkpoint at step {}: {error:#}; training goes on", self.state.step);
-            self.save_failed = Some(error);
         }
     }
 
