@@ -34,8 +34,8 @@ struct Slot {
 };
 
 struct Bucket {
-    // The gradients, and behind them for each whether there is one: 1 or 0.
-    at::Tensor flat, present;
+    // The gradients, and behind them for each whether there is one: 1 or 0. It is `marks` that are written, on the CPU.
+    at::Tensor flat, present, marks;
     std::size_t slots, filled;
     c10::intrusive_ptr<c10d::Work> work;
 };
@@ -99,12 +99,14 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
             bucket.work->wait();
             bucket.flat.mul_(share);
         }
+        // Reading waits for a GPU: once at most for each bucket, and a parameter without a gradient is rare.
+        std::vector<at::Tensor> present(buckets_.size());
         for (auto& slot : slots_) {
             auto& grad = slot.param.mutable_grad();
             if (grad.defined()) continue;
-            // Reading waits for a GPU; a parameter without a gradient is rare.
-            const auto& present = buckets_[slot.bucket].present;
-            if (present[static_cast<std::int64_t>(slot.place)].item<double>() > 0) grad = slot.part;
+            auto& of_bucket = present[slot.bucket];
+            if (!of_bucket.defined()) of_bucket = buckets_[slot.bucket].present.to(at::kCPU, at::kFloat).contiguous();
+            if (of_bucket.data_ptr<float>()[slot.place] > 0) grad = slot.part;
         }
     }
 
@@ -114,6 +116,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
         Bucket bucket;
         bucket.flat = at::zeros({numbers + count}, params[begin].options().requires_grad(false));
         bucket.present = bucket.flat.narrow(0, numbers, count);
+        bucket.marks = at::zeros({count}, at::kFloat);
         bucket.slots = end - begin;
         std::int64_t offset = 0;
         for (std::size_t i = end; i-- > begin;) {
@@ -139,8 +142,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
         auto& bucket = buckets_[slot.bucket];
         auto& grad = slot.param.mutable_grad();
         slot.filled = true;
-        const auto place = static_cast<std::int64_t>(slot.place);
-        bucket.present[place].fill_(grad.defined() ? 1 : 0);
+        bucket.marks.data_ptr<float>()[slot.place] = grad.defined() ? 1 : 0;
         if (grad.defined()) {
             slot.part.copy_(grad);
             // Its own memory is free for the next.
@@ -150,7 +152,9 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
         }
         ++bucket.filled;
         for (; next_ < buckets_.size() && buckets_[next_].filled == buckets_[next_].slots; ++next_) {
-            buckets_[next_].work = send(buckets_[next_].flat);
+            auto& full = buckets_[next_];
+            full.present.copy_(full.marks, /*non_blocking=*/true);
+            full.work = send(full.flat);
         }
     }
 

@@ -1,5 +1,6 @@
 //! Several processes that find each other and talk, and what they say when one is missing.
 
+use std::panic::catch_unwind;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -96,6 +97,8 @@ fn tensors_are_added_up_and_handed_on() {
         let mut of_last = Tensor::from_slice(&[rank as i64]);
         comm.broadcast(&mut of_last, 2).unwrap();
         comm.wait_for_all().unwrap();
+        // No launcher has said so.
+        assert_eq!((comm.local_rank(), comm.cores_shared_by()), (comm.rank(), 3));
         [numbers(&sum), numbers(&most), numbers(&of_last)]
     });
     assert!(
@@ -150,6 +153,9 @@ fn what_an_earlier_attempt_has_left_behind_confuses_nobody() {
         // It keeps the store on.
         let _keeper = first.join().unwrap();
         second.join().unwrap();
+        // One that misses the other, who comes too late for it and waits for the next.
+        let alone = Comm::join(launch(0, Keeper::Launcher), Duration::from_secs(1)).unwrap_err();
+        assert!(matches!(&alone, DistError::Missing { missing, .. } if *missing == [1]), "{alone}");
         // The one comes before the other has called.
         let again = scope.spawn(|| Comm::join(launch(1, Keeper::Launcher), time).unwrap());
         thread::sleep(Duration::from_millis(500));
@@ -195,9 +201,20 @@ fn in_a_rank_of_its_own() {
     tch::manual_seed(3);
     batch_norms(&comm);
     sums_and_rows(&comm);
-    exchanged_gradients(&comm);
-    // A collective that fails in a plugin's hands is known afterwards.
+    // Each parameter travels by itself, then all of them together.
+    for bytes in [16, 1 << 20] {
+        exchanged_gradients(&comm, bytes);
+    }
     assert!(!comm.is_lost());
+    if comm.rank() + 1 == comm.size() {
+        return;
+    }
+    // A collective that fails in a plugin's hands is known afterwards.
+    comm.let_plugins_join(true).unwrap();
+    let sum = catch_unwind(|| ranks::all_reduce(&Tensor::from_slice(&[1.0f32])));
+    let words = sum.unwrap_err().downcast::<String>().unwrap();
+    assert!(words.starts_with("another rank is lost"), "{words}");
+    assert!(comm.is_lost());
 }
 
 #[track_caller]
@@ -217,7 +234,11 @@ fn batch_norms(comm: &Comm) {
     let by_vectors = Tensor::randn_like(&vectors);
     let of_maps = (maps, by, rank * 2, 2);
     let of_vectors = (vectors, by_vectors, rank * (rank + 1) / 2, rank + 1);
-    for (x, by, first, rows) in [of_maps, of_vectors] {
+    // The first none at all, as where nothing of its share is visible.
+    let vectors = Tensor::randn([size * (size - 1), 6], (Kind::Float, Device::Cpu)) * 0.5;
+    let by_vectors = Tensor::randn_like(&vectors);
+    let of_most = (vectors, by_vectors, rank * (rank - 1), 2 * rank);
+    for (x, by, first, rows) in [of_maps, of_vectors, of_most] {
         let new = || BatchNorm::new(&Params::new(Device::Cpu), 6);
         let (alone, together) = (new(), new());
         let (whole, own) = (x.copy().set_requires_grad(true), x.narrow(0, first, rows).copy());
@@ -233,6 +254,11 @@ fn batch_norms(comm: &Comm) {
         close(&own.grad(), &whole.grad().narrow(0, first, rows));
         close(&together.running_mean, &alone.running_mean);
         close(&together.running_var, &alone.running_var);
+        // Whichever way each has gone.
+        for running in [&together.running_mean, &together.running_var] {
+            let all = comm.all_gather(&running.detach().view([1, 6])).unwrap();
+            assert_eq!(all, all.narrow(0, 0, 1).expand_as(&all), "running statistics differ");
+        }
         for (together, alone) in [(&together.weight, &alone.weight), (&together.bias, &alone.bias)] {
             let mut sum = together.grad();
             comm.all_reduce(&mut sum, Reduce::Sum).unwrap();
@@ -267,14 +293,13 @@ fn sums_and_rows(comm: &Comm) {
 }
 
 /// Over two backward passes, with parameters that some ranks or all of them do not use.
-fn exchanged_gradients(comm: &Comm) {
+fn exchanged_gradients(comm: &Comm, bucket_bytes: u64) {
     let rank = f64::from(comm.rank());
     let size = f64::from(comm.size());
     let new = || Tensor::zeros([3, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let (both, of_first, early, nowhere) = (new(), new(), new(), new());
     let params = [&both, &of_first, &early, &nowhere].map(Tensor::shallow_clone);
-    // Parts of 16 bytes: each parameter travels by itself.
-    let mut exchange = comm.exchange(&params, 16).unwrap();
+    let mut exchange = comm.exchange(&params, bucket_bytes).unwrap();
     for _ in 0..2 {
         let mut loss = both.sum(Kind::Float) * (rank + 1.0) + early.sum(Kind::Float);
         loss.backward();

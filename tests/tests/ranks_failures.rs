@@ -152,16 +152,21 @@ fn a_cut_cable_ends_both_sides_in_time_and_they_go_on_to_the_same_bytes() {
 fn a_signal_to_one_rank_ends_all_of_them_at_the_same_step() {
     for signal in [libc::SIGTERM, libc::SIGUSR1] {
         let room = Room::new();
-        let mut ranks = begin(&room, 2, &arguments(&[]));
+        let mut ranks = begin(&room, 2, &arguments(&["--verbose"]));
         let folder = folder(&room);
         ranks[0].until("a checkpoint", || has_saved(&folder, 5));
         ranks[1].signal(signal);
-        for rank in ranks {
-            let ended = rank.wait().expect(128 + signal);
-            ended.error_says(&["interrupted by SIG", "continue with --resume"]);
-        }
+        let ended = ranks.into_iter().map(|rank| rank.wait().expect(128 + signal));
+        let steps: Vec<usize> = ended
+            .map(|ended| {
+                ended.error_says(&["interrupted by SIG", "continue with --resume"]);
+                let (_, step) = ended.stderr.split_once("the run ends at step ").expect("it says at which");
+                step.split_whitespace().next().unwrap().parse().unwrap()
+            })
+            .collect();
+        assert!(steps[0] == steps[1] && steps[0] < 60, "{steps:?}");
         let newest = checkpoints(&folder).pop().unwrap();
-        assert!(!newest.ends_with("step_00000060"), "{}", newest.display());
+        assert!(newest.ends_with(format!("step_{:08}", steps[0])), "{}: {steps:?}", newest.display());
         let arguments = arguments(&["--resume", "auto"]);
         run(&room, 2, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
         last(&room);
@@ -176,9 +181,108 @@ fn what_one_rank_cannot_do_all_of_them_tell() {
     let ranks = begin(&room, 2, &arguments(&[&images, "optimizer.batch_size=4", "data.size=8"]));
     let ended: Vec<_> = ranks.into_iter().map(Running::wait).collect();
     let codes: Vec<Option<i32>> = ended.iter().map(|ended| ended.status.code()).collect();
-    assert!(codes.contains(&Some(4)) && codes.contains(&Some(1)), "{codes:?}");
-    for ended in ended {
-        assert!(ended.stderr.contains("corrupt") || ended.stderr.contains("decode"), "{}", ended.stderr);
+    // The one that has it in its share of the batch.
+    let Some(rank) = codes.iter().position(|code| *code == Some(4)) else { panic!("{codes:?}") };
+    assert_eq!(codes[1 - rank], Some(1));
+    ended[rank].error_says(&["image 2 is corrupt"]);
+    ended[1 - rank].error_says(&[&format!("rank {rank} has failed: "), "image 2 is corrupt"]);
+}
+
+#[test]
+fn what_fails_before_the_first_step_all_of_them_tell() {
+    for command in [&[][..], &["bench", "step"]] {
+        let room = Room::new();
+        let mut arguments = arguments(&["--trace", "nowhere/trace.json"]);
+        arguments.splice(0..0, command.iter().map(|word: &&str| (*word).to_owned()));
+        let says = "--trace nowhere/trace.json: ";
+        for (rank, code) in begin(&room, 2, &arguments).into_iter().zip([2, 1]) {
+            let whose = if code == 2 { "" } else { "rank 0 has failed: " };
+            rank.wait().expect(code).error_says(&[&format!("{whose}{says}")]);
+        }
+    }
+}
+
+#[test]
+fn steps_that_are_measured_end_together_too() {
+    let room = Room::new();
+    let mut measuring = arguments(&["--steps", "100000", "trainer.max_steps=100000"]);
+    measuring.splice(0..0, ["bench", "step"].map(str::to_owned));
+    let mut ranks = begin(&room, 2, &measuring);
+    std::thread::sleep(Duration::from_secs(3));
+    ranks[1].signal(libc::SIGTERM);
+    for rank in ranks {
+        rank.wait().expect(128 + libc::SIGTERM).error_says(&["interrupted by SIGTERM"]);
+    }
+}
+
+#[test]
+fn a_run_whose_last_checkpoint_cannot_be_saved_has_failed_on_all_ranks() {
+    let room = Room::new();
+    let folder = folder(&room);
+    let mut ranks = begin(&room, 2, &arguments(&["checkpoint.every_steps=1000"]));
+    ranks[0].until("a run", || folder.parent().unwrap().join("metrics.jsonl").exists());
+    let _ = fs::remove_dir(&folder);
+    fs::write(&folder, "in its place").unwrap();
+    let mut ended = ranks.into_iter().map(|rank| rank.wait().expect(1));
+    ended.next().unwrap().error_says(&["checkpoints"]);
+    ended.next().unwrap().error_says(&["rank 0 has failed: "]);
+}
+
+/// Arguments of a run that is judged before its first step.
+fn judged(more: &[&str]) -> Vec<String> {
+    let held_out = setting("data.val", &held_out_images());
+    let fixed = ["eval.every_epochs=1", "eval.at_start=true", "trainer.max_steps=2", "eval.train_limit=500"];
+    arguments(&[&[held_out.as_str()], &fixed[..], more].concat())
+}
+
+#[test]
+fn a_probe_that_takes_longer_than_ranks_wait_loses_nobody() {
+    let room = Room::new();
+    let slow = ["--plugin", "faulty_probe", "eval.probes.faulty.enabled=true", "eval.probes.faulty.seconds=9"];
+    let began = Instant::now();
+    for rank in begin(&room, 2, &judged(&[&slow[..], &["ranks.timeout_s=5"]].concat())) {
+        rank.wait().expect(0);
+    }
+    assert!(began.elapsed() > Duration::from_secs(18), "judged twice: {:?}", began.elapsed());
+}
+
+#[test]
+fn a_signal_to_a_rank_that_waits_ends_what_the_first_judges() {
+    let room = Room::new();
+    let mut ranks = begin(&room, 2, &judged(&["--verbose", "eval.linear.epochs=1000000"]));
+    ranks[1].until("a rank that waits", || room.file("runs").exists());
+    std::thread::sleep(Duration::from_secs(5));
+    ranks[1].signal(libc::SIGTERM);
+    let began = Instant::now();
+    for rank in ranks {
+        let ended = rank.wait().expect(128 + libc::SIGTERM);
+        assert!(ended.stderr.contains("the run ends at step 0"), "{}", ended.stderr);
+    }
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+}
+
+#[test]
+fn ranks_that_measure_different_things_are_told_which() {
+    let images = setting("data.train", &demo_images());
+    let settings = [
+        "data.size=8",
+        "data.threads=1",
+        "optimizer.batch_size=16",
+        "trainer.max_steps=3",
+        "trainer.threads=1",
+        "trainer.device=cpu",
+        "eval.every_epochs=0",
+        "eval.at_start=false",
+        "method.metrics=1",
+        "method.one_more_metric_on_rank=1",
+    ];
+    let plugin = ["--plugin", "faulty_plugin", &images];
+    let arguments: Vec<&str> = plugin.into_iter().chain(TINY_BACKBONE).chain(settings).collect();
+    for rank in start_all(&Room::new(), 2, &arguments) {
+        rank.wait().expect(2).error_says(&[
+            "rank 0 measures train/loss, train/faulty/distance, train/faulty/distance_0, train/replaced",
+            "rank 1 measures train/loss, train/faulty/distance, train/faulty/distance_0, train/faulty/distance_1",
+        ]);
     }
 }
 

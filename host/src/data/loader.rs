@@ -247,7 +247,8 @@ impl Loader {
     /// Checks the options.
     ///
     /// # Errors
-    /// When a view makes no sense, or the batch size is 0 or, with `drop_last`, greater than the data set.
+    /// When a view makes no sense, or the batch size is 0 or, with `drop_last`, greater than the data set, or has no equal
+    /// [`Share`] for each rank.
     pub fn new(dataset: Arc<Dataset>, options: LoaderOptions) -> Result<Loader, DataError> {
         let views = check_views(&options.views, options.size)?;
         let LoaderOptions {

@@ -21,7 +21,7 @@ const GRACE: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_secs(1);
 
 /// How often rank 0, which works while others wait, says that it does.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
 /// How numbers of all ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

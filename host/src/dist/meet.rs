@@ -153,3 +153,21 @@ pub(super) fn follow(
 pub(super) fn left(until: Instant) -> Duration {
     until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cores_are_shared_by_those_that_may_run_on_the_same_ones_of_a_machine() {
+        let me = Entry::of_this_process();
+        assert_eq!(Entry::from_line(&me.to_line()), Some(me.clone()));
+        assert!(me.shares_cores(&me) && me.is_beside(&me));
+        let bound = Entry { cores: "640-641".to_owned(), ..me.clone() };
+        assert!(!me.shares_cores(&bound) && me.is_beside(&bound));
+        let in_a_container = Entry { network: "net:[1]".to_owned(), ..me.clone() };
+        assert!(me.shares_cores(&in_a_container) && !me.is_beside(&in_a_container));
+        let elsewhere = Entry { system: "another".to_owned(), ..me.clone() };
+        assert!(!me.shares_cores(&elsewhere) && !me.is_beside(&elsewhere));
+    }
+}

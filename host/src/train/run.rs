@@ -94,6 +94,7 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
         }),
         Err(error) => {
             run.trackers.finish();
+            tracing::debug!("the run ends at step {}", run.state.step);
             run.ranks.announce(&error);
             // What is queued on a GPU behind a sum that others did not give would be saved with it.
             let spoilt = run.device != Device::Cpu && run.ranks.has_lost(&error);

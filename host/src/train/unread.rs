@@ -60,7 +60,8 @@ impl Unread {
     pub fn values(&self) -> Result<Tensor, TchError> {
         let device = self.values.iter().map(Tensor::device).find(|device| *device != Device::Cpu);
         let device = device.unwrap_or(Device::Cpu);
-        let values = self.values.iter().map(|value| value.f_to_device(device));
+        // One that is on the CPU goes to the others without a wait for them.
+        let values = self.values.iter().map(|value| value.f_to_device_(device, Kind::Double, true, false));
         Tensor::f_stack(&values.collect::<Result<Vec<_>, _>>()?, 0)
     }
 

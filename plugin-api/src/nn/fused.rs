@@ -151,7 +151,7 @@ fn variance(difference: f64) -> f64 {
     if difference < 0.0 { 0.0 } else { difference }
 }
 
-fn update_running(norm: &BatchNorm, mean: &[f32], var: &[f32], count: f64) {
+pub(super) fn update_running(norm: &BatchNorm, mean: &[f32], var: &[f32], count: f64) {
     let unbias = (count / (count - 1.0)) as f32;
     let momentum = BatchNorm::MOMENTUM as f32;
     let mut running = norm.running_mean.detach();

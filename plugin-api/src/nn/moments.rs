@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::BatchNorm;
+use super::{BatchNorm, fused};
 use crate::{autograd, ranks};
 
 /// Count, mean and biased variance of each channel over all ranks, from those of the values here (which may be none): as
@@ -17,10 +17,35 @@ pub(super) fn of_all_ranks(count: f64, mean: Vec<f64>, var: Vec<f64>) -> (f64, V
     let own = [&[count], mean.as_slice(), var.as_slice()].concat();
     let own = Tensor::from_slice(&own).unsqueeze(0);
     let (count, mean, var) = combined(&own, mean.len() as i64);
-    let list = |x: &Tensor| Vec::<f64>::try_from(x).expect("a list of f64");
     let count = f64::try_from(count).expect("a number");
-    assert!(count > 1.0, "batch norm cannot train on a single value per channel: raise optimizer.batch_size");
+    require_several(count);
     (count, list(&mean), list(&var))
+}
+
+fn list(x: &Tensor) -> Vec<f64> {
+    Vec::try_from(x).expect("a list of f64")
+}
+
+fn require_several(count: f64) {
+    assert!(count > 1.0, "batch norm cannot train on a single value per channel: raise optimizer.batch_size");
+}
+
+/// Puts the statistics of all ranks into the running ones. On the CPU that is what [`fused`] does, to the bit: other ranks may go
+/// that way, and one that has no values does not.
+fn update_running(norm: &BatchNorm, mean: &Tensor, var: &Tensor, count: &Tensor) {
+    if mean.device() == Device::Cpu {
+        let count = f64::try_from(count).expect("a number");
+        require_several(count);
+        if [&norm.running_mean, &norm.running_var].iter().all(|x| x.kind() == Kind::Float && x.is_contiguous()) {
+            let [mean, var] = [mean, var].map(|x| list(x).into_iter().map(|x| x as f32).collect::<Vec<_>>());
+            return fused::update_running(norm, &mean, &var, count);
+        }
+    }
+    let unbiased = var * (count / (count - 1.0));
+    for (running, of_batch) in [(&norm.running_mean, mean), (&norm.running_var, &unbiased)] {
+        let of_batch = of_batch.to_kind(running.kind());
+        let _ = running.detach().lerp_(&of_batch, BatchNorm::MOMENTUM);
+    }
 }
 
 /// Count, means and variances over all ranks of their rows `(1, 1 + 2 C)` of f64, each a count, means and variances.
@@ -69,26 +94,17 @@ pub(super) fn batch_norm(norm: &BatchNorm, x: &Tensor) -> Tensor {
     let count = Tensor::full([1], rows as f64, (Kind::Double, x.device()));
     let own = Tensor::cat(&[count, mean.to_kind(Kind::Double), var.to_kind(Kind::Double)], 0).unsqueeze(0);
     let (count, mean, var) = combined(&own, channels);
-    if x.device() == Device::Cpu {
-        assert!(
-            f64::try_from(&count).expect("a number") > 1.0,
-            "batch norm cannot train on a single value per channel: raise optimizer.batch_size"
-        );
-    }
-    let unbiased = &var * (&count / (&count - 1.0));
-    for (running, of_batch) in [(&norm.running_mean, &mean), (&norm.running_var, &unbiased)] {
-        let of_batch = of_batch.to_kind(running.kind());
-        let _ = running.detach().lerp_(&of_batch, BatchNorm::MOMENTUM);
-    }
+    update_running(norm, &mean, &var, &count);
 
     let inverse_std = (var + BatchNorm::EPS).rsqrt();
-    let centred = &wide - along(&mean);
     let scale = along(&inverse_std) * along(&norm.weight.detach());
-    let y = (&centred * &scale + along(&norm.bias.detach())).to_kind(x.kind());
-    let kind = x.kind();
+    let y = ((wide - along(&mean)) * &scale + along(&norm.bias.detach())).to_kind(x.kind());
+    // As it came, which may be half as large as what the backward pass makes of it once more.
+    let (kind, kept) = (x.kind(), x.detach());
     drop(no_grad);
     autograd::record("BatchNorm", &[x, &norm.weight, &norm.bias], y, move |grad| {
         let grad = grad.to_kind(Kind::Float);
+        let centred = kept.to_kind(Kind::Float) - along(&mean);
         let sum = |x: &Tensor| x.sum_dim_intlist(others.as_slice(), false, Kind::Float).to_kind(Kind::Double);
         let (of_bias, of_product) = (sum(&grad), sum(&(&grad * &centred)));
         let of_all = ranks::summed(&Tensor::cat(&[&of_bias, &of_product], 0)) / &count;

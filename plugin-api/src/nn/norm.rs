@@ -13,7 +13,7 @@ use crate::{NormKind, Params, autograd, ranks};
 /// all [`ranks`], weighted by how many values each has: visible cells, in a sparse encoder.
 ///
 /// On the CPU, training on vectors or on maps in the channels-last format has no second derivative, and what it was given
-/// or has made must not be changed in place before the backward pass.
+/// or has made must not be changed in place before the backward pass. With several ranks that holds everywhere.
 ///
 /// ```
 /// use jepa_plugin_api::nn::BatchNorm;

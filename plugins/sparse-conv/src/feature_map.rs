@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, LayerNorm2d, Norm};
-use jepa_plugin_api::{Result, bail, ensure};
+use jepa_plugin_api::{Result, bail, ensure, ranks};
 use tch::Tensor;
 
 use crate::canvas::{gather, has_kernels, scatter};
@@ -196,7 +196,8 @@ impl FeatureMap {
             Dense(map) => map.numel() as i64 / map.size()[1].max(1),
             Sparse(rows, ..) => rows.size()[0],
         };
-        if train && positions < 2 {
+        // Over several ranks the count of all matters, which batch norm adds up itself.
+        if train && positions < 2 && ranks::size() == 1 {
             match self.0 {
                 Dense(_) => bail!(
                     "batch norm cannot train on a single position: raise optimizer.batch_size or data.size"

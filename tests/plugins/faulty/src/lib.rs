@@ -1,7 +1,7 @@
 //! A method that fails on request: what the host must survive, report and recover from.
 
 use jepa_plugin_api::tch::{self, Kind, Tensor};
-use jepa_plugin_api::{Batch, Context, Host, Interpolation, Method, Result, Step, ViewSpec, bail, tracing};
+use jepa_plugin_api::{Batch, Context, Host, Interpolation, Method, Result, Step, ViewSpec, bail, ranks, tracing};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +53,8 @@ pub struct FaultyOptions {
     pub torch_noise: bool,
     /// Return so many metrics.
     pub metrics: u32,
+    /// Return one metric more on this rank.
+    pub one_more_metric_on_rank: Option<usize>,
     /// Return an error that panics when it is told, in this step.
     pub unspeakable_error_at_step: Option<u64>,
     /// Panic in a thread of its own in this step.
@@ -206,7 +208,8 @@ impl Method for Faulty {
         let infinite = self.options.infinite_metric_at_step == now;
         let distance = if infinite { distance * f64::INFINITY } else { distance };
         let step = Step::new(loss).metric("distance", &distance);
-        Ok((0..self.options.metrics).fold(step, |step, i| step.metric(&format!("distance_{i}"), &distance)))
+        let more = self.options.one_more_metric_on_rank == Some(ranks::rank());
+        Ok((0..self.options.metrics + u32::from(more)).fold(step, |step, i| step.metric(&format!("distance_{i}"), &distance)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {

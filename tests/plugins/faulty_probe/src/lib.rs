@@ -19,6 +19,8 @@ pub struct FaultyOptions {
     pub abort_on_misfit: bool,
     /// Keep the features.
     pub keep_features: bool,
+    /// Take so many seconds.
+    pub seconds: u64,
 }
 
 /// The mean length of held-out features.
@@ -42,6 +44,7 @@ impl Probe for Faulty {
         if options.keep_features {
             std::mem::forget(train.copy());
         }
+        std::thread::sleep(std::time::Duration::from_secs(options.seconds));
         let mut norm = f64::try_from(held_out.norm_scalaropt_dim(2, [1], false).mean(Kind::Float))?;
         if options.in_place {
             let _ = held_out.shallow_clone().g_mul_scalar_(2.0);
