@@ -74,7 +74,10 @@ pub fn all_reduce(x: &Tensor) -> Tensor {
 /// # Panics
 /// When `x` is a single number, which has no rows. When another rank is lost: the host ends the run.
 pub fn gather(x: &Tensor) -> Tensor {
-    assert!(x.dim() > 0, "ranks::gather takes rows (B, …), and a single number has none: give it x.view([1])");
+    assert!(
+        x.dim() > 0,
+        "ranks::gather takes rows (B, …), and a single number has none: give it x.view([1])"
+    );
     if size() == 1 {
         return x.shallow_clone();
     }

@@ -175,7 +175,7 @@ fn a_signal_to_one_rank_ends_all_of_them_at_the_same_step() {
 
 #[test]
 fn what_one_rank_cannot_do_all_of_them_tell() {
-    // Image 2 of the file is corrupt.
+    // Image 3 of the file is corrupt.
     let room = Room::new();
     let images = setting("data.train", &fixture("bad_jpeg.h5"));
     let ranks = begin(&room, 2, &arguments(&[&images, "optimizer.batch_size=4", "data.size=8"]));
@@ -184,8 +184,8 @@ fn what_one_rank_cannot_do_all_of_them_tell() {
     // The one that has it in its share of the batch.
     let Some(rank) = codes.iter().position(|code| *code == Some(4)) else { panic!("{codes:?}") };
     assert_eq!(codes[1 - rank], Some(1));
-    ended[rank].error_says(&["image 2 is corrupt"]);
-    ended[1 - rank].error_says(&[&format!("rank {rank} has failed: "), "image 2 is corrupt"]);
+    ended[rank].error_says(&["image 3 is corrupt"]);
+    ended[1 - rank].error_says(&[&format!("rank {rank} has failed: "), "image 3 is corrupt"]);
 }
 
 #[test]
@@ -238,7 +238,8 @@ fn judged(more: &[&str]) -> Vec<String> {
 #[test]
 fn a_probe_that_takes_longer_than_ranks_wait_loses_nobody() {
     let room = Room::new();
-    let slow = ["--plugin", "faulty_probe", "eval.probes.faulty.enabled=true", "eval.probes.faulty.seconds=9"];
+    let slow =
+        ["--plugin", "faulty_probe", "eval.probes.faulty.enabled=true", "eval.probes.faulty.seconds=9"];
     let began = Instant::now();
     for rank in begin(&room, 2, &judged(&[&slow[..], &["ranks.timeout_s=5"]].concat())) {
         rank.wait().expect(0);

@@ -149,8 +149,7 @@ impl Session {
     /// The same for a rank: where nothing else is asked for, a device of its own, and its share of the cores.
     pub fn device_of(&self, comm: Option<&Comm>) -> anyhow::Result<tch::Device> {
         let trainer = &self.config().trainer;
-        let device =
-            device::choose(trainer.device, comm.map_or(0, |comm| comm.local_rank() as usize))?;
+        let device = device::choose(trainer.device, comm.map_or(0, |comm| comm.local_rank() as usize))?;
         match (trainer.threads, comm) {
             (0, None) => {}
             (0, Some(comm)) => tch::set_num_threads(cores_of(comm) as i32),

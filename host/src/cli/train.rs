@@ -190,7 +190,9 @@ impl TrainArgs {
             |variable: &str| std::env::var(variable).is_ok_and(|count| !["", "0"].contains(&count.trim()));
         let run = match comm {
             // Not by TORCHELASTIC_RESTART_COUNT: it stays on a machine that begins anew because another one has failed.
-            Some(comm) if comm.launch().launcher == Launcher::Torchrun => comm.left_behind()?.map(PathBuf::from),
+            Some(comm) if comm.launch().launcher == Launcher::Torchrun => {
+                comm.left_behind()?.map(PathBuf::from)
+            }
             _ if counts("SLURM_RESTART_COUNT") => {
                 find_run(&runs.join(name)).ok().filter(|run| is_of_this_job(run))
             }

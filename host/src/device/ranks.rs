@@ -129,8 +129,9 @@ impl ProcessGroup {
     pub fn broadcast(&self, tensor: &mut Tensor, from: u32) -> Result<(), DeviceError> {
         let tensor = tensor.as_mut_ptr().cast();
         // SAFETY: both handles are valid.
-        library()?
-            .checked(|native, error| unsafe { (native.comm_broadcast)(self.handle(), tensor, from as i32, error) })
+        library()?.checked(|native, error| unsafe {
+            (native.comm_broadcast)(self.handle(), tensor, from as i32, error)
+        })
     }
 
     /// The rows of all ranks' tensors of equal shape, in their order.
@@ -144,7 +145,8 @@ impl ProcessGroup {
         let mut all = Tensor::empty(shape, (tensor.kind(), tensor.device()));
         let (from, to) = (tensor.as_ptr().cast_mut().cast(), all.as_mut_ptr().cast());
         // SAFETY: all handles are valid, and `all` has room for all.
-        library()?.checked(|native, error| unsafe { (native.comm_all_gather)(self.handle(), from, to, error) })?;
+        library()?
+            .checked(|native, error| unsafe { (native.comm_all_gather)(self.handle(), from, to, error) })?;
         Ok(all)
     }
 

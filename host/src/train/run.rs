@@ -281,7 +281,9 @@ impl<'t> Run<'t> {
         self.trackers.finish();
         measured.traffic = traffic(self).zip(traffic_before).map(|(now, before)| now - before);
         self.ranks.leave();
-        for ((beside, now), before) in measured.beside.iter_mut().zip(self.train.clock().seconds()).zip(before) {
+        for ((beside, now), before) in
+            measured.beside.iter_mut().zip(self.train.clock().seconds()).zip(before)
+        {
             *beside = (now - before) / steps.max(1) as f64;
         }
         Ok(measured)

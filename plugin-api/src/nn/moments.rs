@@ -36,7 +36,10 @@ fn update_running(norm: &BatchNorm, mean: &Tensor, var: &Tensor, count: &Tensor)
     if mean.device() == Device::Cpu {
         let count = f64::try_from(count).expect("a number");
         require_several(count);
-        if [&norm.running_mean, &norm.running_var].iter().all(|x| x.kind() == Kind::Float && x.is_contiguous()) {
+        if [&norm.running_mean, &norm.running_var]
+            .iter()
+            .all(|x| x.kind() == Kind::Float && x.is_contiguous())
+        {
             let [mean, var] = [mean, var].map(|x| list(x).into_iter().map(|x| x as f32).collect::<Vec<_>>());
             return fused::update_running(norm, &mean, &var, count);
         }

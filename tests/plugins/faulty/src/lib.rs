@@ -1,7 +1,9 @@
 //! A method that fails on request: what the host must survive, report and recover from.
 
 use jepa_plugin_api::tch::{self, Kind, Tensor};
-use jepa_plugin_api::{Batch, Context, Host, Interpolation, Method, Result, Step, ViewSpec, bail, ranks, tracing};
+use jepa_plugin_api::{
+    Batch, Context, Host, Interpolation, Method, Result, Step, ViewSpec, bail, ranks, tracing,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -209,7 +211,8 @@ impl Method for Faulty {
         let distance = if infinite { distance * f64::INFINITY } else { distance };
         let step = Step::new(loss).metric("distance", &distance);
         let more = self.options.one_more_metric_on_rank == Some(ranks::rank());
-        Ok((0..self.options.metrics + u32::from(more)).fold(step, |step, i| step.metric(&format!("distance_{i}"), &distance)))
+        Ok((0..self.options.metrics + u32::from(more))
+            .fold(step, |step, i| step.metric(&format!("distance_{i}"), &distance)))
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
