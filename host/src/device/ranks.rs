@@ -144,9 +144,9 @@ impl ProcessGroup {
         shape[0] *= i64::from(size);
         let mut all = Tensor::empty(shape, (tensor.kind(), tensor.device()));
         let (from, to) = (tensor.as_ptr().cast_mut().cast(), all.as_mut_ptr().cast());
+        let group = self.handle();
         // SAFETY: all handles are valid, and `all` has room for all.
-        library()?
-            .checked(|native, error| unsafe { (native.comm_all_gather)(self.handle(), from, to, error) })?;
+        library()?.checked(|native, error| unsafe { (native.comm_all_gather)(group, from, to, error) })?;
         Ok(all)
     }
 
