@@ -1,11 +1,12 @@
 //! Several processes that find each other and talk, and what they say when one is missing.
 
 use std::panic::catch_unwind;
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use jepa_host::device::zero_gradients;
-use jepa_host::dist::{Comm, DistError, Keeper, Launch, Launcher, Reduce};
+use jepa_host::device::{ProcessGroup, zero_gradients};
+use jepa_host::dist::{Comm, DistError, Ending, Keeper, Launch, Launcher, Reduce};
 use jepa_plugin_api::nn::BatchNorm;
 use jepa_plugin_api::{Params, ranks};
 use jepa_tests::ranks::{free_port, start};
@@ -164,6 +165,44 @@ fn what_an_earlier_attempt_has_left_behind_confuses_nobody() {
         let other = scope.spawn(move || again.wait_for_all().unwrap());
         first.wait_for_all().unwrap();
         other.join().unwrap();
+    });
+}
+
+/// As when torchrun ends before its ranks do.
+#[test]
+fn the_end_of_a_launchers_store_is_no_ranks_fault() {
+    let (port, time) = (free_port(), Duration::from_secs(20));
+    let store = ProcessGroup::open("127.0.0.1", port, true, "launcher", time).unwrap();
+    let (joined, gone) = (Barrier::new(3), Barrier::new(3));
+    let (joined, gone) = (&joined, &gone);
+    thread::scope(|scope| {
+        let ranks = [0, 1].map(|rank| {
+            let launch = Launch {
+                launcher: Launcher::Torchrun,
+                group: "run".to_owned(),
+                rank,
+                size: 2,
+                local_rank: Some(rank),
+                host: "127.0.0.1".to_owned(),
+                port,
+                keeper: Keeper::Launcher,
+            };
+            scope.spawn(move || {
+                let comm = Comm::join(launch, time).unwrap();
+                joined.wait();
+                gone.wait();
+                comm.announce(&Ending::Lost);
+                comm.part(&Ending::Lost).unwrap()
+            })
+        });
+        joined.wait();
+        drop(store);
+        gone.wait();
+        for rank in ranks {
+            let error = rank.join().unwrap();
+            assert!(matches!(error, DistError::StoreLost { .. }), "{error}");
+            assert!(error.to_string().contains("which torchrun keeps, does not answer any more"), "{error}");
+        }
     });
 }
 
