@@ -58,7 +58,7 @@ fn batch_norm_and_what_follows_are_the_same() {
         let (kind, tolerance) = draw.of(&[(Kind::Float, 2e-4), (Kind::BFloat16, 3e-2)]);
         let channels = draw.of(&[8, 24, 64, 72, 256, 2048]);
         let map = draw.below(2) == 0;
-        let rows = draw.of(&[2, 7, 130, 3000]);
+        let rows = draw.of(&[7, 130, 3000]);
         let size = if map { vec![1 + rows / 30, channels, 5, 6] } else { vec![rows, channels] };
         let follows = draw.below(3);
         let [x, other, grad] = [0; 3].map(|_| draw.numbers(&size, kind));
@@ -107,14 +107,10 @@ fn sparse_convolutions_and_pools_are_the_same() {
         let x = draw.numbers(&[batch, channels, side, side], kind);
         let weight = draw.numbers(&[outputs, channels, kernel, kernel], Kind::Float);
         let run = |device: Device, mask: &Tensor| {
-            let options = ConvOptions { stride, padding: kernel / 2, ..ConvOptions::default() };
+            let options = ConvOptions { stride, padding: kernel / 2, bias: false, ..ConvOptions::default() };
             let conv = Conv2d::new(&Params::new(device), channels, outputs, kernel, options);
             tch::no_grad(|| conv.weight.shallow_clone().copy_(&weight));
-            let conv = Conv2d {
-                weight: conv.weight.to_kind(kind),
-                bias: conv.bias.map(|bias| bias.to_kind(kind)),
-                ..conv
-            };
+            let conv = Conv2d { weight: conv.weight.to_kind(kind), ..conv };
             let x = leaf(&x, device);
             let map = FeatureMap::new(&x, sparse.then_some(mask)).unwrap();
             let y = map.conv(&conv).into_map();

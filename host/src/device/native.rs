@@ -289,9 +289,9 @@ pub fn to_device(tensors: &[&Tensor], device: Device) -> Result<Vec<Tensor>, Dev
 pub fn peak_gpu_bytes(device: Device) -> Result<Option<u64>, DeviceError> {
     let Device::Cuda(number) = device else { return Ok(None) };
     let mut bytes = 0;
+    let native = library()?;
     // SAFETY: the number lives through the call.
-    library()?
-        .checked(|native, error| unsafe { (native.gpu_peak_bytes)(number as i32, &mut bytes, error) })?;
+    native.checked(|native, error| unsafe { (native.gpu_peak_bytes)(number as i32, &mut bytes, error) })?;
     Ok(Some(bytes))
 }
 
