@@ -48,6 +48,7 @@ def arguments():
     parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of the cells that are hidden")
     parser.add_argument("--channels-last", action="store_true", help="keep images and weights as (B, H, W, C) in memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model, with its default settings")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="threads to compute with; 0: PyTorch's own choice")
     parser.add_argument("--steps", type=int, default=10)
     return parser.parse_args()
@@ -272,11 +273,12 @@ def loss_of(prediction, target, mask):
     return (per_cell * hidden).sum() / (hidden.sum() + 1e-8)
 
 
-def random_mask(batch, cells, ratio):
+def random_mask(batch, cells, ratio, device):
     """(B, 1, f, f): in each image the same number of random cells is visible."""
     visible = round(cells**2 * (1 - ratio))
-    order = torch.rand(batch, cells**2).argsort(1)
-    return torch.zeros(batch, cells**2).scatter_(1, order[:, :visible], 1.0).view(batch, 1, cells, cells)
+    order = torch.rand(batch, cells**2, device=device).argsort(1)
+    mask = torch.zeros(batch, cells**2, device=device)
+    return mask.scatter_(1, order[:, :visible], 1.0).view(batch, 1, cells, cells)
 
 
 def main():
@@ -290,21 +292,21 @@ def main():
         backbone = ResNet(args.backbone, args.stem, args.width, args.depths)
     if args.size % backbone.downsample:
         raise SystemExit(f"--size {args.size} does not divide into cells of {backbone.downsample} px")
-    model = METHODS[args.method](backbone).train()
-    images, others = torch.randn(2, args.batch, 3, args.size, args.size)
+    model = METHODS[args.method](backbone).train().to(args.device)
+    images, others = torch.randn(2, args.batch, 3, args.size, args.size, device=args.device)
     if args.channels_last:
         model, images, others = (x.to(memory_format=torch.channels_last) for x in (model, images, others))
-    labels = torch.randint(10, (args.batch,))
+    labels = torch.randint(10, (args.batch,), device=args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
     network = torch.compile(model) if args.compile else model
 
     def step():
-        mask = random_mask(args.batch, args.size // backbone.downsample, args.mask_ratio)
+        mask = random_mask(args.batch, args.size // backbone.downsample, args.mask_ratio, args.device)
         inputs = {"cnn_jepa": (images, mask), "supervised": (images, labels)}.get(args.method, (images, others))
         update_targets(model, 0.996)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
             loss = network(*inputs)
         loss.backward()
         optimizer.step()
@@ -322,6 +324,8 @@ def main():
         "context_share": context_share,
         "trained_parameters": sum(p.numel() for p in trained),
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -57,12 +57,13 @@ compile "$here/streams.cpp"
 compile "$here/autograd.cpp"
 compile "$here/parallel.cpp" -fopenmp
 compile "$here/ranks.cpp"
+compile "$here/cuda.cpp"
 wait "$generating"
 
 # The absolute path is for a link to this file elsewhere (cargo's build folder), where $ORIGIN would mislead.
 "${CXX:-c++}" -shared -s -o "$work/$name.so" "$work"/*.o \
     -Wl,-soname,"$name.so" -Wl,--version-script,"$here/exports.map" -Wl,--no-undefined -Wl,--enable-new-dtags \
     -Wl,-rpath,'$ORIGIN/../site/torch/lib' -Wl,-rpath,"$torch/lib" \
-    -L"$torch/lib" -ltorch_cpu -lc10 -lgomp
+    -L"$torch/lib" -ltorch_cpu -lc10 -lgomp -ldl
 sort -u "$work/lacks" >"$lib_dir/$name.lacks"
 mv "$work/$name.so" "$lib_dir/$name.so"

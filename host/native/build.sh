@@ -18,7 +18,7 @@ trap 'rm -rf "$work"' EXIT
 "${CXX:-c++}" -std=c++17 -O2 -g0 -fPIC -Wall -Wextra -D_GLIBCXX_USE_CXX11_ABI=1 \
     -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" \
     -DUSE_C10D_GLOO -isystem "$here" \
-    -shared -s -o "$work/$name" "$here"/{native,comm,exchange}.cpp \
+    -shared -s -o "$work/$name" "$here"/{native,transfer,comm,exchange}.cpp \
     -Wl,-soname,"$name" -Wl,--version-script,"$here/exports.map" -Wl,--no-undefined -Wl,--enable-new-dtags \
     -Wl,-rpath,'$ORIGIN/../site/torch/lib' -Wl,-rpath,"$torch/lib" \
     -L"$torch/lib" -ltorch_cpu -lc10

@@ -101,6 +101,22 @@ bool jepa_fused_sgd(size_t count, const jepa_tensor* params, const jepa_tensor* 
 bool jepa_lars_scale(size_t count, const jepa_tensor* params, const jepa_tensor* grads, double weight_decay,
                      double trust_coefficient, double eps, char** error);
 
+/* targets = sources, tensor by tensor, in one go where they have one dtype and device. Nothing waits for a GPU. */
+bool jepa_copy(size_t count, const jepa_tensor* targets, const jepa_tensor* sources, char** error);
+
+/* --- between the CPU's memory and a GPU's, once libtorch_cuda is in the process -------------------------- */
+
+/* A contiguous tensor of these sizes, of any values, in memory of the CPU that a GPU reads by itself. What is freed serves the
+ * next tensor, once no copy reads it any more. */
+bool jepa_pinned(size_t dimensions, const int64_t* sizes, int32_t dtype, jepa_tensor* out, char** error);
+
+/* Copies the tensors to a GPU, beside what is computed there and without waiting; what is queued there after this call sees
+ * the copies. Those of tensors that are not pinned wait for the copying. */
+bool jepa_to_gpu(size_t count, const jepa_tensor* tensors, int32_t device, jepa_tensor* out, char** error);
+
+/* The most bytes of a GPU that tensors have had at any moment so far. */
+bool jepa_gpu_peak_bytes(int32_t device, uint64_t* bytes, char** error);
+
 /* --- ranks: processes that train together, over libtorch's c10d ------------------------------------------- */
 
 /* A connection to the others. Used by one thread at a time, but for its store, which any thread may set and ask. */

@@ -11,6 +11,7 @@ pub mod abi;
 mod augment;
 pub mod autograd;
 mod backbone;
+pub mod cuda;
 mod host;
 pub mod matmul;
 pub mod memory;

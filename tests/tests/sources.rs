@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 use jepa_tests::author::workspace;
 
 /// Where `unsafe` may stand, and why there. A file that ends in a slash is a folder.
-const UNSAFE: [(&str, &str); 15] = [
+const UNSAFE: [(&str, &str); 18] = [
     ("plugin-api/src/abi/", "the boundary"),
     ("plugin-api/src/lib.rs", "`export_plugin!` exports the boundary's two symbols"),
     ("plugin-api/src/autograd.rs", "bindings to host/bridge/autograd.cpp"),
     ("plugin-api/src/parallel.rs", "bindings to host/bridge/parallel.cpp"),
     ("plugin-api/src/ranks.rs", "bindings to host/bridge/ranks.cpp"),
+    ("plugin-api/src/cuda/mod.rs", "bindings to host/bridge/cuda.cpp"),
+    ("plugin-api/src/nn/fused_cuda.rs", "launches the kernels of norm.cu"),
+    ("plugins/sparse-conv/src/cuda.rs", "launches those of kernels.cu"),
     ("plugin-api/src/memory.rs", "the numbers of a tensor as a slice"),
     ("host/src/plugin/", "the boundary, on the host's side"),
     ("host/src/device/native.rs", "bindings to host/native"),

@@ -18,7 +18,7 @@ use crate::dist::Comm;
 use crate::plugin::PluginSources;
 use crate::trace::Trace;
 use crate::track::Trackers;
-use crate::train::{Measured, Part, Ranks, Resources, Signals, measure, or_part};
+use crate::train::{Measured, Part, Ranks, Resources, Signals, Unwaited, measure, or_part};
 
 /// Measure training on this machine
 #[derive(Debug, Subcommand)]
@@ -203,6 +203,18 @@ pub(super) struct Report {
     /// What each rank hands over to the others.
     traffic: Option<TrafficOfStep>,
     peak_resident_bytes: Option<u64>,
+    /// On a GPU.
+    unwaited: Option<UnwaitedStep>,
+    peak_gpu_bytes: Option<u64>,
+}
+
+/// A step that nobody waits for, as in a run.
+#[derive(Debug, Serialize)]
+struct UnwaitedStep {
+    step_s: f64,
+    images_per_s: f64,
+    /// What the host needs to queue it.
+    queue_s: f64,
 }
 
 impl Report {
@@ -237,6 +249,12 @@ impl Report {
                 }
             }),
             peak_resident_bytes: peak_resident_bytes(),
+            unwaited: measured.unwaited.map(|Unwaited { step_s, queue_s }| UnwaitedStep {
+                step_s,
+                images_per_s: measured.images as f64 / step_s,
+                queue_s,
+            }),
+            peak_gpu_bytes: measured.peak_gpu_bytes,
             setup,
         }
     }
@@ -285,8 +303,20 @@ impl Report {
                 bytes / 1e6
             )?;
         }
+        if let Some(UnwaitedStep { step_s, images_per_s, queue_s }) = &self.unwaited {
+            writeln!(
+                out,
+                "without waiting for parts, as in a run: {} ms, {images_per_s:.1} images/s; the host needs {} ms to queue it",
+                ms(*step_s),
+                ms(*queue_s)
+            )?;
+        }
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        if let Some(bytes) = self.peak_gpu_bytes {
+            writeln!(out, "peak memory of tensors on the GPU {:.2} GiB", gib(bytes))?;
+        }
         match self.peak_resident_bytes {
-            Some(bytes) => writeln!(out, "peak memory {:.2} GiB", bytes as f64 / (1u64 << 30) as f64),
+            Some(bytes) => writeln!(out, "peak memory {:.2} GiB", gib(bytes)),
             None => Ok(()),
         }
     }

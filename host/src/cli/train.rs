@@ -393,6 +393,7 @@ pub(super) fn prepare(
             on_error: config.data.on_error,
             decode: config.data.decode,
             augment: config.data.augment,
+            pinned: device.is_cuda(),
             shuffle: train,
             drop_last: train,
             ..LoaderOptions::new(views.clone(), config.data.size as u32)

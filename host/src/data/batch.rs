@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tch::kind::Element;
 use tch::{Device, Tensor};
 
+use crate::device::{DeviceError, pinned};
+
 /// The tensors of a batch while they are being filled: one `(B, 3, S, S)` of T, f32 or u8, per view.
 ///
 /// Each sample's place is handed out once, as slices that overlap with no others, so filling needs no lock.
@@ -38,15 +40,25 @@ impl Number for f32 {}
 impl Number for u8 {}
 
 impl<T: Number> BatchMemory<T> {
-    /// Allocates, without clearing, `views` tensors for `samples` images of `size × size`.
-    pub fn new(views: usize, samples: usize, size: u32) -> Result<BatchMemory<T>, tch::TchError> {
+    /// Allocates, without clearing, `views` tensors for `samples` images of `size × size`; of memory for a GPU, if it is to be
+    /// pinned.
+    pub fn new(
+        views: usize,
+        samples: usize,
+        size: u32,
+        is_pinned: bool,
+    ) -> Result<BatchMemory<T>, DeviceError> {
         let shape = [samples as i64, 3, i64::from(size), i64::from(size)];
         let views = (0..views)
             .map(|_| {
-                let tensor = Tensor::f_empty(shape, (T::KIND, Device::Cpu))?;
+                let tensor = match is_pinned {
+                    true => pinned(&shape, T::KIND)?,
+                    false => Tensor::f_empty(shape, (T::KIND, Device::Cpu))
+                        .map_err(|error| DeviceError::Torch(error.to_string()))?,
+                };
                 Ok(View { start: tensor.data_ptr().cast(), tensor })
             })
-            .collect::<Result<_, tch::TchError>>()?;
+            .collect::<Result<_, DeviceError>>()?;
         let sample_len = 3 * size as usize * size as usize;
         let taken = (0..samples).map(|_| AtomicBool::new(false)).collect();
         Ok(BatchMemory { views, sample_len, taken, elements: PhantomData })

@@ -24,7 +24,7 @@ use crossbeam_channel::{Receiver, Sender};
 use jepa_plugin_api::{Rng, ViewSpec};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::{Device, TchError, Tensor};
+use tch::{Device, Tensor};
 
 use super::augment::{Augmenter, Operation, Plan, Scratch, check_views};
 use super::batch::BatchMemory;
@@ -35,6 +35,7 @@ use super::error::DataError;
 use super::finish::finish;
 use super::order::Order;
 use super::resample::CropBox;
+use crate::device::{DeviceError, to_device};
 use crate::trace::Trace;
 
 /// What the numbers of a keyed generator are for. A view's purpose is `VIEW` plus its position.
@@ -130,6 +131,8 @@ pub struct LoaderOptions {
     pub augment: Augment,
     /// Batches that may be in the making or ready, besides the one that the consumer holds.
     pub prefetch: usize,
+    /// Whether batches are made in memory that a GPU reads by itself, which needs one.
+    pub pinned: bool,
     /// Where the threads write what they do when.
     pub trace: Option<Trace>,
 }
@@ -150,6 +153,7 @@ impl LoaderOptions {
             decode: Decode::Fast,
             augment: Augment::Cpu,
             prefetch: 2,
+            pinned: false,
             trace: None,
         }
     }
@@ -183,18 +187,20 @@ impl RawBatch {
     ///
     /// # Errors
     /// Whatever libtorch reports.
-    pub fn finish(self, device: Device) -> Result<LoadedBatch, TchError> {
+    pub fn finish(self, device: Device) -> Result<LoadedBatch, DeviceError> {
         let RawBatch { batch, operations, shared } = self;
-        let moved = batch.views.iter().map(|view| view.f_to_device(device));
-        let mut views = moved.collect::<Result<Vec<_>, _>>()?;
+        let all: Vec<&Tensor> = batch.views.iter().chain([&batch.labels]).collect();
+        let mut views = to_device(&all, device)?;
+        let labels = views.pop().expect("labels are the last of them");
         if let Some(operations) = operations {
             for (number, (view, augmenter)) in views.iter_mut().zip(&shared.views).enumerate() {
                 let operations: Vec<&[Operation]> =
                     operations.iter().map(|views| views[number].as_slice()).collect();
-                *view = tch::no_grad(|| finish(view, &operations, augmenter.normalization()))?;
+                let finished = tch::no_grad(|| finish(view, &operations, augmenter.normalization()));
+                *view = finished.map_err(|error| DeviceError::Torch(error.to_string()))?;
             }
         }
-        Ok(LoadedBatch { views, labels: batch.labels.f_to_device(device)?, ..batch })
+        Ok(LoadedBatch { views, labels, ..batch })
     }
 
     /// Number of images.
@@ -238,6 +244,7 @@ struct Shared {
     on_error: OnError,
     decode: Decode,
     augment: Augment,
+    pinned: bool,
     clock: Arc<Clock>,
     /// Corrupt images that have been warned of.
     warned: Mutex<HashSet<u64>>,
@@ -263,6 +270,7 @@ impl Loader {
             decode,
             augment,
             prefetch,
+            pinned,
             ..
         } = options;
         if let Share::OfEachBatch { parts, .. } = share
@@ -288,7 +296,7 @@ impl Loader {
             if threads == 0 { thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
         let warned = Mutex::default();
         let shared =
-            Arc::new(Shared { dataset, views, size, seed, on_error, decode, augment, clock, warned });
+            Arc::new(Shared { dataset, views, size, seed, on_error, decode, augment, pinned, clock, warned });
         Ok(Loader { shared, batch_size, share, threads, prefetch: prefetch.max(1), shuffle, drop_last })
     }
 
@@ -490,10 +498,10 @@ impl Batches {
         if self.workers.is_empty() {
             return Err(DataError::Options("no loader thread could be started; lower data.threads".into()));
         }
-        let Shared { views, size, augment, .. } = &*self.shared;
+        let Shared { views, size, augment, pinned, .. } = &*self.shared;
         let memory = match augment {
-            Augment::Cpu => BatchMemory::new(views.len(), indices.len(), *size).map(Memory::Views),
-            Augment::Gpu => BatchMemory::new(views.len(), indices.len(), *size).map(Memory::Pixels),
+            Augment::Cpu => BatchMemory::new(views.len(), indices.len(), *size, *pinned).map(Memory::Views),
+            Augment::Gpu => BatchMemory::new(views.len(), indices.len(), *size, *pinned).map(Memory::Pixels),
         };
         let memory = memory.map_err(|error| {
             let images = indices.len();

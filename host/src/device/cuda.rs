@@ -1,6 +1,6 @@
 //! Bringing libtorch's CUDA half into the process. Nothing here needs CUDA to build.
 
-use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY, RTLD_NOW};
 
 use super::libtorch::libtorch;
 use super::native;
@@ -29,4 +29,11 @@ pub(super) fn open() -> Result<(), String> {
         })?);
     }
     if native::has_cuda() { Ok(()) } else { Err("there is no CUDA device, or no driver for it".to_owned()) }
+}
+
+/// Whether this machine has NVIDIA's driver. That costs nothing beside opening libtorch_cuda.so, which takes a second.
+pub(super) fn has_driver() -> bool {
+    // SAFETY: the driver's library does nothing before its cuInit is called, and libtorch would open it as well.
+    let library = unsafe { Library::open(Some("libcuda.so.1"), RTLD_LAZY) };
+    library.map(std::mem::forget).is_ok()
 }

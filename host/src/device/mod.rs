@@ -17,8 +17,8 @@ pub use autocast::autocast_bf16;
 pub use libtorch::{Libtorch, check_native, libtorch};
 pub use memory::{allocated_bytes, keep_freed_memory, peak_resident_bytes};
 pub use native::{
-    AdamW, Sgd, adamw_step, clip_gradients, cpu_capability, ema_update, gradients, lars_scale, sgd_step,
-    total_norm, zero_gradients,
+    AdamW, Sgd, adamw_step, clip_gradients, copy_all, cpu_capability, ema_update, gradients, lars_scale,
+    peak_gpu_bytes, pinned, sgd_step, to_device, total_norm, zero_gradients,
 };
 pub use openmp::begin_with_calm_threads;
 pub use ranks::{Exchange, ProcessGroup, Store, Traffic};
@@ -80,6 +80,15 @@ pub fn choose(asked: config::Device, local_rank: usize) -> Result<tch::Device, D
         return Ok(tch::Device::Cpu);
     }
     Err(DeviceError::NoCuda { asked: asked.into(), reason: missing })
+}
+
+/// Opens libtorch's CUDA half early, where it and a driver are installed. libtorch settles whether it has CUDA in its first
+/// backward pass, and plugins try one when they are opened.
+pub fn open_cuda_if_there() {
+    if cuda::has_driver() {
+        // Whoever asks for a GPU hears why there is none.
+        let _ = cuda::open();
+    }
 }
 
 /// The text that a plugin reads as a device: `cpu` or `cuda:<n>`.

@@ -6,7 +6,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use jepa_plugin_api::tch::Tensor;
+use jepa_plugin_api::tch::{Device, Kind, Tensor};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use super::DeviceError;
@@ -59,6 +59,10 @@ pub(super) struct Native {
         ErrorOut,
     ) -> bool,
     lars_scale: unsafe extern "C" fn(usize, *const Handle, *const Handle, f64, f64, f64, ErrorOut) -> bool,
+    copy: unsafe extern "C" fn(usize, *const Handle, *const Handle, ErrorOut) -> bool,
+    pinned: unsafe extern "C" fn(usize, *const i64, i32, *mut Handle, ErrorOut) -> bool,
+    to_gpu: unsafe extern "C" fn(usize, *const Handle, i32, *mut Handle, ErrorOut) -> bool,
+    gpu_peak_bytes: unsafe extern "C" fn(i32, *mut u64, ErrorOut) -> bool,
     #[allow(clippy::type_complexity)]
     pub(super) comm_open:
         unsafe extern "C" fn(*const c_char, u16, bool, *const c_char, i64, *mut Handle, ErrorOut) -> bool,
@@ -131,6 +135,10 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             zero_grads: *library.get(b"jepa_zero_grads").map_err(words)?,
             fused_sgd: *library.get(b"jepa_fused_sgd").map_err(words)?,
             lars_scale: *library.get(b"jepa_lars_scale").map_err(words)?,
+            copy: *library.get(b"jepa_copy").map_err(words)?,
+            pinned: *library.get(b"jepa_pinned").map_err(words)?,
+            to_gpu: *library.get(b"jepa_to_gpu").map_err(words)?,
+            gpu_peak_bytes: *library.get(b"jepa_gpu_peak_bytes").map_err(words)?,
             comm_open: *library.get(b"jepa_comm_open").map_err(words)?,
             comm_close: *library.get(b"jepa_comm_close").map_err(words)?,
             comm_set: *library.get(b"jepa_comm_set").map_err(words)?,
@@ -219,6 +227,72 @@ pub(super) fn set_autocast(cuda: bool, (enabled, dtype): (bool, i32)) -> Result<
 pub(super) fn clear_autocast_cache() -> Result<(), DeviceError> {
     // SAFETY: no tensors involved.
     library()?.checked(|native, error| unsafe { (native.autocast_cache_clear)(error) })
+}
+
+/// target ← source, pair by pair: lists of one dtype and device in one go. A GPU is not waited for.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn copy_all(targets: &[Tensor], sources: &[Tensor]) -> Result<(), DeviceError> {
+    assert_eq!(targets.len(), sources.len(), "copies");
+    let (targets, sources) = (handles(targets), handles(sources));
+    // SAFETY: both lists have `count` valid handles.
+    library()?.checked(|native, error| unsafe {
+        (native.copy)(targets.len(), targets.as_ptr(), sources.as_ptr(), error)
+    })
+}
+
+/// A contiguous tensor of any values in memory of the CPU that a GPU reads by itself. What is freed serves the next one, once no
+/// copy reads it any more. Of u8 or f32; needs a GPU.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn pinned(size: &[i64], kind: Kind) -> Result<Tensor, DeviceError> {
+    // As c10 numbers its scalar types.
+    let dtype = match kind {
+        Kind::Uint8 => 0,
+        Kind::Float => 6,
+        kind => return Err(DeviceError::Torch(format!("no pinned memory for {kind:?}"))),
+    };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the sizes live through the call; the tensor that goes out is ours.
+    unsafe {
+        library()?
+            .checked(|native, error| (native.pinned)(size.len(), size.as_ptr(), dtype, &mut out, error))?;
+        Ok(Tensor::from_ptr(out.cast()))
+    }
+}
+
+/// Copies of these on a device. To a GPU they go beside what it computes, and nobody waits for [`pinned`] ones.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn to_device(tensors: &[&Tensor], device: Device) -> Result<Vec<Tensor>, DeviceError> {
+    let Device::Cuda(number) = device else {
+        let moved = tensors.iter().map(|tensor| tensor.f_to_device(device));
+        return moved.collect::<Result<_, _>>().map_err(|error| DeviceError::Torch(error.to_string()));
+    };
+    let inputs = handles(tensors.iter().copied());
+    let mut out: Vec<Handle> = vec![std::ptr::null_mut(); inputs.len()];
+    // SAFETY: both lists have `count` places.
+    library()?.checked(|native, error| unsafe {
+        (native.to_gpu)(inputs.len(), inputs.as_ptr(), number as i32, out.as_mut_ptr(), error)
+    })?;
+    // SAFETY: handles that go out are ours.
+    Ok(out.into_iter().map(|handle| unsafe { Tensor::from_ptr(handle.cast()) }).collect())
+}
+
+/// The most memory that tensors have had on a GPU at any moment so far, in bytes; `None` for the CPU.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn peak_gpu_bytes(device: Device) -> Result<Option<u64>, DeviceError> {
+    let Device::Cuda(number) = device else { return Ok(None) };
+    let mut bytes = 0;
+    let native = library()?;
+    // SAFETY: the number lives through the call.
+    native.checked(|native, error| unsafe { (native.gpu_peak_bytes)(number as i32, &mut bytes, error) })?;
+    Ok(Some(bytes))
 }
 
 /// The gradient of each parameter, `None` where there is none.

@@ -9,6 +9,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use super::registry::check_offer;
 use super::{Admission, PluginError, PluginFile, PluginRecord};
+use crate::device::open_cuda_if_there;
 use crate::linker;
 
 /// A plugin in use.
@@ -63,6 +64,8 @@ impl PluginFile {
         let root = unsafe { library.get::<*const c_void>(ROOT_SYMBOL.as_bytes()) }.map_err(refuse)?;
         // SAFETY: the symbol is the root header of a plugin, by its manifest, and the library stays.
         let plugin = unsafe { Plugin::adopt(&self.manifest, root.into_raw().cast_const()) }.map_err(unfit)?;
+        // Its first backward pass is the one that settles whether there is a GPU.
+        open_cuda_if_there();
         plugin.self_test().map_err(unfit)?;
         check_offer(plugin.offer()).map_err(|reason| PluginError::BadOffer { path: path(), reason })?;
         Ok(LoadedPlugin { file: self, plugin })

@@ -108,11 +108,9 @@ impl Ledger {
     }
 
     /// Waits for `device` at the end of each part from now on, so that a part has the time of its own kernels: for
-    /// measurements, as it costs speed.
+    /// measurements, as it costs speed. The CPU needs no waiting for.
     pub fn synchronize(&mut self, device: Device) {
-        if let Device::Cuda(number) = device {
-            self.synchronize = Some(number);
-        }
+        self.synchronize = if let Device::Cuda(number) = device { Some(number) } else { None };
     }
 
     /// Counts from now on.

@@ -19,6 +19,6 @@ pub use ledger::{Part, Seconds};
 pub use model::Model;
 pub use optimizer::{Optimizer, StepSettings};
 pub use ranks::{Ranks, or_part};
-pub use run::{Figures, Measured, Outcome, Resources, has_diverged, measure, run};
+pub use run::{Figures, Measured, Outcome, Resources, Unwaited, has_diverged, measure, run};
 pub use schedule::{Progress, ema_momentum, learning_rate, steps_per_epoch, weight_decay};
 pub use signal::Signals;

@@ -1,12 +1,12 @@
 //! The method of a run with its tensors sorted: what is trained, what follows, what is saved.
 
 use jepa_plugin_api::abi::MethodHandle;
-use jepa_plugin_api::params::Kind;
+use jepa_plugin_api::params::{Entry, Kind};
 use jepa_plugin_api::tch::{Device, Kind as TensorKind, TchError, Tensor, no_grad};
 
 use super::TrainError;
 use super::ema::Ema;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, copy_all};
 
 /// A built method, adopted by the host.
 pub struct Model {
@@ -14,8 +14,13 @@ pub struct Model {
     pub method: MethodHandle,
     trained: Vec<(String, Tensor)>,
     ema: Vec<Ema>,
-    /// Each buffer, and its value before the step under way.
-    buffers: Vec<(Tensor, Tensor)>,
+    buffers: Vec<Buffers>,
+}
+
+/// The buffers of one dtype, and their values before the step under way.
+struct Buffers {
+    now: Vec<Tensor>,
+    before: Vec<Tensor>,
 }
 
 impl Model {
@@ -41,8 +46,19 @@ impl Model {
         if trained.is_empty() {
             return Err(declared("no parameter to train".to_owned()));
         }
-        let buffers = method.entries().iter().filter(|entry| entry.kind == Kind::Buffer);
-        let buffers = buffers.map(|entry| (entry.tensor.shallow_clone(), entry.tensor.copy())).collect();
+        let mut buffers: Vec<Buffers> = Vec::new();
+        for Entry { tensor, .. } in method.entries().iter().filter(|entry| entry.kind == Kind::Buffer) {
+            let alike = |list: &&mut Buffers| list.now[0].kind() == tensor.kind();
+            match buffers.iter_mut().find(alike) {
+                Some(list) => {
+                    list.now.push(tensor.shallow_clone());
+                    list.before.push(tensor.copy());
+                }
+                None => {
+                    buffers.push(Buffers { now: vec![tensor.shallow_clone()], before: vec![tensor.copy()] })
+                }
+            }
+        }
         Ok(Model { method, trained, ema, buffers })
     }
 
@@ -98,17 +114,18 @@ impl Model {
 
     /// Keeps the values that buffers have before a step: running statistics, and whatever else a method updates in
     /// its forward pass.
-    pub fn remember_buffers(&mut self) {
-        no_grad(|| self.buffers.iter_mut().for_each(|(buffer, before)| before.copy_(buffer)));
+    ///
+    /// # Errors
+    /// Whatever libtorch reports.
+    pub fn remember_buffers(&mut self) -> Result<(), DeviceError> {
+        self.buffers.iter().try_for_each(|list| copy_all(&list.before, &list.now))
     }
 
     /// Gives buffers the values that they had before a step that failed.
     ///
     /// # Errors
     /// Whatever libtorch reports, on a device that failed for one.
-    pub fn restore_buffers(&mut self) -> Result<(), TrainError> {
-        let copy = |(buffer, before): &mut (Tensor, Tensor)| buffer.f_copy_(before);
-        no_grad(|| self.buffers.iter_mut().try_for_each(copy))?;
-        Ok(())
+    pub fn restore_buffers(&mut self) -> Result<(), DeviceError> {
+        self.buffers.iter().try_for_each(|list| copy_all(&list.now, &list.before))
     }
 }

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::Context as _;
-use jepa_plugin_api::tch::{self, Device, Kind, no_grad};
+use jepa_plugin_api::tch::{self, Cuda, Device, Kind, no_grad};
 use jepa_plugin_api::{Batch, Rng};
 
 use super::ledger::{Ledger, Part, Seconds};
@@ -17,7 +18,7 @@ use super::{Model, Optimizer, Ranks, Signals, StepSettings, TrainError};
 use crate::checkpoint::{Best, CheckpointError, RunDir, State};
 use crate::config::{Collapse, Config, Precision};
 use crate::data::{DataError, LoadedBatch, Loader, RawBatch, Work};
-use crate::device::{Traffic, autocast_bf16};
+use crate::device::{Traffic, autocast_bf16, peak_gpu_bytes};
 use crate::dist::{Comm, DistError};
 use crate::eval::{EvalError, Evaluation};
 use crate::trace::Trace;
@@ -129,6 +130,19 @@ pub struct Measured {
     pub images: usize,
     /// What this rank has handed over to the others, if there are any.
     pub traffic: Option<Traffic>,
+    /// On a GPU, steps as in a run, where nobody waits for its parts.
+    pub unwaited: Option<Unwaited>,
+    /// The most memory that tensors have had on the GPU, in bytes.
+    pub peak_gpu_bytes: Option<u64>,
+}
+
+/// Steps on a GPU for which nobody waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Unwaited {
+    /// Seconds for each, when one follows the other.
+    pub step_s: f64,
+    /// Seconds that the host needs to queue one: the median.
+    pub queue_s: f64,
 }
 
 /// Takes `warmup` steps and then `steps` that are measured, waiting for the device after each part. With `same_batch`, all of
@@ -216,6 +230,35 @@ impl<'t> Run<'t> {
         }
     }
 
+    /// Times `steps` on GPU `number` without waiting for their parts.
+    fn unwaited(
+        &mut self,
+        number: usize,
+        steps: usize,
+        batches: &mut dyn Iterator<Item = Result<RawBatch, DataError>>,
+    ) -> anyhow::Result<Unwaited> {
+        let wait = || Cuda::synchronize(number as i64);
+        self.ledger.synchronize(Device::Cpu);
+        // Nobody reads figures meanwhile.
+        self.config.trainer.log_every_steps = u64::MAX;
+        let mut queue_s = Vec::with_capacity(steps);
+        for _ in 0..steps {
+            wait();
+            self.step(batches)?;
+            let last = self.ledger.last_step();
+            queue_s.push(last.iter().sum::<f64>() - last[Part::Wait as usize]);
+        }
+        queue_s.sort_by(f64::total_cmp);
+        wait();
+        let began = Instant::now();
+        for _ in 0..steps {
+            self.step(batches)?;
+        }
+        wait();
+        let step_s = began.elapsed().as_secs_f64() / steps as f64;
+        Ok(Unwaited { step_s, queue_s: queue_s[steps / 2] })
+    }
+
     fn until_done(&mut self) -> anyhow::Result<()> {
         self.trackers.start(self.state.step, self.last_step());
         if self.state.step == 0 && self.state.first_eval.is_none() && self.config.eval.at_start {
@@ -259,8 +302,14 @@ impl<'t> Run<'t> {
             },
             false => Box::new((0..).flat_map(move |epoch| loader.batches(epoch, 0))),
         };
-        let mut measured =
-            Measured { steps: Vec::with_capacity(steps), beside: Default::default(), images, traffic: None };
+        let mut measured = Measured {
+            steps: Vec::with_capacity(steps),
+            beside: Default::default(),
+            images,
+            traffic: None,
+            unwaited: None,
+            peak_gpu_bytes: None,
+        };
         let mut before = self.train.clock().seconds();
         let traffic = |run: &Self| run.ranks.comm().map(Comm::traffic);
         let mut traffic_before = None;
@@ -280,12 +329,16 @@ impl<'t> Run<'t> {
         }
         self.trackers.finish();
         measured.traffic = traffic(self).zip(traffic_before).map(|(now, before)| now - before);
-        self.ranks.leave();
         for ((beside, now), before) in
             measured.beside.iter_mut().zip(self.train.clock().seconds()).zip(before)
         {
             *beside = (now - before) / steps.max(1) as f64;
         }
+        if let Device::Cuda(number) = self.device {
+            measured.unwaited = Some(self.unwaited(number, steps, &mut batches)?);
+        }
+        measured.peak_gpu_bytes = peak_gpu_bytes(self.device)?;
+        self.ranks.leave();
         Ok(measured)
     }
 
@@ -327,7 +380,7 @@ impl<'t> Run<'t> {
             self.model.update_ema(epoch, self.config.trainer.epochs)?;
             self.state.ema_is_ahead = true;
         }
-        self.model.remember_buffers();
+        self.model.remember_buffers()?;
         self.ledger.lap(Part::Ema);
 
         // Counts once the step is done.

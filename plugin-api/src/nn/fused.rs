@@ -18,6 +18,13 @@ pub(super) enum Then<'a> {
     AddRelu(&'a Tensor),
 }
 
+impl<'a> Then<'a> {
+    /// What is added.
+    pub(super) fn other(self) -> Option<&'a Tensor> {
+        if let Then::AddRelu(other) = self { Some(other) } else { None }
+    }
+}
+
 /// Numbers in a part at most: 128 KiB of f32.
 const PART: usize = 1 << 15;
 /// Rows in a part at most: sums within one are in f32, and lose the more the longer they are.

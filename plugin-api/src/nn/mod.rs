@@ -16,6 +16,7 @@
 
 mod conv;
 mod fused;
+mod fused_cuda;
 mod init;
 mod linear;
 mod loss;

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::fused::{self, Then};
-use super::moments;
+use super::{fused_cuda, moments};
 use crate::memory::bf16;
 use crate::{NormKind, Params, autograd, ranks};
 
@@ -100,10 +100,12 @@ impl BatchNorm {
                 "batch norm cannot train on a single value per channel, {:?}: raise optimizer.batch_size",
                 x.size()
             );
-            self.count_batch();
         }
         if let Some(y) = self.fused(x, train, then) {
             return y;
+        }
+        if train {
+            self.count_batch();
         }
         let y = if train && ranks::size() > 1 {
             moments::batch_norm(self, x)
@@ -126,10 +128,13 @@ impl BatchNorm {
         }
     }
 
-    /// On the CPU, for rows of channels in memory: vectors, or maps in the channels-last format.
+    /// For rows of channels in memory: vectors, or maps in the channels-last format. On a GPU, in training by one process.
     fn fused(&self, x: &Tensor, train: bool, then: Then) -> Option<Tensor> {
         let channels = self.weight.size()[0];
-        if x.device() != Device::Cpu || x.dim() < 2 || x.size()[1] != channels || x.numel() == 0 {
+        let on_cpu = x.device() == Device::Cpu;
+        let takes_device = on_cpu || x.device().is_cuda() && train && ranks::size() == 1;
+        let takes_kind = matches!(x.kind(), Kind::Float | Kind::BFloat16);
+        if !takes_device || !takes_kind || x.dim() < 2 || x.size()[1] != channels || x.numel() == 0 {
             return None;
         }
         let as_rows = |x: &Tensor| match x.dim() {
@@ -155,7 +160,14 @@ impl BatchNorm {
             Then::AddRelu(_) => return None,
             then => then,
         };
+        if !on_cpu && !fused_cuda::takes(&rows) {
+            return None;
+        }
+        if train && on_cpu {
+            self.count_batch();
+        }
         let y = match (x.kind(), train) {
+            _ if !on_cpu => fused_cuda::train(self, &rows, then),
             (Kind::Float, true) => fused::train::<f32>(self, &rows, then),
             (Kind::Float, false) => fused::eval::<f32>(self, &rows, then),
             (Kind::BFloat16, true) => fused::train::<bf16>(self, &rows, then),

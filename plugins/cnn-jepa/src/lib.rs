@@ -18,6 +18,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use masks::on_device;
 pub use masks::{MaskOptions, MaskSampler, Masks, Sampling, Strategy};
 pub use predictor::{Predictor, PredictorOptions};
 pub use projection::Projection;
@@ -124,8 +125,7 @@ impl Method for CnnJepa {
         let [images] = batch.views.as_slice() else {
             bail!("CNN-JEPA declares one view, but the batch has {}", batch.views.len());
         };
-        let masks = self.masks.draw(batch).to_device(images.device());
-        self.step_with(images, &masks, batch.train)
+        self.step_with(images, &self.masks.draw(batch), batch.train)
     }
 
     fn encode(&mut self, images: &Tensor) -> Result<Tensor> {
@@ -148,7 +148,7 @@ impl Method for CnnJepa {
 
 impl CnnJepa {
     /// Both sides for `images` f32 `(B, 3, S, S)` of which the cells in `context_mask`, bool `(B, 1, f, f)`, are shown
-    /// to the context encoder.
+    /// to the context encoder. With a mask on the CPU, nobody waits for a GPU.
     ///
     /// # Errors
     /// Those of the backbones, and of batch norm when a batch shows too little.
@@ -159,7 +159,8 @@ impl CnnJepa {
             context = projection.forward(&context, Some(context_mask), train)?;
         }
 
-        let filled = context.where_self(context_mask, &self.mask_token.to_kind(context.kind()));
+        let context_mask = on_device(context_mask, context.device());
+        let filled = context.where_self(&context_mask, &self.mask_token.to_kind(context.kind()));
         let prediction = self.predictor.forward(&filled, train);
 
         // In training mode too, so that its running statistics are its own: parameters are averaged, buffers are not.
@@ -178,6 +179,7 @@ impl CnnJepa {
     /// Those of [`forward`](Self::forward).
     pub fn step_with(&self, images: &Tensor, masks: &Masks, train: bool) -> Result<Step> {
         let output = self.forward(images, &masks.context, train)?;
+        let masks = masks.to_device(images.device());
 
         // Unit vectors at every cell, f32 whatever the precision of the networks.
         let prediction = l2_normalize(&output.prediction.to_kind(Kind::Float), 1);

@@ -86,10 +86,15 @@ pub struct Masks {
 }
 
 impl Masks {
-    /// The same on another device.
+    /// The same on another device, which is not waited for.
     pub fn to_device(&self, device: Device) -> Masks {
-        Masks { context: self.context.to_device(device), target: self.target.to_device(device) }
+        Masks { context: on_device(&self.context, device), target: on_device(&self.target, device) }
     }
+}
+
+/// A mask on another device, which is not waited for.
+pub(crate) fn on_device(mask: &Tensor, device: Device) -> Tensor {
+    mask.to_device_(device, mask.kind(), true, false)
 }
 
 /// Draws masks for maps of f × f cells.

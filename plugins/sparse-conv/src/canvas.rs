@@ -10,6 +10,7 @@ use jepa_plugin_api::memory::{Element, values, values_mut};
 use jepa_plugin_api::{autograd, memory, parallel};
 use tch::{Device, Kind, Tensor};
 
+use crate::cuda;
 use crate::visible::{Level, Places};
 
 /// Calls a function of an element type for that of a tensor.
@@ -24,7 +25,7 @@ macro_rules! for_element {
 }
 pub(crate) use for_element;
 
-/// Whether the kernels of this crate take it; otherwise libtorch's own operations do the work.
+/// Whether the kernels of this crate for the CPU take it.
 pub(crate) fn has_kernels(x: &Tensor) -> bool {
     x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16)
 }
@@ -125,10 +126,13 @@ impl Places {
 
 /// The map `(B, C, H, W)`, channels last in memory, with `rows` `(N, C)` at visible positions and zero elsewhere.
 pub(crate) fn scatter(rows: &Tensor, level: &Level) -> Tensor {
+    if cuda::copies(rows) {
+        return cuda::scatter(rows, level).permute([0, 3, 1, 2]);
+    }
     if !has_kernels(rows) {
         let ((height, width), channels) = (level.size, rows.size()[1]);
         let zeros = Tensor::zeros([level.batch * height * width, channels], (rows.kind(), rows.device()));
-        let map = zeros.index_copy(0, &level.positions, rows);
+        let map = zeros.index_copy(0, level.positions(), rows);
         return map.view([level.batch, height, width, channels]).permute([0, 3, 1, 2]);
     }
     let places = Arc::clone(&level.places);
@@ -142,8 +146,11 @@ pub(crate) fn scatter(rows: &Tensor, level: &Level) -> Tensor {
 /// The values `(N, C)` at visible positions of a map `(B, C, H, W)`.
 pub(crate) fn gather(map: &Tensor, level: &Level) -> Tensor {
     let map = map.permute([0, 2, 3, 1]);
+    if cuda::copies(&map) {
+        return cuda::gather(&map, level);
+    }
     if !has_kernels(&map) {
-        return map.reshape([-1, map.size()[3]]).index_select(0, &level.positions);
+        return map.reshape([-1, map.size()[3]]).index_select(0, level.positions());
     }
     let places = Arc::clone(&level.places);
     let rows = for_element!(map, pick(&map.detach(), &places));

@@ -8,7 +8,8 @@ use tch::Tensor;
 
 use crate::canvas::{gather, has_kernels, scatter};
 use crate::conv::{self, Window};
-use crate::visible::Size;
+use crate::cuda::{self, Sides};
+use crate::visible::{Level, Size};
 use crate::way::Way;
 use crate::{Visible, pool};
 
@@ -37,7 +38,7 @@ impl FeatureMap {
     pub fn new(map: &Tensor, mask: Option<&Tensor>) -> Result<Self> {
         match mask {
             None => Ok(Self::dense(map)),
-            Some(mask) => Self::sparse(map, &Rc::new(Visible::new(mask)?)),
+            Some(mask) => Self::sparse(map, &Rc::new(Visible::new(mask, map.device())?)),
         }
     }
 
@@ -117,6 +118,9 @@ impl FeatureMap {
         let window = Window::of(conv);
         let next = window.map_size(size);
         let (from, to) = (visible.at(size), visible.at(next));
+        if let Some(rows) = strided(rows, conv, &from) {
+            return FeatureMap(Sparse(conv.pointwise(&rows), next, Rc::clone(visible)));
+        }
         let way = match has_kernels(rows) && Way::Gathered.takes(conv) {
             true => way.unwrap_or_else(|| Way::cheaper(conv, &to)),
             false => Way::WholeMap,
@@ -138,13 +142,26 @@ impl FeatureMap {
         let [kernel, stride, padding] = [kernel, stride, padding].map(|x| x as usize);
         let window = Window { kernel, stride, padding };
         match &self.0 {
+            Dense(map) if pool::takes(window) && cuda::pools(map, map.size()[1]) => {
+                let (size, batch, channels) = (size_of(map), map.size()[0], map.size()[1]);
+                let to = window.map_size(size);
+                let sides = Sides { from: size, to, rows: [size, to].map(|(h, w)| batch * h * w) };
+                let rows = map.permute([0, 2, 3, 1]).reshape([-1, channels]);
+                let pooled = cuda::max_pool(&rows, window, None, sides).view([batch, to.0, to.1, channels]);
+                Self::dense(&pooled.permute([0, 3, 1, 2]))
+            }
             Dense(map) => Self::dense(&pool(map)),
             Sparse(rows, size, visible) => {
                 let (from, next) = (visible.at(*size), window.map_size(*size));
                 let to = visible.at(next);
-                let rows = match has_kernels(rows) && pool::takes(window) {
-                    true => pool::max_pool(rows, window, &from, &to),
-                    false => gather(&pool(&scatter(rows, &from)), &to),
+                let rows = match pool::takes(window) {
+                    true if has_kernels(rows) => pool::max_pool(rows, window, &from, &to),
+                    true if cuda::pools(rows, rows.size()[1]) => {
+                        let sides =
+                            Sides { from: *size, to: next, rows: [&from, &to].map(|level| level.count()) };
+                        cuda::max_pool(rows, window, Some(from.cells()), sides)
+                    }
+                    _ => gather(&pool(&scatter(rows, &from)), &to),
                 };
                 FeatureMap(Sparse(rows, next, Rc::clone(visible)))
             }
@@ -265,6 +282,18 @@ impl FeatureMap {
             Sparse(_, size, visible) => Sparse(values, *size, Rc::clone(visible)),
         })
     }
+}
+
+/// The rows that a 1×1 convolution with a stride looks at, where rows come cell after cell: every so many of a cell, both ways.
+fn strided(rows: &Tensor, conv: &Conv2d, from: &Level) -> Option<Tensor> {
+    let [high, wide] = from.tile()?;
+    if !conv.is_pointwise() || high % conv.stride != 0 || wide % conv.stride != 0 {
+        return None;
+    }
+    let channels = rows.size()[1];
+    let cells = rows.view([-1, high, wide, channels]);
+    let every = cells.slice(1, 0, high, conv.stride).slice(2, 0, wide, conv.stride);
+    Some(every.reshape([-1, channels]))
 }
 
 fn size_of(map: &Tensor) -> Size {

@@ -10,6 +10,7 @@
 
 mod canvas;
 mod conv;
+mod cuda;
 mod depthwise;
 mod feature_map;
 mod pool;

@@ -1,0 +1,150 @@
+//! What a GPU computes with kernels of ours, against the CPU's: these are compared with other people's numbers elsewhere. On a
+//! machine without one, nothing is tried, and each test says so.
+
+use jepa_host::config;
+use jepa_host::device::{choose, pinned, to_device};
+use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions};
+use jepa_plugin_api::{Params, tch};
+use sparse_conv::FeatureMap;
+use tch::{Device, Kind, Tensor};
+
+/// The first GPU, if there is one.
+fn gpu(test: &str) -> Option<Device> {
+    choose(config::Device::Cuda(None), 0).inspect_err(|error| eprintln!("{test}: not tried: {error}")).ok()
+}
+
+/// A small generator of cases, so that a failure names the seed that shows it again.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, end: i64) -> i64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) % end as u64) as i64
+    }
+
+    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len() as i64) as usize]
+    }
+
+    /// Normal numbers on the CPU, some of them far from zero.
+    fn numbers(&mut self, size: &[i64], kind: Kind) -> Tensor {
+        (Tensor::randn(size, (Kind::Float, Device::Cpu)) + self.of(&[0.0, 3.0])).to_kind(kind)
+    }
+}
+
+/// The greatest difference is at most so much of the greatest number.
+fn close(what: &str, on_gpu: &Tensor, on_cpu: &Tensor, tolerance: f64) {
+    assert_eq!(on_gpu.size(), on_cpu.size(), "{what}");
+    let [ours, expected] = [on_gpu, on_cpu].map(|x| x.detach().to_device(Device::Cpu).to_kind(Kind::Double));
+    let difference = f64::try_from((ours - &expected).abs().max()).unwrap();
+    let scale = f64::try_from(expected.abs().max()).unwrap().max(1e-3);
+    assert!(difference <= tolerance * scale, "{what} is off by {difference:.2e} of {scale:.2e}");
+}
+
+fn leaf(x: &Tensor, device: Device) -> Tensor {
+    x.to_device(device).copy().set_requires_grad(true)
+}
+
+fn channels_last(x: &Tensor) -> Tensor {
+    x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
+}
+
+#[test]
+fn batch_norm_and_what_follows_are_the_same() {
+    let Some(gpu) = gpu("batch norm") else { return };
+    for seed in 0..60 {
+        tch::manual_seed(seed);
+        let mut draw = Draw(seed as u64);
+        let (kind, tolerance) = draw.of(&[(Kind::Float, 2e-4), (Kind::BFloat16, 3e-2)]);
+        let channels = draw.of(&[8, 24, 64, 72, 256, 2048]);
+        let map = draw.below(2) == 0;
+        let rows = draw.of(&[7, 130, 3000]);
+        let size = if map { vec![1 + rows / 30, channels, 5, 6] } else { vec![rows, channels] };
+        let follows = draw.below(3);
+        let [x, other, grad] = [0; 3].map(|_| draw.numbers(&size, kind));
+        let weight = draw.numbers(&[channels], Kind::Float);
+        let run = |device: Device| {
+            let norm = BatchNorm::new(&Params::new(device), channels);
+            tch::no_grad(|| norm.weight.shallow_clone().copy_(&weight));
+            let (x, other) = (leaf(&x, device), leaf(&other, device));
+            let layout = |x: &Tensor| if map { channels_last(x) } else { x.shallow_clone() };
+            let y = match follows {
+                0 => norm.forward(&layout(&x), true),
+                1 => norm.forward_relu(&layout(&x), true),
+                _ => norm.forward_add_relu(&layout(&x), &layout(&other), true),
+            };
+            (&y * grad.to_device(device)).sum(Kind::Float).backward();
+            let mut all = vec![y, x.grad(), norm.weight.grad(), norm.bias.grad()];
+            all.extend([norm.running_mean, norm.running_var, norm.num_batches_tracked]);
+            if follows == 2 {
+                all.push(other.grad());
+            }
+            all
+        };
+        let names = ["y", "∂x", "∂weight", "∂bias", "mean", "var", "batches", "∂other"];
+        for ((name, ours), expected) in names.iter().zip(run(gpu)).zip(run(Device::Cpu)) {
+            close(&format!("seed {seed}, {kind:?} {size:?}, {follows}: {name}"), &ours, &expected, tolerance);
+        }
+    }
+}
+
+#[test]
+fn sparse_convolutions_and_pools_are_the_same() {
+    let Some(gpu) = gpu("sparse convolution") else { return };
+    for seed in 0..60 {
+        tch::manual_seed(seed);
+        let mut draw = Draw(seed as u64);
+        // TF32 and bf16 keep three digits.
+        let (kind, tolerance) = draw.of(&[(Kind::Float, 5e-3), (Kind::BFloat16, 5e-2)]);
+        let (batch, cells, per_cell) = (1 + draw.below(3), 1 + draw.below(4), draw.of(&[2, 4]));
+        let side = cells * per_cell;
+        let channels = draw.of(&[3, 8, 20, 64, 264]);
+        let outputs = draw.of(&[8, 40]);
+        let (kernel, stride) = (draw.of(&[1, 3, 7]), draw.of(&[1, 2]));
+        let sparse = draw.below(4) > 0;
+        let mask = Tensor::rand([batch, 1, cells, cells], (Kind::Float, Device::Cpu)).lt(0.5);
+        let _ = mask.get(0).get(0).get(0).get(0).fill_(1);
+        let x = draw.numbers(&[batch, channels, side, side], kind);
+        let weight = draw.numbers(&[outputs, channels, kernel, kernel], Kind::Float);
+        let run = |device: Device, mask: &Tensor| {
+            let options = ConvOptions { stride, padding: kernel / 2, bias: false, ..ConvOptions::default() };
+            let conv = Conv2d::new(&Params::new(device), channels, outputs, kernel, options);
+            tch::no_grad(|| conv.weight.shallow_clone().copy_(&weight));
+            let conv = Conv2d { weight: conv.weight.to_kind(kind), ..conv };
+            let x = leaf(&x, device);
+            let map = FeatureMap::new(&x, sparse.then_some(mask)).unwrap();
+            let y = map.conv(&conv).into_map();
+            let pooled = FeatureMap::new(&x, sparse.then_some(mask)).unwrap().max_pool(3, 2, 1).into_map();
+            let sum = y.to_kind(Kind::Float).square().sum(Kind::Float)
+                + (pooled.to_kind(Kind::Float) * Tensor::arange(pooled.size()[3], (Kind::Float, device)))
+                    .sum(Kind::Float);
+            sum.backward();
+            [y, pooled, x.grad()]
+        };
+        let expected = run(Device::Cpu, &mask);
+        let what = format!("seed {seed}, {kind:?} {:?}, {kernel}/{stride}, sparse {sparse}", x.size());
+        // The mask may be here or there.
+        for mask in [mask.shallow_clone(), mask.to_device(gpu)] {
+            for ((name, ours), expected) in ["conv", "pool", "∂x"].iter().zip(run(gpu, &mask)).zip(&expected)
+            {
+                close(&format!("{what}: {name}"), &ours, expected, tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn copies_beside_the_computation_are_whole() {
+    let Some(gpu) = gpu("copies") else { return };
+    for round in 0..20 {
+        let mut here = pinned(&[64, 3, 224, 224], Kind::Float).unwrap();
+        let _ = here.fill_(f64::from(round));
+        let labels = Tensor::from_slice(&[i64::from(round); 64]);
+        let there = to_device(&[&here, &labels], gpu).unwrap();
+        // Its memory goes to the next round, which must not write before this copy has read.
+        drop(here);
+        let sum = (&there[0] - f64::from(round)).abs().max();
+        assert_eq!(f64::try_from(sum).unwrap(), 0.0);
+        assert_eq!(i64::try_from(there[1].max()).unwrap(), i64::from(round));
+    }
+}
