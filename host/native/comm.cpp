@@ -70,7 +70,14 @@ bool jepa_comm_open(const char* host, uint16_t port, bool serve, const char* pre
     });
 }
 
-void jepa_comm_close(jepa_comm comm) { delete static_cast<Comm*>(comm); }
+void jepa_comm_close(jepa_comm comm) {
+    guarded(nullptr, [&] {
+        for (const auto& group : {opened(comm).group_of_gpus, opened(comm).of_gradients_of_gpus}) {
+            if (group) group->shutdown();
+        }
+    });
+    delete static_cast<Comm*>(comm);
+}
 
 bool jepa_comm_set(jepa_comm comm, const char* key, const char* value, char** error) {
     return guarded(error, [&] {

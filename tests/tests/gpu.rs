@@ -1,10 +1,14 @@
 //! What a GPU computes with kernels of ours, against the CPU's: these are compared with other people's numbers elsewhere. On a
 //! machine without one, nothing is tried, and each test says so.
 
+use std::time::Duration;
+
 use jepa_host::config;
-use jepa_host::device::{choose, pinned, to_device};
+use jepa_host::device::{choose, gradients, pinned, to_device};
+use jepa_host::dist::{Comm, Keeper, Launch, Launcher, Reduce};
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions};
 use jepa_plugin_api::{Params, tch};
+use jepa_tests::ranks::free_port;
 use sparse_conv::FeatureMap;
 use tch::{Device, Kind, Tensor};
 
@@ -32,13 +36,12 @@ impl Draw {
     }
 }
 
-/// The greatest difference is at most so much of the greatest number.
+/// The norm of the difference is at most so much of the norm: single numbers may be on the other side of a ReLU.
 fn close(what: &str, on_gpu: &Tensor, on_cpu: &Tensor, tolerance: f64) {
     assert_eq!(on_gpu.size(), on_cpu.size(), "{what}");
     let [ours, expected] = [on_gpu, on_cpu].map(|x| x.detach().to_device(Device::Cpu).to_kind(Kind::Double));
-    let difference = f64::try_from((ours - &expected).abs().max()).unwrap();
-    let scale = f64::try_from(expected.abs().max()).unwrap().max(1e-3);
-    assert!(difference <= tolerance * scale, "{what} is off by {difference:.2e} of {scale:.2e}");
+    let [difference, scale] = [ours - &expected, expected].map(|x| f64::try_from(x.norm()).unwrap());
+    assert!(difference <= tolerance * scale.max(1e-3), "{what} is off by {difference:.2e} of {scale:.2e}");
 }
 
 fn leaf(x: &Tensor, device: Device) -> Tensor {
@@ -147,4 +150,47 @@ fn copies_beside_the_computation_are_whole() {
         assert_eq!(f64::try_from(sum).unwrap(), 0.0);
         assert_eq!(i64::try_from(there[1].max()).unwrap(), i64::from(round));
     }
+}
+
+/// One rank is all that one GPU has room for: NCCL takes each GPU once.
+#[test]
+fn one_rank_talks_to_itself_over_nccl() {
+    let Some(gpu) = gpu("NCCL") else { return };
+    let launch = Launch {
+        launcher: Launcher::Environment,
+        group: String::new(),
+        rank: 0,
+        size: 1,
+        local_rank: None,
+        host: "127.0.0.1".to_owned(),
+        port: free_port(),
+        keeper: Keeper::First,
+    };
+    let comm = Comm::join(launch, Duration::from_secs(60)).unwrap();
+    if !comm.join_gpus().unwrap() {
+        return eprintln!("NCCL: not tried: libjepa_nccl.so is not there");
+    }
+    let x = Tensor::arange(1000, (Kind::Float, gpu));
+    let mut sum = x.copy();
+    comm.all_reduce(&mut sum, Reduce::Sum).unwrap();
+    assert_eq!(sum, x);
+    assert_eq!(comm.all_gather(&x).unwrap().view(-1), x);
+
+    // Gradients in parts of one parameter and more, and figures beside them.
+    let params: Vec<Tensor> =
+        [10, 2000, 30].map(|n| leaf(&Tensor::ones([n], (Kind::Float, gpu)), gpu)).into();
+    let mut exchange = comm.exchange(&params, 1024).unwrap();
+    let figures = Tensor::from_slice(&[0.5f64]).to_device(gpu);
+    for round in 1..4 {
+        jepa_host::device::zero_gradients(&params).unwrap();
+        exchange.begin(&figures).unwrap();
+        let sum = params.iter().map(|param| (param * f64::from(round)).sum(Kind::Float));
+        sum.reduce(|a, b| a + b).unwrap().backward();
+        exchange.finish().unwrap();
+        for gradient in gradients(&params).unwrap() {
+            let gradient = gradient.expect("every parameter has one");
+            assert_eq!(f64::try_from((gradient - f64::from(round)).abs().max()).unwrap(), 0.0);
+        }
+    }
+    assert_eq!(f64::try_from(figures).unwrap(), 0.5);
 }

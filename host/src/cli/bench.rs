@@ -213,8 +213,14 @@ pub(super) struct Report {
 struct UnwaitedStep {
     step_s: f64,
     images_per_s: f64,
-    /// What the host needs to queue it.
-    queue_s: f64,
+    /// What the host needs to queue each part of it.
+    queue_s: Vec<Queued>,
+}
+
+#[derive(Debug, Serialize)]
+struct Queued {
+    part: &'static str,
+    median_s: f64,
 }
 
 impl Report {
@@ -252,7 +258,11 @@ impl Report {
             unwaited: measured.unwaited.map(|Unwaited { step_s, queue_s }| UnwaitedStep {
                 step_s,
                 images_per_s: measured.images as f64 / step_s,
-                queue_s,
+                queue_s: Part::ALL
+                    .into_iter()
+                    .zip(queue_s)
+                    .map(|(part, median_s)| Queued { part: part.name(), median_s })
+                    .collect(),
             }),
             peak_gpu_bytes: measured.peak_gpu_bytes,
             setup,
@@ -304,11 +314,16 @@ impl Report {
             )?;
         }
         if let Some(UnwaitedStep { step_s, images_per_s, queue_s }) = &self.unwaited {
+            let parts = queue_s.iter().filter(|part| part.part != Part::Wait.name());
+            let all: f64 = parts.clone().map(|part| part.median_s).sum();
+            let parts: Vec<String> =
+                parts.map(|part| format!("{} {}", part.part, ms(part.median_s))).collect();
             writeln!(
                 out,
-                "without waiting for parts, as in a run: {} ms, {images_per_s:.1} images/s; the host needs {} ms to queue it",
+                "without waiting for parts, as in a run: {} ms, {images_per_s:.1} images/s\nto queue a step takes the host {} ms: {}",
                 ms(*step_s),
-                ms(*queue_s)
+                ms(all),
+                parts.join(", ")
             )?;
         }
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;

@@ -182,20 +182,19 @@ impl Comm {
         done.map_err(|error| lost(&self.launch, "waits for them", error))
     }
 
-    /// What lies on GPUs goes over NCCL from here on, where that is there.
+    /// What lies on GPUs goes over NCCL from here on, where that is there: whether it is.
     ///
     /// # Errors
     /// [`DistError::Lost`], whatever else NCCL reports included.
-    pub fn join_gpus(&self) -> Result<(), DistError> {
+    pub fn join_gpus(&self) -> Result<bool, DistError> {
         let joined = self.group.join_gpus(&self.round);
-        if !joined.map_err(|error| lost(&self.launch, "joins them over NCCL", error))?
-            && self.launch.rank == 0
-        {
+        let joined = joined.map_err(|error| lost(&self.launch, "joins them over NCCL", error))?;
+        if !joined && self.launch.rank == 0 {
             tracing::warn!(
                 "GPUs talk by way of the CPU's memory, which is slow: make setup CUDA=1 builds libjepa_nccl.so, for NCCL"
             );
         }
-        Ok(())
+        Ok(joined)
     }
 
     /// What plugins compute from here on, they compute with the other ranks, or alone.

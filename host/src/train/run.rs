@@ -141,8 +141,8 @@ pub struct Measured {
 pub struct Unwaited {
     /// Seconds for each, when one follows the other.
     pub step_s: f64,
-    /// Seconds that the host needs to queue one: the median.
-    pub queue_s: f64,
+    /// Seconds that the host needs to queue each part of one: the medians.
+    pub queue_s: Seconds,
 }
 
 /// Takes `warmup` steps and then `steps` that are measured, waiting for the device after each part. With `same_batch`, all of
@@ -241,14 +241,18 @@ impl<'t> Run<'t> {
         self.ledger.synchronize(Device::Cpu);
         // Nobody reads figures meanwhile.
         self.config.trainer.log_every_steps = u64::MAX;
-        let mut queue_s = Vec::with_capacity(steps);
+        let mut queued = Vec::with_capacity(steps);
         for _ in 0..steps {
             wait();
             self.step(batches)?;
-            let last = self.ledger.last_step();
-            queue_s.push(last.iter().sum::<f64>() - last[Part::Wait as usize]);
+            queued.push(self.ledger.last_step());
         }
-        queue_s.sort_by(f64::total_cmp);
+        let median = |part: Part| {
+            let mut seconds: Vec<f64> = queued.iter().map(|step| step[part as usize]).collect();
+            seconds.sort_by(f64::total_cmp);
+            seconds[steps / 2]
+        };
+        let queue_s = Part::ALL.map(median);
         wait();
         let began = Instant::now();
         for _ in 0..steps {
@@ -256,7 +260,7 @@ impl<'t> Run<'t> {
         }
         wait();
         let step_s = began.elapsed().as_secs_f64() / steps as f64;
-        Ok(Unwaited { step_s, queue_s: queue_s[steps / 2] })
+        Ok(Unwaited { step_s, queue_s })
     }
 
     fn until_done(&mut self) -> anyhow::Result<()> {

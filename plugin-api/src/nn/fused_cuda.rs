@@ -72,7 +72,7 @@ impl Dealt {
         let name = of_kind(self.kind, names).expect("rows of f32 or bf16");
         let blocks = (self.channels as usize).div_ceil(32);
         // SAFETY: the caller's promise.
-        unsafe { KERNELS.launch(name, on, [blocks, 1], [32, 8], args) }
+        unsafe { KERNELS.launch(name, on, [blocks, 1], [32, 32], args) }
     }
 
     /// Room for two sums of each channel from each part of the rows.

@@ -25,24 +25,29 @@ __device__ __forceinline__ void add_rows(const float (&sums)[K][V], int channels
     }
 }
 
-// The sums of all parts for one channel, by threads (32 channels, 8): in `sums`, for the threads whose y is 0.
+// Threads along y where parts are added up.
+constexpr int kHigh = 32;
+
+// The sums of all parts for one channel, by threads (32 channels, kHigh): in `sums`, for the threads whose y is 0.
 template <int K>
 __device__ __forceinline__ void add_parts(const float* parts, int count, int channels, double (&sums)[K]) {
-    __shared__ double all[K][8][32];
+    __shared__ double all[K][kHigh][32];
     const int channel = blockIdx.x * 32 + threadIdx.x;
     double own[K] = {};
     if (channel < channels)
-        for (int part = threadIdx.y; part < count; part += 8)
+        for (int part = threadIdx.y; part < count; part += kHigh)
 #pragma unroll
             for (int k = 0; k < K; ++k) own[k] += parts[(static_cast<i64>(part) * K + k) * channels + channel];
 #pragma unroll
     for (int k = 0; k < K; ++k) all[k][threadIdx.y][threadIdx.x] = own[k];
-    __syncthreads();
+    for (int half = kHigh / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.y < half)
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-        sums[k] = 0;
-        for (int y = 0; y < 8; ++y) sums[k] += all[k][y][threadIdx.x];
+            for (int k = 0; k < K; ++k) all[k][threadIdx.y][threadIdx.x] += all[k][threadIdx.y + half][threadIdx.x];
     }
+#pragma unroll
+    for (int k = 0; k < K; ++k) sums[k] = all[k][0][threadIdx.x];
 }
 
 // Sums of the differences from the first row, and of their squares: they lose little where the mean is far from zero.
