@@ -113,8 +113,10 @@ fn sparse_convolutions_and_pools_are_the_same() {
             let options = ConvOptions { stride, padding: kernel / 2, bias: false, ..ConvOptions::default() };
             let conv = Conv2d::new(&Params::new(device), channels, outputs, kernel, options);
             tch::no_grad(|| conv.weight.shallow_clone().copy_(&weight));
-            let conv = Conv2d { weight: conv.weight.to_kind(kind), ..conv };
-            let x = leaf(&x, device);
+            // Images have three channels and no gradient.
+            let x = leaf(&x, device).set_requires_grad(channels > 3);
+            let weight = conv.weight.shallow_clone();
+            let conv = Conv2d { weight: weight.to_kind(kind), ..conv };
             let map = FeatureMap::new(&x, sparse.then_some(mask)).unwrap();
             let y = map.conv(&conv).into_map();
             let pooled = FeatureMap::new(&x, sparse.then_some(mask)).unwrap().max_pool(3, 2, 1).into_map();
@@ -122,13 +124,15 @@ fn sparse_convolutions_and_pools_are_the_same() {
                 + (pooled.to_kind(Kind::Float) * Tensor::arange(pooled.size()[3], (Kind::Float, device)))
                     .sum(Kind::Float);
             sum.backward();
-            [y, pooled, x.grad()]
+            let of_x = if channels > 3 { x.grad() } else { x };
+            [y, pooled, weight.grad(), of_x]
         };
         let expected = run(Device::Cpu, &mask);
         let what = format!("seed {seed}, {kind:?} {:?}, {kernel}/{stride}, sparse {sparse}", x.size());
         // The mask may be here or there.
         for mask in [mask.shallow_clone(), mask.to_device(gpu)] {
-            for ((name, ours), expected) in ["conv", "pool", "∂x"].iter().zip(run(gpu, &mask)).zip(&expected)
+            for ((name, ours), expected) in
+                ["conv", "pool", "∂weight", "∂x"].iter().zip(run(gpu, &mask)).zip(&expected)
             {
                 close(&format!("{what}: {name}"), &ours, expected, tolerance);
             }

@@ -2,6 +2,7 @@
 
 use jepa_plugin_api::autograd;
 use jepa_plugin_api::cuda::{Arg, Program, of_kind};
+use jepa_plugin_api::nn::Conv2d;
 use tch::{Kind, Tensor};
 
 use crate::conv::Window;
@@ -47,7 +48,7 @@ fn units(x: &Tensor, channels: i64) -> (i64, [&'static str; 2]) {
 
 /// The values `(N, C)` at visible positions of a map `(B, H, W, C)`.
 pub(crate) fn gather(map: &Tensor, level: &Level) -> Tensor {
-    let (cells, size, batch) = (level.cells(), level.size, level.batch);
+    let (cells, size, batch) = (cells_of(level), level.size, level.batch);
     let rows = pick(&map.detach().contiguous(), &cells, size, level.count());
     autograd::record("SparseGather", &[map], rows, move |grad| {
         vec![Some(paint(&grad.contiguous(), &cells, size, batch))]
@@ -56,11 +57,15 @@ pub(crate) fn gather(map: &Tensor, level: &Level) -> Tensor {
 
 /// The map `(B, H, W, C)` with `rows` `(N, C)` at visible positions, and zeros.
 pub(crate) fn scatter(rows: &Tensor, level: &Level) -> Tensor {
-    let (cells, size, count) = (level.cells(), level.size, level.count());
+    let (cells, size, count) = (cells_of(level), level.size, level.count());
     let map = paint(&rows.detach().contiguous(), &cells, size, level.batch);
     autograd::record("SparseScatter", &[rows], map, move |grad| {
         vec![Some(pick(&grad.contiguous(), &cells, size, count))]
     })
+}
+
+fn cells_of(level: &Level) -> Cells {
+    level.cells().expect("a level on a GPU")
 }
 
 fn pick(map: &Tensor, cells: &Cells, (height, width): Size, count: i64) -> Tensor {
@@ -107,6 +112,79 @@ fn paint(rows: &Tensor, cells: &Cells, (height, width): Size, batch: i64) -> Ten
     // for all positions.
     unsafe { KERNELS.launch(kernel, rows, grid, block, &args) };
     map
+}
+
+/// What a convolution with a stride of 2 makes of images, `rows` f32 `(N, 3)` of their pixels: the map `(B, C', H / 2, W / 2)`; at
+/// visible pixels or, without cells, at all of them, in the order (B, H, W). `None` where it is another convolution.
+///
+/// Of 2 × 2 pixels one position is made, which has four times the channels, and of k × k weights ½ (k + 1) a side: the same products,
+/// as tensor cores like them.
+pub(crate) fn conv_of_images(
+    rows: &Tensor,
+    conv: &Conv2d,
+    cells: Option<&Cells>,
+    (batch, (height, width)): (i64, Size),
+) -> Option<Tensor> {
+    let channels = rows.size()[1];
+    let even = height % 2 == 0 && width % 2 == 0;
+    if !even || rows.kind() != Kind::Float || autograd::is_recorded(rows) {
+        return None;
+    }
+    let kind = autograd::autocast_kind(&conv.weight);
+    let name = of_kind(kind, ["deepen_f32", "deepen_bf16"]).filter(|name| KERNELS.runs(name, rows))?;
+    let taps = (conv.kernel() + 1) / 2;
+    let border = (conv.padding + 1) / 2;
+    let [high, wide] = [height, width].map(|side| side / 2 + taps - 1);
+    let count = batch * high * wide;
+    let rows = rows.detach().contiguous();
+    let deep = Tensor::empty([batch, high, wide, 16], (kind, rows.device()));
+    let [lines, columns] = cells.map_or([1, 1], |cells| cells.grid);
+    let args = [
+        Arg::from(&rows),
+        Arg::Tensor(cells.map(|cells| &cells.numbers)),
+        int(height),
+        int(width),
+        int(lines),
+        int(columns),
+        int(channels),
+        int(border),
+        int(high),
+        int(wide),
+        int(count),
+        Arg::from(&deep),
+    ];
+    // SAFETY: a kernel of kernels.cu: a row for each visible pixel of a map of this size, and room for so many positions.
+    unsafe { KERNELS.launch(name, &rows, [(count as usize).div_ceil(THREADS), 1], [THREADS, 1], &args) };
+
+    Some(deep.permute([0, 3, 1, 2]).conv2d(
+        &deep_weight(&conv.weight),
+        conv.bias.as_ref(),
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        1,
+    ))
+}
+
+/// Whether a convolution may be one of [`conv_of_images`].
+pub(crate) fn sees_images(conv: &Conv2d) -> bool {
+    let kernel = conv.kernel();
+    // With an odd padding, the first of a window's pixels, and one more before it, make a position.
+    conv.stride == 2
+        && conv.groups == 1
+        && conv.weight.size()[1] <= 4
+        && kernel % 4 == 3
+        && conv.padding == kernel / 2
+}
+
+/// `(C', C, k, k)` to `(C', 16, ½ (k + 1), ½ (k + 1))`: a zero before each line and column of weights, and of 2 × 2 of them one, of
+/// four times the channels.
+fn deep_weight(weight: &Tensor) -> Tensor {
+    let size = weight.size();
+    let (outputs, channels, taps) = (size[0], size[1], (size[3] + 1) / 2);
+    let weight = weight.constant_pad_nd([1, 0, 1, 0]).view([outputs, channels, taps, 2, taps, 2]);
+    let weight = weight.permute([0, 3, 5, 1, 2, 4]).reshape([outputs, 4 * channels, taps, taps]);
+    weight.constant_pad_nd([0, 0, 0, 0, 0, 16 - 4 * channels])
 }
 
 /// What a max-pool goes from and to.
@@ -168,7 +246,31 @@ pub(crate) fn max_pool(rows: &Tensor, window: Window, cells: Option<Cells>, side
 
 #[cfg(test)]
 mod tests {
+    use jepa_plugin_api::Params;
+    use jepa_plugin_api::nn::ConvOptions;
+    use tch::Device;
+
     use super::*;
+
+    #[test]
+    fn deep_weights_make_the_same_of_four_pixels_at_a_time() {
+        for (kernel, channels) in [(7, 3), (3, 3), (7, 1), (11, 4)] {
+            let options = ConvOptions { stride: 2, padding: kernel / 2, ..ConvOptions::default() };
+            let conv = Conv2d::new(&Params::new(Device::Cpu), channels, 5, kernel, options);
+            assert!(sees_images(&conv));
+            let x = Tensor::randn([2, channels, 12, 8], (Kind::Float, Device::Cpu));
+            // As the kernel has it, by operations of libtorch.
+            let taps = (kernel + 1) / 2;
+            let (before, behind) = (kernel / 2 + 1, 2 * (taps - 1) - (kernel / 2 + 1));
+            let padded = x.constant_pad_nd([before, behind, before, behind]);
+            let (high, wide) = (padded.size()[2] / 2, padded.size()[3] / 2);
+            let fours = padded.view([2, channels, high, 2, wide, 2]).permute([0, 3, 5, 1, 2, 4]);
+            let deep = fours.reshape([2, 4 * channels, high, wide]);
+            let deep = deep.constant_pad_nd([0, 0, 0, 0, 0, 16 - 4 * channels]);
+            let y = deep.conv2d(&deep_weight(&conv.weight), conv.bias.as_ref(), [1, 1], [0, 0], [1, 1], 1);
+            assert!(y.allclose(&conv.forward(&x), 1e-5, 1e-5, false), "{kernel}, {channels}");
+        }
+    }
 
     /// Compiling needs NVRTC, and no GPU. Where CUDA's libtorch is not installed, there is nothing to try.
     #[test]

@@ -9,7 +9,7 @@ use tch::Tensor;
 use crate::canvas::{gather, has_kernels, scatter};
 use crate::conv::{self, Window};
 use crate::cuda::{self, Sides};
-use crate::visible::{Level, Size};
+use crate::visible::{Cells, Level, Size};
 use crate::way::Way;
 use crate::{Visible, pool};
 
@@ -107,7 +107,14 @@ impl FeatureMap {
     /// As [`conv`](Self::conv).
     pub fn conv_by(&self, conv: &Conv2d, way: Option<Way>) -> Self {
         let (rows, size, visible) = match &self.0 {
-            Dense(map) => return Self::dense(&conv.forward(map)),
+            Dense(map) => {
+                let of_images = || {
+                    let rows = map.permute([0, 2, 3, 1]).reshape([-1, map.size()[1]]);
+                    cuda::conv_of_images(&rows, conv, None, (map.size()[0], size_of(map)))
+                };
+                let y = cuda::sees_images(conv).then(of_images).flatten();
+                return Self::dense(&y.unwrap_or_else(|| conv.forward(map)));
+            }
             Sparse(rows, size, visible) => (rows, *size, visible),
         };
         if conv.is_pointwise() && conv.stride == 1 {
@@ -120,6 +127,10 @@ impl FeatureMap {
         let (from, to) = (visible.at(size), visible.at(next));
         if let Some(rows) = strided(rows, conv, &from) {
             return FeatureMap(Sparse(conv.pointwise(&rows), next, Rc::clone(visible)));
+        }
+        let of_images = |cells: Cells| cuda::conv_of_images(rows, conv, Some(&cells), (from.batch, size));
+        if let Some(map) = from.cells().filter(|_| cuda::sees_images(conv)).and_then(of_images) {
+            return FeatureMap(Sparse(gather(&channels_last(&map), &to), next, Rc::clone(visible)));
         }
         let way = match has_kernels(rows) && Way::Gathered.takes(conv) {
             true => way.unwrap_or_else(|| Way::cheaper(conv, &to)),
@@ -159,7 +170,7 @@ impl FeatureMap {
                     true if cuda::pools(rows, rows.size()[1]) => {
                         let sides =
                             Sides { from: *size, to: next, rows: [&from, &to].map(|level| level.count()) };
-                        cuda::max_pool(rows, window, Some(from.cells()), sides)
+                        cuda::max_pool(rows, window, from.cells(), sides)
                     }
                     _ => gather(&pool(&scatter(rows, &from)), &to),
                 };

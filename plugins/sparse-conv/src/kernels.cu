@@ -59,6 +59,36 @@ __device__ void paint(const U* rows, const Map& map, int count, int units, U* to
         to[static_cast<i64>(place) * units + unit] = row < 0 ? U{} : rows[static_cast<i64>(row) * units + unit];
 }
 
+// Four neighbours as one position of 4 * `channels` channels, and zeros up to 16: tensor cores want channels by eights, and images
+// have three. With `border` positions of zeros above and on the left; `count` positions of `new_height` x `new_width` in all.
+template <class T>
+__device__ void deepen(const float* rows, const Map& map, int channels, int border, int new_height, int new_width, int count,
+                       T* to) {
+    constexpr int V = Pack<T>::count;
+    const int place = blockIdx.x * blockDim.x + threadIdx.x;
+    if (place >= count) return;
+    const int line = place / new_width;
+    const int top = 2 * (line % new_height - border), left = 2 * (place % new_width - border);
+    float deep[16] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int y = top + i / 2, x = left + i % 2;
+        if (y < 0 || y >= map.height || x < 0 || x >= map.width) continue;
+        const int row = row_of({line / new_height, y, x}, map);
+        if (row < 0) continue;
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+            if (c < channels) deep[i * channels + c] = rows[static_cast<i64>(row) * channels + c];
+    }
+#pragma unroll
+    for (int first = 0; first < 16; first += V) {
+        float part[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) part[v] = deep[first + v];
+        write(to + static_cast<i64>(place) * 16 + first, part);
+    }
+}
+
 // Which place of its window each output of a thread is from.
 template <int V>
 struct alignas(V) Taps {
@@ -147,6 +177,17 @@ __device__ void max_pool_gradient(const T* grad, const u8* taps, const Map& from
 COPIES(uint4, 16)
 COPIES(u32, 4)
 COPIES(u16, 2)
+
+#define DEEPEN(T, kind)                                                                                                     \
+    extern "C" __global__ void deepen_##kind(const float* rows, const int* numbers, int height, int width, int lines,       \
+                                             int columns, int channels, int border, int new_height, int new_width,          \
+                                             int count, T* to) {                                                            \
+        deepen(rows, {nullptr, numbers, height, width, lines, columns}, channels, border, new_height, new_width, count,     \
+               to);                                                                                                         \
+    }
+
+DEEPEN(float, f32)
+DEEPEN(bf16, bf16)
 
 #define POOLS(T, kind)                                                                                                      \
     extern "C" __global__ void max_pool_##kind(const T* x, const int* cells, const int* numbers, int rows, int columns,     \

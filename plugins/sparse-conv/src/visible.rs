@@ -188,12 +188,9 @@ impl Level {
         self.count
     }
 
-    /// Of a level on a GPU.
-    ///
-    /// # Panics
-    /// On the CPU.
-    pub fn cells(&self) -> Cells {
-        self.cells.clone().expect("a level on a GPU")
+    /// On another device than the CPU.
+    pub fn cells(&self) -> Option<Cells> {
+        self.cells.clone()
     }
 
     /// Height and width of a cell, in positions, where rows come cell after cell.
@@ -206,7 +203,8 @@ impl Level {
     /// after cell.
     pub fn positions(&self) -> &Tensor {
         self.positions.get_or_init(|| {
-            let Cells { grid: [lines, columns], visible, .. } = self.cells();
+            let Cells { grid: [lines, columns], visible, .. } =
+                self.cells().expect("positions on the CPU are there");
             let (height, width) = self.size;
             let [high, wide] = [height / lines, width / columns];
             let visible = visible.to_kind(Kind::Int64);
