@@ -58,7 +58,8 @@ pub trait Backbone: Send + Sized + 'static {
     /// autocast makes of it.
     ///
     /// With a `mask`, bool `(B, 1, S / r, S / r)` and true where visible, the network runs in sparse mode: it sees the
-    /// visible cells only, every output is zero at hidden cells, and statistics are taken over visible positions.
+    /// visible cells only, every output is zero at hidden cells, and statistics are taken over visible positions. The mask
+    /// may be on the CPU while images are on a GPU, so that nobody waits to learn how much is visible.
     /// `train` chooses batch statistics (and updates running ones) over running statistics.
     fn forward(&self, images: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor>;
 }
