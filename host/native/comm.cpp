@@ -45,7 +45,7 @@ template <typename Body>
 bool together(jepa_comm comm, char** error, Body body) {
     const Quiet quiet;
     const bool done = guarded(error, body);
-    if (!done) opened(comm).lost = true;
+    if (!done) *opened(comm).lost = true;
     return done;
 }
 
@@ -186,7 +186,7 @@ void jepa_comm_traffic(jepa_comm comm, uint64_t counts[4]) {
     counts[3] = gradients.bytes;
 }
 
-bool jepa_comm_lost(jepa_comm comm) { return opened(comm).lost; }
+bool jepa_comm_lost(jepa_comm comm) { return *opened(comm).lost; }
 
 bool jepa_comm_sum(jepa_comm comm, jepa_tensor handle, char** error) {
     return jepa_comm_all_reduce(comm, handle, JEPA_SUM, error);

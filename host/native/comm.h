@@ -33,8 +33,8 @@ struct Comm {
     // The same for tensors on GPUs, over NCCL, where it is there; otherwise gloo takes these too, by way of the CPU's memory.
     c10::intrusive_ptr<c10d::Backend> group_of_gpus, of_gradients_of_gpus;
     std::int32_t rank = 0, size = 1;
-    // Whether something that all do together has failed.
-    std::atomic<bool> lost{false};
+    // Whether something that all do together has failed, an exchange of gradients for one.
+    std::shared_ptr<std::atomic<bool>> lost = std::make_shared<std::atomic<bool>>(false);
     Traffic traffic;
     std::shared_ptr<Traffic> of_gradient_traffic = std::make_shared<Traffic>();
 };

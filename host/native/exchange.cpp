@@ -44,7 +44,8 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   public:
     Exchange(const Comm& comm, bool on_gpu)
         : group_(on_gpu && comm.of_gradients_of_gpus ? comm.of_gradients_of_gpus : comm.of_gradients),
-          traffic_(comm.of_gradient_traffic) {}
+          traffic_(comm.of_gradient_traffic),
+          lost_(comm.lost) {}
 
     void adopt(const std::vector<at::Tensor>& params, std::int64_t bucket_bytes) {
         std::size_t begin = params.size();
@@ -61,12 +62,12 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
         }
         for (auto& slot : slots_) {
             slot.accumulator = torch::autograd::impl::grad_accumulator(slot.param);
+            // What wants no gradient has none, on any rank.
+            if (!slot.accumulator) continue;
             auto hook = [weak = weak_from_this(), at = &slot](const auto& outputs, const auto&) {
                 if (const auto exchange = weak.lock()) exchange->ready(*at);
                 return outputs;
             };
-            // What wants no gradient has none, on any rank.
-            if (!slot.accumulator) continue;
             slot.accumulator->add_post_hook(std::make_unique<torch::autograd::utils::LambdaPostHook>(std::move(hook)));
         }
     }
@@ -92,11 +93,11 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
             if (!slot.filled) fill(slot);
         }
         const double share = 1.0 / group_->getSize();
-        of_figures_->wait();
+        wait_for(*of_figures_);
         // Not a product: the mean of equal numbers is that number, to the bit.
         figures_.div_(group_->getSize());
         for (auto& bucket : buckets_) {
-            bucket.work->wait();
+            wait_for(*bucket.work);
             bucket.flat.mul_(share);
         }
         // Reading waits for a GPU: once at most for each bucket, and a parameter without a gradient is rare.
@@ -158,15 +159,31 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
         }
     }
 
+    // An error, in the midst of a backward pass too, is that of all ranks.
+    template <typename Body>
+    auto together(Body body) {
+        try {
+            return body();
+        } catch (...) {
+            *lost_ = true;
+            throw;
+        }
+    }
+
     c10::intrusive_ptr<c10d::Work> send(const at::Tensor& flat) {
         const Quiet quiet;
         std::vector<at::Tensor> tensors{flat};
         traffic_->count(flat);
-        return group_->allreduce(tensors, c10d::AllreduceOptions());
+        return together([&] { return group_->allreduce(tensors, c10d::AllreduceOptions()); });
+    }
+
+    void wait_for(c10d::Work& work) {
+        together([&] { return work.wait(); });
     }
 
     const c10::intrusive_ptr<c10d::Backend> group_;
     const std::shared_ptr<Traffic> traffic_;
+    const std::shared_ptr<std::atomic<bool>> lost_;
     // A GPU's part of a backward pass is on a thread of its own.
     std::mutex mutex_;
     std::vector<Slot> slots_;

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! 309 MB for 3 × 128 single views of 224 px, and nothing else grows with time. (A decoder holds a JPEG's planes beside its
-//! pixels; a PNG has up to 8 bytes for each pixel, and a progressive JPEG takes 12. With [`Augment::Gpu`], the 4 is a 1.)
+//! pixels; a PNG has up to 8 bytes for each pixel, and a progressive JPEG takes 12. With [`Augment::Gpu`], the 4 is a 1. Pinned
+//! batches are rounded up to a power of two, which makes 309 MB 537.)
 
 use std::collections::{HashSet, VecDeque};
 use std::panic::{self, AssertUnwindSafe};

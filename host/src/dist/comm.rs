@@ -182,19 +182,31 @@ impl Comm {
         done.map_err(|error| lost(&self.launch, "waits for them", error))
     }
 
-    /// What lies on GPUs goes over NCCL from here on, where that is there: whether it is.
+    /// What lies on GPUs goes over NCCL from here on, where all ranks have that: whether it does.
     ///
     /// # Errors
     /// [`DistError::Lost`], whatever else NCCL reports included.
     pub fn join_gpus(&self) -> Result<bool, DistError> {
-        let joined = self.group.join_gpus(&self.round);
-        let joined = joined.map_err(|error| lost(&self.launch, "joins them over NCCL", error))?;
-        if !joined && self.launch.rank == 0 {
-            tracing::warn!(
-                "GPUs talk by way of the CPU's memory, which is slow: make setup CUDA=1 builds libjepa_nccl.so, for NCCL"
-            );
+        let own = Tensor::from_slice(&[i64::from(ProcessGroup::has_nccl())]);
+        let all = self.all_gather(&own)?;
+        let lacking: Vec<String> = (0..i64::from(self.launch.size))
+            .filter(|rank| all.int64_value(&[*rank]) == 0)
+            .map(|rank| rank.to_string())
+            .collect();
+        if !lacking.is_empty() {
+            if self.launch.rank == 0 {
+                tracing::warn!(
+                    "GPUs talk by way of the CPU's memory, which is slow: make setup CUDA=1 builds libjepa_nccl.so, for NCCL, and \
+                     ranks {} have none",
+                    lacking.join(", ")
+                );
+            }
+            return Ok(false);
         }
-        Ok(joined)
+        self.group
+            .join_gpus(&self.round)
+            .map_err(|error| lost(&self.launch, "joins them over NCCL", error))?;
+        Ok(true)
     }
 
     /// What plugins compute from here on, they compute with the other ranks, or alone.
@@ -227,6 +239,11 @@ impl Comm {
         lost(&self.launch, "exchanges gradients", error)
     }
 
+    /// For rank 0, before the others wait for it in [`from_first`](Self::from_first): what it does meanwhile.
+    pub fn at_work(&self) -> AtWork {
+        AtWork { store: self.group.store().clone(), key: self.key("alive") }
+    }
+
     /// What rank 0 makes, on all ranks. The others wait as long as it lives.
     ///
     /// # Errors
@@ -253,7 +270,7 @@ impl Comm {
             let text = self.hear(&key, 0, pending)?;
             return serde_json::from_str(&text).context("what rank 0 says makes no sense");
         }
-        let made = with_signs_of_life(self.group.store(), &self.key("alive"), make)?;
+        let made = self.at_work().during(make)?;
         self.say(&key, &serde_json::to_string(&made)?)?;
         Ok(made)
     }
@@ -439,18 +456,26 @@ struct Endings {
     store_is_lost: bool,
 }
 
-/// Makes something, while a thread says under `key` that this process lives: what is made may take long in one piece.
-fn with_signs_of_life<T>(store: &Store, key: &str, make: impl FnOnce() -> T) -> T {
-    thread::scope(|scope| {
-        let (_made, ended) = mpsc::channel::<()>();
-        scope.spawn(move || {
-            while ended.recv_timeout(SIGN_OF_LIFE) == Err(RecvTimeoutError::Timeout) {
-                // A store that is not there any more shows soon enough.
-                let _ = store.set(key, &format!("{:?}", Instant::now()));
-            }
-        });
-        make()
-    })
+/// Rank 0, at something for which the others wait.
+pub struct AtWork {
+    store: Store,
+    key: String,
+}
+
+impl AtWork {
+    /// Does the work, while a thread says that this process lives: it may take long in one piece.
+    pub fn during<T>(&self, work: impl FnOnce() -> T) -> T {
+        thread::scope(|scope| {
+            let (_done, ended) = mpsc::channel::<()>();
+            scope.spawn(move || {
+                while ended.recv_timeout(SIGN_OF_LIFE) == Err(RecvTimeoutError::Timeout) {
+                    // A store that is not there any more shows soon enough.
+                    let _ = self.store.set(&self.key, &format!("{:?}", Instant::now()));
+                }
+            });
+            work()
+        })
+    }
 }
 
 fn unreachable(launch: &Launch, timeout: Duration, error: DeviceError) -> DistError {

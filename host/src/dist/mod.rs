@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-pub use comm::{Comm, Ending, Peer, Reduce};
+pub use comm::{AtWork, Comm, Ending, Peer, Reduce};
 pub use launch::{Keeper, Launch, Launcher};
 
 use crate::device::DeviceError;

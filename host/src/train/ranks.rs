@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use super::unread::Unread;
 use super::{Figures, Model, TrainError};
 use crate::device::Exchange;
-use crate::dist::{Comm, DistError, Ending, Reduce};
+use crate::dist::{AtWork, Comm, DistError, Ending, Reduce};
 
 /// The other ranks of a run, if there are any.
 ///
@@ -68,10 +68,9 @@ impl Ranks {
         self.size
     }
 
-    /// Whether others were lost: what a plugin says of it is its own panic.
-    pub fn has_lost(&self, error: &anyhow::Error) -> bool {
-        let comm = self.comm().or(self.left.as_ref());
-        comm.is_some_and(|comm| ending(comm, error) == Ending::Lost)
+    /// Whether `error` ends what this rank does together with others before it is done: it is no signal.
+    pub fn cuts(&self, error: &anyhow::Error) -> bool {
+        self.comm().is_some_and(|comm| !matches!(ending(comm, error), Ending::Signal(_)))
     }
 
     /// Whether this is the one that evaluates, saves and records.
@@ -178,6 +177,11 @@ impl Ranks {
             }
             None => make(own),
         }
+    }
+
+    /// For the first of several, before the others wait for it in [`from_first`](Self::from_first): what it does meanwhile.
+    pub fn at_work(&self) -> Option<AtWork> {
+        self.comm().filter(|_| self.is_first()).map(Comm::at_work)
     }
 
     /// Refuses to go on with ranks whose weights are not the same any more, to the bit.

@@ -96,9 +96,10 @@ pub fn run(resources: Resources, trackers: &mut Trackers) -> anyhow::Result<Outc
         Err(error) => {
             run.trackers.finish();
             tracing::debug!("the run ends at step {}", run.state.step);
+            // On a GPU, steps may be queued behind sums of all ranks that are cut now, and be saved with what they make of that. After
+            // a signal, which all have agreed on, none is.
+            let spoilt = run.device != Device::Cpu && run.ranks.cuts(&error);
             run.ranks.announce(&error);
-            // What is queued on a GPU behind a sum that others did not give would be saved with it.
-            let spoilt = run.device != Device::Cpu && run.ranks.has_lost(&error);
             let hopeless = |cause: &(dyn Error + 'static)| {
                 cause.is::<CheckpointError>() || has_diverged(cause) || has_drifted(cause)
             };
@@ -197,6 +198,8 @@ struct Run<'t> {
     saved: Option<PathBuf>,
     ledger: Ledger,
     gradients_checked: bool,
+    /// While steps are timed, on the device.
+    figures_stay: bool,
 }
 
 impl<'t> Run<'t> {
@@ -227,6 +230,7 @@ impl<'t> Run<'t> {
             last_loss: f64::NAN,
             saved: None,
             gradients_checked: false,
+            figures_stay: false,
         }
     }
 
@@ -239,8 +243,7 @@ impl<'t> Run<'t> {
     ) -> anyhow::Result<Unwaited> {
         let wait = || Cuda::synchronize(number as i64);
         self.ledger.synchronize(Device::Cpu);
-        // Nobody reads figures meanwhile.
-        self.config.trainer.log_every_steps = u64::MAX;
+        self.figures_stay = true;
         let mut queued = Vec::with_capacity(steps);
         for _ in 0..steps {
             wait();
@@ -282,7 +285,7 @@ impl<'t> Run<'t> {
         self.trackers.finish();
         self.ranks.check(&self.model, self.state.step)?;
         self.read_figures()?;
-        let saved = self.save();
+        let saved = self.save_at_work();
         // The others end well only if it has.
         self.ranks.from_first(|| saved)?;
         self.ranks.leave();
@@ -363,7 +366,7 @@ impl<'t> Run<'t> {
                 // Here, for a run that has diverged ends, and one that only cannot be saved goes on.
                 self.read_figures()?;
                 self.ranks.check(&self.model, self.state.step)?;
-                self.save_or_warn();
+                self.save_or_warn()?;
             }
         }
         Ok(())
@@ -455,7 +458,8 @@ impl<'t> Run<'t> {
             self.meters.add("train/weight_decay", weight_decay);
         }
         self.ledger.finish_step(images * self.ranks.size());
-        let wanted = self.log_is_due() || self.epoch_is_over() || self.unread.len() >= MOST_UNREAD;
+        let due = self.log_is_due() || self.epoch_is_over();
+        let wanted = due && !self.figures_stay || self.unread.len() >= MOST_UNREAD;
         if wanted || self.device == Device::Cpu {
             self.read_figures()?;
         }
@@ -573,7 +577,7 @@ impl<'t> Run<'t> {
         }
         if (best || due(self.config.checkpoint.every_epochs)) && !last {
             self.ranks.check(&self.model, self.state.step)?;
-            self.save_or_warn();
+            self.save_or_warn()?;
         }
         Ok(())
     }
@@ -687,11 +691,20 @@ impl<'t> Run<'t> {
         Ok(())
     }
 
+    /// The same, while the others wait as long as it takes.
+    fn save_at_work(&mut self) -> anyhow::Result<()> {
+        match self.ranks.at_work() {
+            Some(at_work) => at_work.during(|| self.save()),
+            None => self.save(),
+        }
+    }
+
     /// A save in mid-run: when it fails, on a full disk for one, the run goes on and tries again at the next.
-    fn save_or_warn(&mut self) {
-        if let Err(error) = self.save() {
+    fn save_or_warn(&mut self) -> anyhow::Result<()> {
+        if let Err(error) = self.save_at_work() {
             tracing::error!("no checkpoint at step {}: {error:#}; training goes on", self.state.step);
         }
+        self.ranks.from_first(|| Ok(()))
     }
 
     fn check_signals(&self) -> anyhow::Result<()> {

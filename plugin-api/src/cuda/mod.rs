@@ -8,7 +8,7 @@
 //! use jepa_plugin_api::cuda::{Arg, Program};
 //! use jepa_plugin_api::tch::{Device, Kind, Tensor};
 //!
-//! static TWICE: Program = Program::new(r#"
+//! static TWICE: Program = Program::new("twice", r#"
 //!     extern "C" __global__ void twice(float* x, int count) {
 //!         const int i = blockIdx.x * blockDim.x + threadIdx.x;
 //!         if (i < count) x[i] *= 2;
@@ -58,6 +58,7 @@ pub const PRELUDE: &str = include_str!("prelude.cuh");
 
 /// Kernels in one source. Since 1.1.
 pub struct Program {
+    name: &'static str,
     source: &'static str,
     /// With the prelude.
     whole: OnceLock<CString>,
@@ -90,9 +91,10 @@ impl<'a> From<&'a Tensor> for Arg<'a> {
 }
 
 impl Program {
-    /// Kernels that are `extern "C"`, behind [`PRELUDE`]. Nothing is compiled yet.
-    pub const fn new(source: &'static str) -> Self {
+    /// Kernels that are `extern "C"`, behind [`PRELUDE`]; `name` is what messages call them. Nothing is compiled yet.
+    pub const fn new(name: &'static str, source: &'static str) -> Self {
         Program {
+            name,
             source,
             whole: OnceLock::new(),
             kernels: Mutex::new(BTreeMap::new()),
@@ -100,7 +102,7 @@ impl Program {
         }
     }
 
-    /// Whether `kernel` can run where `x` is: on a GPU, if it compiles there. If it does not, standard error says so, once.
+    /// Whether `kernel` can run where `x` is: on a GPU, if it compiles there. If it does not, a warning says so, once.
     pub fn runs(&self, kernel: &'static str, x: &Tensor) -> bool {
         let Device::Cuda(device) = x.device() else { return false };
         if self.failure.get().is_some() {
@@ -110,9 +112,9 @@ impl Program {
             Ok(_) => true,
             Err(reason) => {
                 self.failure.get_or_init(|| {
-                    eprintln!(
-                        "kernels of {} do without CUDA C++, and are slower: {reason}",
-                        env!("CARGO_PKG_NAME")
+                    tracing::warn!(
+                        "{} goes without its kernels on this GPU, and is slower: {reason}",
+                        self.name
                     );
                     reason
                 });
@@ -125,7 +127,7 @@ impl Program {
     ///
     /// # Safety
     /// The kernel takes arguments of these types, and reads and writes nothing but the numbers of these tensors, which have
-    /// room for them.
+    /// room for them. What it writes to is no other argument's memory: programs are compiled with `--restrict`.
     ///
     /// # Panics
     /// When the program does not compile or the kernel does not start: ask [`runs`](Self::runs) before.
@@ -200,6 +202,19 @@ impl Program {
             CString::new(format!("{PRELUDE}\n{}", self.source)).expect("a program has no NUL byte")
         })
     }
+}
+
+/// `x`, contiguous, where kernels may read 16 bytes at once: a copy, if it is not so already. Since 1.1.
+///
+/// ```
+/// use jepa_plugin_api::{cuda, tch::{Device, Kind, Tensor}};
+/// let odd = Tensor::arange(9, (Kind::Float, Device::Cpu)).narrow(0, 1, 8);
+/// let even = cuda::aligned(&odd);
+/// assert_eq!((even.data_ptr() as usize % 16, &even), (0, &odd));
+/// ```
+pub fn aligned(x: &Tensor) -> Tensor {
+    let x = x.contiguous();
+    if (x.data_ptr() as usize).is_multiple_of(16) { x } else { x.copy() }
 }
 
 /// The name of a kernel that exists for both: `name_f32`, `name_bf16`.

@@ -5,9 +5,9 @@ use tch::{Kind, Tensor};
 use super::BatchNorm;
 use super::fused::Then;
 use crate::autograd;
-use crate::cuda::{Arg, Program, of_kind};
+use crate::cuda::{Arg, Program, aligned, of_kind};
 
-static KERNELS: Program = Program::new(include_str!("norm.cu"));
+static KERNELS: Program = Program::new("batch norm", include_str!("norm.cu"));
 
 /// Threads in a block.
 const THREADS: usize = 256;
@@ -92,14 +92,14 @@ impl Dealt {
 
 /// Batch norm of `x` `(N, C)`, contiguous, and what follows, with the batch's statistics, which also go into the running ones.
 pub(super) fn train(norm: &BatchNorm, x: &Tensor, then: Then) -> Tensor {
-    let rows = x.detach();
+    let rows = aligned(&x.detach());
     let dealt = Dealt::new(&rows);
     let [count, channels, of_parts] = dealt.shape();
     let parts = dealt.parts(&rows);
     let moments = dealt.vectors(2, &rows);
     let (weight, bias) = (norm.weight.detach(), norm.bias.detach());
     let y = rows.empty_like();
-    let other = then.other().map(Tensor::detach);
+    let other = then.other().map(|other| aligned(&other.detach()));
     let relu = !matches!(then, Then::Nothing);
     // SAFETY: the kernels of norm.cu, with arguments of their types: rows of one kind and shape, vectors of C f32, and room for
     // the sums of each part.
@@ -137,7 +137,7 @@ pub(super) fn train(norm: &BatchNorm, x: &Tensor, then: Then) -> Tensor {
     // What the ReLU lets through of a sum is seen in the result, and is the gradient of both of its terms.
     let result = other.as_ref().map(|_| y.detach());
     let backward = move |grad: &Tensor| {
-        let grad = grad.to_kind(rows.kind()).contiguous();
+        let grad = aligned(&grad.to_kind(rows.kind()));
         let [count, channels, of_parts] = dealt.shape();
         let parts = dealt.parts(&rows);
         let passed = result.as_ref().map(|_| grad.empty_like());

@@ -44,7 +44,8 @@ fn update_running(norm: &BatchNorm, mean: &Tensor, var: &Tensor, count: &Tensor)
             return fused::update_running(norm, &mean, &var, count);
         }
     }
-    let unbiased = var * (count / (count - 1.0));
+    // On a GPU, which is not waited for, a single value leaves a variance of zero.
+    let unbiased = var * (count / (count - 1.0).clamp_min(1.0));
     for (running, of_batch) in [(&norm.running_mean, mean), (&norm.running_var, &unbiased)] {
         let of_batch = of_batch.to_kind(running.kind());
         let _ = running.detach().lerp_(&of_batch, BatchNorm::MOMENTUM);

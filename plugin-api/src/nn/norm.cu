@@ -25,8 +25,8 @@ __device__ __forceinline__ void add_rows(const float (&sums)[K][V], int channels
     }
 }
 
-// Threads along y where parts are added up.
-constexpr int kHigh = 32;
+// Threads along y where parts are added up, and all of them.
+constexpr int kHigh = 32, kEnd = 32 * kHigh;
 
 // The sums of all parts for one channel, by threads (32 channels, kHigh): in `sums`, for the threads whose y is 0.
 template <int K>
@@ -165,8 +165,9 @@ __device__ void sum_gradients(const T* g, const T* x, const T* y, const float* m
 
 // From these: the gradients of weight and bias, and the slope and offset (2, C) with which the gradient of x is
 // scale * g + slope * (x - mean) + offset.
-extern "C" __global__ void end_gradients(const float* parts, int count, int rows, int channels, const float* moments,
-                                         const float* weight, float* of_weight, float* of_bias, float* line) {
+extern "C" __global__ void __launch_bounds__(kEnd)
+    end_gradients(const float* parts, int count, int rows, int channels, const float* moments, const float* weight,
+                  float* of_weight, float* of_bias, float* line) {
     double sums[2];
     add_parts<2>(parts, count, channels, sums);
     const int channel = blockIdx.x * 32 + threadIdx.x;
@@ -211,9 +212,9 @@ __device__ void gradient(const T* g, const T* x, const float* moments, const flo
                                                                               float* parts) {                              \
         sum_moments(x, rows, channels, parts);                                                                              \
     }                                                                                                                       \
-    extern "C" __global__ void end_moments_##kind(const T* x, const float* parts, int count, int rows, int channels,        \
-                                                  float momentum, float eps, float* moments, float* running_mean,           \
-                                                  float* running_var, i64* batches) {                                       \
+    extern "C" __global__ void __launch_bounds__(kEnd)                                                                      \
+        end_moments_##kind(const T* x, const float* parts, int count, int rows, int channels, float momentum, float eps,    \
+                           float* moments, float* running_mean, float* running_var, i64* batches) {                         \
         end_moments(x, parts, count, rows, channels, momentum, eps, moments, running_mean, running_var, batches);           \
     }                                                                                                                       \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                                  \

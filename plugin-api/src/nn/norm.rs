@@ -12,8 +12,8 @@ use crate::{NormKind, Params, autograd, ranks};
 /// The biased variance of the batch normalises it, the unbiased one goes into the running variance. The batch is that of
 /// all [`ranks`], weighted by how many values each has: visible cells, in a sparse encoder.
 ///
-/// On the CPU, training on vectors or on maps in the channels-last format has no second derivative, and what it was given
-/// or has made must not be changed in place before the backward pass. With several ranks that holds everywhere.
+/// Training on vectors or on maps in the channels-last format has no second derivative, and what it was given or has made must
+/// not be changed in place before the backward pass: kernels of ours do it, on the CPU and on a GPU. With several ranks that holds everywhere.
 ///
 /// ```
 /// use jepa_plugin_api::nn::BatchNorm;

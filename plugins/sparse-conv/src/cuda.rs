@@ -1,14 +1,14 @@
 //! The kernels of this crate on a GPU: rows to maps, maps to rows, and max-pools, of visible positions or of all.
 
 use jepa_plugin_api::autograd;
-use jepa_plugin_api::cuda::{Arg, Program, of_kind};
+use jepa_plugin_api::cuda::{Arg, Program, aligned, of_kind};
 use jepa_plugin_api::nn::Conv2d;
 use tch::{Kind, Tensor};
 
 use crate::conv::Window;
 use crate::visible::{Cells, Level, Size};
 
-static KERNELS: Program = Program::new(include_str!("kernels.cu"));
+static KERNELS: Program = Program::new("sparse convolution", include_str!("kernels.cu"));
 
 /// Threads in a block.
 const THREADS: usize = 128;
@@ -49,18 +49,18 @@ fn units(x: &Tensor, channels: i64) -> (i64, [&'static str; 2]) {
 /// The values `(N, C)` at visible positions of a map `(B, H, W, C)`.
 pub(crate) fn gather(map: &Tensor, level: &Level) -> Tensor {
     let (cells, size, batch) = (cells_of(level), level.size, level.batch);
-    let rows = pick(&map.detach().contiguous(), &cells, size, level.count());
+    let rows = pick(&aligned(&map.detach()), &cells, size, level.count());
     autograd::record("SparseGather", &[map], rows, move |grad| {
-        vec![Some(paint(&grad.contiguous(), &cells, size, batch))]
+        vec![Some(paint(&aligned(grad), &cells, size, batch))]
     })
 }
 
 /// The map `(B, H, W, C)` with `rows` `(N, C)` at visible positions, and zeros.
 pub(crate) fn scatter(rows: &Tensor, level: &Level) -> Tensor {
     let (cells, size, count) = (cells_of(level), level.size, level.count());
-    let map = paint(&rows.detach().contiguous(), &cells, size, level.batch);
+    let map = paint(&aligned(&rows.detach()), &cells, size, level.batch);
     autograd::record("SparseScatter", &[rows], map, move |grad| {
-        vec![Some(pick(&grad.contiguous(), &cells, size, count))]
+        vec![Some(pick(&aligned(grad), &cells, size, count))]
     })
 }
 
@@ -198,7 +198,7 @@ pub(crate) struct Sides {
 
 /// Max-pool of rows `(N, C)`, at visible positions or, without cells, at all of them, in the order (B, H, W): to `(N', C)`.
 pub(crate) fn max_pool(rows: &Tensor, window: Window, cells: Option<Cells>, sides: Sides) -> Tensor {
-    let x = rows.detach().contiguous();
+    let x = aligned(&rows.detach());
     let channels = x.size()[1];
     let y = Tensor::empty([sides.rows[1], channels], (x.kind(), x.device()));
     let taps = Tensor::empty([sides.rows[1], channels], (Kind::Uint8, x.device()));
@@ -236,7 +236,7 @@ pub(crate) fn max_pool(rows: &Tensor, window: Window, cells: Option<Cells>, side
         &[Arg::from(&y), Arg::from(&taps)],
     );
     autograd::record("MaxPool", &[rows], y, move |grad| {
-        let grad = grad.contiguous();
+        let grad = aligned(grad);
         let of_x = Tensor::empty([sides.rows[0], channels], (grad.kind(), grad.device()));
         let names = ["max_pool_gradient_f32", "max_pool_gradient_bf16"];
         run(names, [Arg::from(&grad), Arg::from(&taps)], sides.rows[0], &[Arg::from(&of_x)]);

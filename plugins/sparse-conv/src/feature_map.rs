@@ -15,8 +15,8 @@ use crate::{Visible, pool};
 
 /// The features `(B, C, H, W)` of a batch, all of them or those at visible cells.
 ///
-/// On the CPU in sparse mode there is no second derivative, and what an operation was given or has made must not be
-/// changed in place before the backward pass.
+/// There is no second derivative, and what an operation was given or has made must not be changed in place before the backward
+/// pass.
 #[derive(Debug)]
 pub struct FeatureMap(Values);
 

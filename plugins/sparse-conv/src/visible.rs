@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use jepa_plugin_api::{Result, ensure};
+use jepa_plugin_api::{Result, ensure, ranks};
 use tch::{Device, Kind, Tensor};
 
 /// The visible cells of a batch, bool `(B, 1, f, f)`. A layer of higher resolution repeats each cell (nearest
@@ -40,7 +40,7 @@ impl Clone for Cells {
 }
 
 impl Cells {
-    /// Of a mask on the CPU. The device is not waited for.
+    /// Of a mask on the CPU. What the device computes is not waited for.
     fn new(mask: &Tensor, device: Device) -> Result<Self> {
         let visible = Vec::<bool>::try_from(mask.flatten(0, -1))?;
         let mut numbers = vec![-1i32; visible.len()];
@@ -108,7 +108,7 @@ impl Visible {
     /// waiting for a GPU.
     ///
     /// # Errors
-    /// When it has another kind or shape, or shows no cell in the whole batch.
+    /// When it has another kind or shape, or shows no cell in the whole batch of the only rank.
     pub fn new(mask: &Tensor, device: Device) -> Result<Self> {
         let shape = mask.size();
         ensure!(
@@ -117,8 +117,9 @@ impl Visible {
             mask.kind()
         );
         let mask = mask.to_device(Device::Cpu);
+        // Another rank may show what this one does not.
         ensure!(
-            bool::try_from(mask.any())?,
+            ranks::size() > 1 || bool::try_from(mask.any())?,
             "the mask shows no cell of any of the {} images: lower the share of hidden cells",
             shape[0]
         );
