@@ -25,19 +25,12 @@ STEPS = {
     "vicreg": (698.2, 237),
     "supervised": (94.3, 106),
 }
-# GFLOP of a step for each image: forward and backward of ResNet-50 is 24.6 for a view, forward alone 8.2; a context encoder has
-# 41 % of it. VICReg's projector adds 2 x 3 x 2 x (2048 + 8192 + 8192) x 8192.
-GFLOP = {
-    "cnn_jepa": 0.41 * 24.6 + 8.2 + 3 * 0.6,
-    "byol": 2 * (24.6 + 8.2),
-    "simclr": 2 * 24.6,
-    "vicreg": 2 * 24.6 + 1.8,
-    "supervised": 24.6,
-}
-H100_GFLOPS = 75e3  # of ResNet-50 training in bf16: about 3,000 images/s, as published figures have it
+# Seconds of a step of 128 images on one H100, in bf16: benches/README.md, *On a GPU*.
+H100 = {"cnn_jepa": 27.7e-3, "byol": 65.2e-3, "simclr": 49.0e-3, "vicreg": 58.3e-3, "supervised": 24.6e-3}
 IMAGES = 128  # on each GPU
 NVLINK, NETWORK = 450e9, 50e9  # bytes/s of each GPU one way: NVLink 4 in a node of 8; one 400 Gb/s port for each GPU
 SMALL_IN_NODE, SMALL_PER_HOP = 20e-6, 5e-6  # seconds of a small message in a node, and for each doubling of nodes
+GLOO = 2 * 0.1e-3  # of a step: a signal that any rank has got, and what is measured, are agreed on over gloo
 BACKWARD = 2 / 3  # of a step, during which gradients are on their way
 FIRST_PART = 0.1  # of the backward pass, before the first gradients are ready
 
@@ -80,11 +73,11 @@ def print_measured():
 def step_on(method, gpus):
     """Seconds of a step, and of it those that a GPU waits for others."""
     megabytes, waits = STEPS[method]
-    compute = IMAGES * GFLOP[method] / H100_GFLOPS
+    compute = H100[method]
     nodes = math.ceil(gpus / 8)
     speed = NVLINK if nodes == 1 else NETWORK
     gradients = 2 * (gpus - 1) / gpus * megabytes * 1e6 / speed
-    small = 0 if gpus == 1 else waits * (SMALL_IN_NODE + SMALL_PER_HOP * math.log2(nodes))
+    small = 0 if gpus == 1 else GLOO + waits * (SMALL_IN_NODE + SMALL_PER_HOP * math.log2(nodes))
     hidden = compute * BACKWARD * (1 - FIRST_PART)
     waiting = small + max(0.0, gradients - hidden)
     return compute + waiting, waiting
