@@ -3,6 +3,7 @@
 pub mod author;
 pub mod boundary;
 pub mod browser;
+pub mod draw;
 pub mod fixture;
 pub mod ranks;
 pub mod real;

@@ -8,6 +8,7 @@ use jepa_host::device::{choose, gradients, pinned, to_device};
 use jepa_host::dist::{Comm, Keeper, Launch, Launcher, Reduce};
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions};
 use jepa_plugin_api::{Params, tch};
+use jepa_tests::draw::Draw;
 use jepa_tests::ranks::free_port;
 use jepa_tests::real::say_not_tried;
 use sparse_conv::FeatureMap;
@@ -18,23 +19,9 @@ fn gpu(test: &str) -> Option<Device> {
     choose(config::Device::Cuda(None), 0).inspect_err(|error| say_not_tried(&format!("{test}: {error}"))).ok()
 }
 
-/// A small generator of cases, so that a failure names the seed that shows it again.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, end: i64) -> i64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 33) % end as u64) as i64
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as i64) as usize]
-    }
-
-    /// Normal numbers on the CPU, some of them far from zero.
-    fn numbers(&mut self, size: &[i64], kind: Kind) -> Tensor {
-        (Tensor::randn(size, (Kind::Float, Device::Cpu)) + self.of(&[0.0, 3.0])).to_kind(kind)
-    }
+/// Normal numbers on the CPU, some of them far from zero.
+fn numbers(draw: &mut Draw, size: &[i64], kind: Kind) -> Tensor {
+    (Tensor::randn(size, (Kind::Float, Device::Cpu)) + draw.of(&[0.0, 3.0])).to_kind(kind)
 }
 
 /// The norm of the difference is at most so much of the norm: single numbers may be on the other side of a ReLU.
@@ -65,8 +52,8 @@ fn batch_norm_and_what_follows_are_the_same() {
         let rows = draw.of(&[7, 130, 3000]);
         let size = if map { vec![1 + rows / 30, channels, 5, 6] } else { vec![rows, channels] };
         let follows = draw.below(3);
-        let [x, other, grad] = [0; 3].map(|_| draw.numbers(&size, kind));
-        let weight = draw.numbers(&[channels], Kind::Float);
+        let [x, other, grad] = [0; 3].map(|_| numbers(&mut draw, &size, kind));
+        let weight = numbers(&mut draw, &[channels], Kind::Float);
         let run = |device: Device| {
             let norm = BatchNorm::new(&Params::new(device), channels);
             tch::no_grad(|| norm.weight.shallow_clone().copy_(&weight));
@@ -108,8 +95,8 @@ fn sparse_convolutions_and_pools_are_the_same() {
         let sparse = draw.below(4) > 0;
         let mask = Tensor::rand([batch, 1, cells, cells], (Kind::Float, Device::Cpu)).lt(0.5);
         let _ = mask.get(0).get(0).get(0).get(0).fill_(1);
-        let x = draw.numbers(&[batch, channels, side, side], kind);
-        let weight = draw.numbers(&[outputs, channels, kernel, kernel], Kind::Float);
+        let x = numbers(&mut draw, &[batch, channels, side, side], kind);
+        let weight = numbers(&mut draw, &[outputs, channels, kernel, kernel], Kind::Float);
         let run = |device: Device, mask: &Tensor| {
             let options = ConvOptions { stride, padding: kernel / 2, bias: false, ..ConvOptions::default() };
             let conv = Conv2d::new(&Params::new(device), channels, outputs, kernel, options);

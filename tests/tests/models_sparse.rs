@@ -7,22 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use jepa_host::device::autocast_bf16;
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions, LayerNorm2d};
 use jepa_plugin_api::{Params, tch};
+use jepa_tests::draw::Draw;
 use sparse_conv::{FeatureMap, Way};
 use tch::{Device, Kind, Tensor};
-
-/// A small generator of cases, so that a failure names the seed that shows it again.
-struct Draw(u64);
-
-impl Draw {
-    fn below(&mut self, end: i64) -> i64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 33) % end as u64) as i64
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as i64) as usize]
-    }
-}
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
