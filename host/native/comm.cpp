@@ -61,7 +61,10 @@ bool jepa_comm_open(const char* host, uint16_t port, bool serve, const char* pre
         // Who is there, and who is missing, is asked for by name later.
         options.waitWorkers = false;
         options.timeout = std::chrono::milliseconds(timeout_ms);
-        auto store = c10::make_intrusive<c10d::TCPStore>(host, options);
+        // It tries longer than it is told to.
+        auto store = within(options.timeout + slack, [host = std::string(host), options] {
+            return c10::make_intrusive<c10d::TCPStore>(host, options);
+        });
         auto with_prefix = c10::make_intrusive<c10d::PrefixStore>(prefix, std::move(store));
         auto opened = std::make_unique<Comm>();
         opened->store = std::move(with_prefix);

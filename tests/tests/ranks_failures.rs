@@ -302,7 +302,7 @@ fn ranks_that_would_not_do_the_same_are_refused() {
         }
         assert!(!room.file("runs").exists());
     };
-    refused(2, &["optimizer.lr=0.5"], &["rank 1 differs from rank 0: optimizer.lr is 0.5, not 0.001"]);
+    refused(2, &["optimizer.lr=0.5"], &["rank 1 differs from rank 0: optimizer.lr is 0.5 instead of 0.001"]);
     let others = setting("data.train", &held_out_images());
     refused(2, &[&others], &["rank 1 differs from rank 0: the training data's fingerprint is "]);
 

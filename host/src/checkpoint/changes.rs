@@ -49,7 +49,7 @@ impl State {
 
     /// What is not the same for another rank of a run.
     pub fn differences(&self, other: &State) -> Vec<String> {
-        self.compared(other, &FREE_OF_RANKS, |what, own, other| format!("{what} is {other}, not {own}"))
+        self.compared(other, &FREE_OF_RANKS, |what, own, other| format!("{what} is {other} instead of {own}"))
     }
 
     fn compared(
@@ -133,7 +133,9 @@ fn changed_settings(saved: &Value, now: &Value, free: &[&str]) -> Vec<(String, S
     leaves(saved, "", &mut before);
     leaves(now, "", &mut after);
     let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
-    let text = |value: Option<&Value>| value.map_or("not set".to_owned(), Value::to_string);
+    let text = |value: Option<&Value>| {
+        value.filter(|value| !value.is_null()).map_or("not set".to_owned(), Value::to_string)
+    };
     let free = |key: &str| free.iter().any(|f| key == *f || f.ends_with('.') && key.starts_with(f));
     let changed = |key: &String| {
         let (was, is) = (before.get(key), after.get(key));

@@ -73,11 +73,11 @@ impl BenchCommand {
 
 impl StepArgs {
     fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
-        let signals = Signals::install("ending after this step").context("cannot take over signals")?;
         let layers =
             Layers { file: self.config.clone(), overrides: self.overrides.clone(), ..Layers::default() };
         let session = Session::open(&self.plugin, layers, sources)?;
         let comm = join_ranks(&session)?;
+        let signals = Signals::install("ending after this step").context("cannot take over signals")?;
         let first = comm.as_ref().is_none_or(|comm| comm.rank() == 0);
         let begin = || {
             let trace = self.trace.as_deref().filter(|_| first).map(begin_trace).transpose()?;
@@ -276,7 +276,7 @@ impl Report {
         writeln!(
             out,
             "{method} with {backbone}, {size} px, {images} images a step ({data}), {precision}, {device}, \
-             {threads} threads: {} steps after {warmup}\n",
+             {ranks} × {threads} threads: {} steps after {warmup}\n",
             self.steps
         )?;
         let ms = |seconds: f64| format!("{:.2}", seconds * 1e3);

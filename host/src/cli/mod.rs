@@ -47,6 +47,7 @@ Examples:
   jepa-host sweep examples/sweep.yaml --parallel 2
   jepa-host bench step --plugin cnn_jepa --config configs/demo.toml
   jepa-host data pack photos/ photos.h5
+  torchrun --no-python --nproc-per-node 2 jepa-host --plugin cnn_jepa --config configs/demo.toml
 
 Training needs no subcommand: `jepa-host --plugin …` is `jepa-host train --plugin …`.
 

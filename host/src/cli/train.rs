@@ -81,12 +81,13 @@ impl TrainArgs {
 
     pub fn run(self, sources: &PluginSources) -> anyhow::Result<()> {
         self.refuse_words()?;
-        let signals = Signals::install(ON_SIGNAL).context("cannot take over signals")?;
         let session = self.session(sources)?;
         if self.print_config {
             return print_text(|out| out.write_all(session.settings.print().as_bytes()));
         }
         let comm = join_ranks(&session)?;
+        // Whoever waits for other ranks has nothing to lose, and is ended at once.
+        let signals = Signals::install(ON_SIGNAL).context("cannot take over signals")?;
         let first = comm.as_ref().is_none_or(|comm| comm.rank() == 0);
         if first {
             tell_of_optimizer(session.config());
@@ -522,7 +523,11 @@ pub(super) fn join_ranks(session: &Session) -> anyhow::Result<Option<Comm>> {
         }
     }
     let timeout = Duration::from_secs(session.config().ranks.timeout_s);
-    Ok(Some(Comm::join(launch, timeout)?))
+    let comm = Comm::join(launch, timeout)?;
+    if comm.rank() == 0 {
+        tracing::info!("{} ranks of {}", comm.size(), comm.launch().launcher);
+    }
+    Ok(Some(comm))
 }
 
 /// Refuses ranks that would not do the same as the first.
@@ -538,8 +543,9 @@ fn refuse_differences(comm: &Comm, prepared: &Prepared) -> anyhow::Result<()> {
             if of_validation != validation {
                 of_rank.push("the images of data.val are others".to_owned());
             }
-            differences
-                .extend(of_rank.into_iter().map(|what| format!("rank {rank} differs from rank 0: {what}")));
+            if !of_rank.is_empty() {
+                differences.push(format!("rank {rank} differs from rank 0: {}", of_rank.join(", ")));
+            }
         }
         Ok(differences)
     })?;

@@ -479,11 +479,11 @@ impl AtWork {
 }
 
 fn unreachable(launch: &Launch, timeout: Duration, error: DeviceError) -> DistError {
-    let Launch { rank, host, port, .. } = launch;
-    let (rank, host, port, reason) = (*rank, host.clone(), *port, words(error));
+    let Launch { host, port, .. } = launch;
+    let (host, port, reason) = (host.clone(), *port, words(error));
     match launch.keeps_store() {
         true => DistError::Store { host, port, reason },
-        false => DistError::Unreachable { rank, host, port, timeout, reason },
+        false => DistError::Unreachable { host, port, timeout, reason },
     }
 }
 

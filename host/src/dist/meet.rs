@@ -81,6 +81,9 @@ const ROUND: &str = "round";
 /// How often is looked whether something new is called.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// How long others may take to start before they are waited for aloud.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Rank 0: calls a new round, waits for all, and says who they are, or who is missing.
 pub(super) fn call_together(
     store: &Store,
@@ -90,12 +93,24 @@ pub(super) fn call_together(
 ) -> Result<Met, DeviceError> {
     let round = format!("{}-{}", me.process, me.began);
     store.set(ROUND, &round)?;
-    let (mut entries, mut missing) = (vec![me.clone()], Vec::new());
-    for rank in 1..launch.size {
-        match store.get(&format!("{round}/{rank}"), left(until))?.as_deref().and_then(Entry::from_line) {
-            Some(entry) => entries.push(entry),
-            None => missing.push(rank),
+    let answers = |until: Instant| -> Result<(Vec<Entry>, Vec<u32>), DeviceError> {
+        let (mut entries, mut missing) = (vec![me.clone()], Vec::new());
+        for rank in 1..launch.size {
+            match store.get(&format!("{round}/{rank}"), left(until))?.as_deref().and_then(Entry::from_line) {
+                Some(entry) => entries.push(entry),
+                None => missing.push(rank),
+            }
         }
+        Ok((entries, missing))
+    };
+    let (mut entries, mut missing) = answers(until.min(Instant::now() + PATIENCE))?;
+    if !missing.is_empty() {
+        tracing::info!(
+            "waiting for ranks {}, for {} s at most",
+            super::list(&missing),
+            left(until).as_secs()
+        );
+        (entries, missing) = answers(until)?;
     }
     if missing.is_empty() {
         let lines: Vec<String> = entries.iter().map(Entry::to_line).collect();

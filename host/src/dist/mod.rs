@@ -29,12 +29,10 @@ pub enum DistError {
     },
     /// The store, where all meet, is not reached.
     #[error(
-        "rank {rank} does not reach {host}:{port} within {} s: {reason}; is rank 0 running there, and is the port open?",
+        "{host}:{port} is not reached within {} s: {reason}; is rank 0 running there, and is the port open?",
         timeout.as_secs()
     )]
     Unreachable {
-        /// Who asks.
-        rank: u32,
         /// Where.
         host: String,
         /// Where there.
@@ -46,7 +44,7 @@ pub enum DistError {
     },
     /// The store cannot be kept.
     #[error(
-        "rank 0 cannot keep the store at {host}:{port}: {reason}; is the port taken? MASTER_PORT gives another"
+        "rank 0 cannot keep the store at {host}:{port}: {reason}; is that this machine, and is the port taken? MASTER_PORT gives another"
     )]
     Store {
         /// Where.

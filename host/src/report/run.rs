@@ -225,8 +225,8 @@ impl SavedRun {
         let status = match end.and_then(|end| end.get("exit_code")?.as_u64()) {
             Some(0) => Status::Done,
             Some(5) => Status::Diverged,
-            Some(130 | 143) if stopped.is_some() => return (Status::Stopped, stopped),
-            Some(130 | 143) => Status::Interrupted,
+            Some(130 | 138 | 143) if stopped.is_some() => return (Status::Stopped, stopped),
+            Some(130 | 138 | 143) => Status::Interrupted,
             Some(_) => Status::Failed,
             // Killed; or of a version that did not note the end.
             None if self.total_steps.is_some_and(|total| self.step() >= total) => Status::Done,

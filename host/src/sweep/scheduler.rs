@@ -320,7 +320,7 @@ impl Scheduler {
                 tracing::info!("{name} is interrupted");
                 return;
             }
-            _ if from_outside || matches!(status.code(), Some(130 | 143)) => {
+            _ if from_outside || matches!(status.code(), Some(130 | 138 | 143)) => {
                 tracing::warn!(
                     "{name} was ended from outside ({status}): run the sweep again to go on with it"
                 );
