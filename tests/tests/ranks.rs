@@ -51,6 +51,12 @@ fn who_is_missing_is_named_within_the_time() {
 
     let alone = start(&room, (1, 2, free_port()), &["doctor", "--dist", "--timeout", "2"]).wait().expect(1);
     assert!(alone.stderr.contains("is rank 0 running there"), "{}", alone.stderr);
+
+    let port = free_port();
+    let [first, other] = [(0, 2, port), (1, 3, port)].map(|place| start(&room, place, &arguments));
+    let other = other.wait().expect(2).stderr;
+    assert!(other.ends_with("but rank 0 is one of 2, and this is rank 1 of 3\n"), "{other}");
+    assert!(first.wait().expect(1).stderr.contains("1 of 2 ranks have not come"));
 }
 
 #[test]

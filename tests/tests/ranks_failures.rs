@@ -348,3 +348,20 @@ fn torchrun_begins_anew_and_the_run_goes_on_by_itself() {
     assert_eq!(ended.stderr.matches("going on at step ").count(), 2, "{}", ended.stderr);
     assert!(last(&room) == last(&undisturbed), "the last checkpoint differs");
 }
+
+#[test]
+fn a_script_that_fails_behind_its_runs_trains_none_of_them_anew() {
+    let Some(torchrun) = torchrun() else { return };
+    let room = Room::new();
+    let port = format!("--master-port={}", free_port());
+    let script = r#""$@" && "$@" seed=7 && if [ $RANK = 1 ]; then mkdir failed && exit 9; true; fi"#;
+    let launch = ["--no-python", "--nproc-per-node=2", "--max-restarts=1", &port, "bash", "-c", script, "-"];
+    let program = binary().display().to_string();
+    let all: Vec<String> =
+        launch.map(str::to_owned).into_iter().chain([program]).chain(arguments(&[])).collect();
+    let running = room.start_other_in(&[("LD_LIBRARY_PATH", ""), ("PYTHONPATH", "")], &torchrun, &all);
+    let ended = running.wait().expect(0);
+    assert_eq!(ended.stderr.matches("going on at step 60 of ").count(), 2, "{}", ended.stderr);
+    let runs = fs::read_dir(room.file("runs/simclr")).unwrap().count();
+    assert_eq!(runs, 2, "{}", ended.stderr);
+}

@@ -154,7 +154,7 @@ impl TrainArgs {
             provenance::write(&path, &session.settings, &state, peers)?;
             keep_log(&path)?;
             if let Some(comm) = comm {
-                comm.leave_behind(&path.display().to_string())?;
+                comm.note_run(&path)?;
             }
             directory = Some(taken_up);
             Ok((path, state))
@@ -192,7 +192,7 @@ impl TrainArgs {
         let run = match comm {
             // Not by TORCHELASTIC_RESTART_COUNT: it stays on a machine that begins anew because another one has failed.
             Some(comm) if comm.launch().launcher == Launcher::Torchrun => {
-                comm.left_behind()?.map(PathBuf::from)
+                comm.noted_run(&json!(config).to_string())?
             }
             _ if counts("SLURM_RESTART_COUNT") => {
                 find_run(&runs.join(name)).ok().filter(|run| is_of_this_job(run))

@@ -1,6 +1,7 @@
 //! The ranks of a run, and what they do together.
 
 use std::cell::Cell;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,6 +23,14 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// How often rank 0, which works while others wait, says that it does.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
+
+/// Under which key of the store the run is noted that is under way.
+const UNDER_WAY: &str = "run under way";
+
+/// And one that is complete.
+fn complete(settings: &str) -> String {
+    format!("complete run of {:08x}", crc32c::crc32c(settings.as_bytes()))
+}
 
 /// How numbers of all ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,11 +94,16 @@ impl Comm {
         let me = Entry::of_this_process();
         let met = match launch.rank {
             0 => call_together(group.store(), &launch, &me, until),
-            rank => follow(group.store(), rank, launch.size, &me, until),
+            _ => follow(group.store(), &launch, &me, until),
         };
         let (round, entries) = match met.map_err(|error| lost(&launch, "meets them", error))? {
             Met::All { round, entries } => (round, entries),
             Met::Missing(missing) => return Err(DistError::Missing { missing, size: launch.size, timeout }),
+            Met::OtherSize(called) => {
+                let Launch { launcher, rank, size, .. } = launch;
+                let problem = format!("rank 0 is one of {called}, and this is rank {rank} of {size}");
+                return Err(DistError::Environment { launcher, problem });
+            }
         };
         // Ranks of one machine talk within it: its name may not be one that it finds itself by.
         let of_one_machine = entries.iter().all(|entry| entry.is_beside(&entries[0]));
@@ -300,23 +314,41 @@ impl Comm {
         std::iter::once(Ok(own.to_owned())).chain(others).collect::<Result<_, _>>().map(Some)
     }
 
-    /// A text that outlives these ranks, for those that a launcher with a store of its own starts after them; none when it is empty.
+    /// Notes that `run` is under way, for the ranks that a launcher with a store of its own starts when these have failed.
     ///
     /// # Errors
     /// [`DistError::Lost`].
-    pub fn leave_behind(&self, text: &str) -> Result<(), DistError> {
-        let done = self.group.store().set("left_behind", text);
-        done.map_err(|error| lost(&self.launch, "leaves a note", error))
+    pub fn note_run(&self, run: &Path) -> Result<(), DistError> {
+        self.note(UNDER_WAY, &run.display().to_string())
     }
 
-    /// The text that earlier ones have left.
+    /// Notes that `run`, of these `settings`, is complete: a script's next command with others begins a run of its own, and one
+    /// that fails behind the last step, and is started again, does not train anew.
     ///
     /// # Errors
     /// [`DistError::Lost`].
-    pub fn left_behind(&self) -> Result<Option<String>, DistError> {
-        let text = self.group.store().get("left_behind", Duration::from_millis(1));
-        let text = text.map_err(|error| lost(&self.launch, "looks for a note", error))?;
-        Ok(text.filter(|text| !text.is_empty()))
+    pub fn note_complete(&self, run: &Path, settings: &str) -> Result<(), DistError> {
+        self.note(&complete(settings), &run.display().to_string())?;
+        self.note(UNDER_WAY, "")
+    }
+
+    /// The run that earlier ranks were at, or have completed with the same `settings`.
+    ///
+    /// # Errors
+    /// [`DistError::Lost`].
+    pub fn noted_run(&self, settings: &str) -> Result<Option<PathBuf>, DistError> {
+        for key in [UNDER_WAY.to_owned(), complete(settings)] {
+            let run = self.group.store().get(&key, Duration::from_millis(1));
+            let run = run.map_err(|error| lost(&self.launch, "looks for a note", error))?;
+            if let Some(run) = run.filter(|run| !run.is_empty()) {
+                return Ok(Some(run.into()));
+            }
+        }
+        Ok(None)
+    }
+
+    fn note(&self, key: &str, text: &str) -> Result<(), DistError> {
+        self.group.store().set(key, text).map_err(|error| lost(&self.launch, "leaves a note", error))
     }
 
     /// Whether something that all do together has failed, in a plugin's hands for one.

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::Launch;
+use super::{Keeper, Launch};
 use crate::device::{DeviceError, Store};
 
 /// What a process says of itself where all meet.
@@ -73,6 +73,8 @@ pub(super) enum Met {
         entries: Vec<Entry>,
     },
     Missing(Vec<u32>),
+    /// Rank 0 is one of so many, and this process of others.
+    OtherSize(u32),
 }
 
 /// Where the store has the name of the round that is called. Torchrun's store outlives a restart, so there may be older ones.
@@ -91,7 +93,7 @@ pub(super) fn call_together(
     me: &Entry,
     until: Instant,
 ) -> Result<Met, DeviceError> {
-    let round = format!("{}-{}", me.process, me.began);
+    let round = format!("{}-{}-{}", me.process, me.began, launch.size);
     store.set(ROUND, &round)?;
     let answers = |until: Instant| -> Result<(Vec<Entry>, Vec<u32>), DeviceError> {
         let (mut entries, mut missing) = (vec![me.clone()], Vec::new());
@@ -126,17 +128,16 @@ pub(super) fn call_together(
 }
 
 /// Every other rank: answers whatever round is called, until one has it among all.
-pub(super) fn follow(
-    store: &Store,
-    rank: u32,
-    size: u32,
-    me: &Entry,
-    until: Instant,
-) -> Result<Met, DeviceError> {
-    let line = me.to_line();
+pub(super) fn follow(store: &Store, launch: &Launch, me: &Entry, until: Instant) -> Result<Met, DeviceError> {
+    let (rank, size, line) = (launch.rank, launch.size, me.to_line());
     // Rank 0's time may have begun a little later.
     let until = until + 4 * LOOK;
     while let Some(round) = store.get(ROUND, left(until))? {
+        let called = round.rsplit('-').next().and_then(|size| size.parse().ok()).unwrap_or(size);
+        // Of an older round in a store that outlives ranks, their number may be another.
+        if called != size && (launch.keeper == Keeper::First || Instant::now() >= until) {
+            return Ok(Met::OtherSize(called));
+        }
         store.set(&format!("{round}/{rank}"), &line)?;
         let all = store.get(&format!("{round}/all"), LOOK.min(left(until)))?.unwrap_or_default();
         // Of an older round, others are all.

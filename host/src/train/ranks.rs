@@ -1,6 +1,7 @@
 //! What a run does together with other ranks; in a run of one process, nothing.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::Path;
 
 use anyhow::Context as _;
 use jepa_plugin_api::tch::Tensor;
@@ -9,6 +10,7 @@ use serde::de::DeserializeOwned;
 
 use super::unread::Unread;
 use super::{Figures, Model, TrainError};
+use crate::checkpoint::State;
 use crate::device::Exchange;
 use crate::dist::{AtWork, Comm, DistError, Ending, Reduce};
 
@@ -198,14 +200,18 @@ impl Ranks {
         }
     }
 
-    /// At the end of a run nobody leaves before all are done: the first may keep the store. Nothing is left to go on with.
+    /// At the end nobody leaves before all are done: the first may keep the store.
     pub fn leave(&self) {
         let Some(comm) = self.comm() else { return };
-        let left = comm.wait_for_all().and_then(|()| match self.is_first() {
-            true => comm.leave_behind(""),
-            false => Ok(()),
-        });
-        if let Err(error) = left {
+        if let Err(error) = comm.wait_for_all() {
+            tracing::warn!("all is done, and {error}");
+        }
+    }
+
+    /// Notes, for those that a launcher may start after these, that `run` is complete, which `state` is the last of.
+    pub fn note_complete(&self, run: &Path, state: &State) {
+        let Some(comm) = self.comm().filter(|_| self.is_first()) else { return };
+        if let Err(error) = comm.note_complete(run, &state.config.to_string()) {
             tracing::warn!("the run is complete, and {error}");
         }
     }

@@ -288,6 +288,7 @@ impl<'t> Run<'t> {
         let saved = self.save_at_work();
         // The others end well only if it has.
         self.ranks.from_first(|| saved)?;
+        self.ranks.note_complete(self.directory.path(), &self.state);
         self.ranks.leave();
         Ok(())
     }
