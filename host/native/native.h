@@ -104,6 +104,11 @@ bool jepa_lars_scale(size_t count, const jepa_tensor* params, const jepa_tensor*
 /* targets = sources, tensor by tensor, in one go where they have one dtype and device. Nothing waits for a GPU. */
 bool jepa_copy(size_t count, const jepa_tensor* targets, const jepa_tensor* sources, char** error);
 
+/* A contiguous tensor of these sizes in memory of the caller's on the CPU, which begins at `start`. `release(owner)` is called once,
+ * by whatever thread: when nothing refers to that memory any more, or when this fails. */
+bool jepa_tensor_over(size_t dimensions, const int64_t* sizes, int32_t dtype, void* start, void* owner,
+                      void (*release)(void* owner), jepa_tensor* out, char** error);
+
 /* --- between the CPU's memory and a GPU's, once libtorch_cuda is in the process -------------------------- */
 
 /* A contiguous tensor of these sizes, of any values, in memory of the CPU that a GPU reads by itself. What is freed serves the

@@ -1,14 +1,17 @@
-// Between the CPU's memory and a GPU's, beside what the GPU computes; and lists of tensors that are copied together.
+// Where tensors lie: in memory of the caller's; between the CPU's memory and a GPU's, beside what the GPU computes; and
+// lists of them that are copied together.
 
 #include "native.h"
 
 #include "guarded.h"
 
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
@@ -32,6 +35,16 @@ c10::Stream copy_stream(const c10::impl::VirtualGuardImpl& cuda, c10::Device dev
 }
 
 }  // namespace
+
+bool jepa_tensor_over(size_t dimensions, const int64_t* sizes, int32_t dtype, void* start, void* owner,
+                      void (*release)(void*), jepa_tensor* out, char** error) {
+    return guarded(error, [&] {
+        const std::shared_ptr<void> owned(owner, release);
+        const auto options = at::TensorOptions().dtype(static_cast<c10::ScalarType>(dtype));
+        const auto let_go = [owned](void*) {};
+        *out = new at::Tensor(at::from_blob(start, {sizes, dimensions}, let_go, options));
+    });
+}
 
 bool jepa_pinned(size_t dimensions, const int64_t* sizes, int32_t dtype, jepa_tensor* out, char** error) {
     return guarded(error, [&] {

@@ -1,12 +1,84 @@
-//! The memory of one batch, filled by many threads at once without a copy.
+//! The memory of one batch, filled by many threads at once without a copy, and used again for a later one.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use tch::Tensor;
 use tch::kind::Element;
-use tch::{Device, Tensor};
 
-use crate::device::{DeviceError, pinned};
+use crate::device::{DeviceError, pinned, tensor_over};
+
+/// Where batches lie. What has been dropped of one serves a later one: to ask the system for new memory is to have it cleared
+/// page by page, which takes as long as a third of a decoding.
+#[derive(Clone, Debug)]
+pub(super) enum Pool {
+    /// Memory that a GPU reads by itself, which libtorch keeps.
+    Pinned,
+    /// Other memory.
+    Kept(Arc<Kept>),
+}
+
+/// Memory that no tensor lies in.
+#[derive(Debug)]
+pub(super) struct Kept {
+    blocks: Mutex<Vec<Block>>,
+    /// More than so many are freed.
+    most: usize,
+}
+
+/// As long as a cache line, and aligned like one.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Line(#[expect(dead_code, reason = "only its address is used")] [MaybeUninit<u8>; 64]);
+
+type Block = Vec<Line>;
+
+/// A block that a tensor lies in.
+struct Lent {
+    block: Block,
+    from: Arc<Kept>,
+}
+
+impl Pool {
+    /// Of which at most so many tensors are kept.
+    pub fn new(is_pinned: bool, most: usize) -> Pool {
+        match is_pinned {
+            true => Pool::Pinned,
+            false => Pool::Kept(Arc::new(Kept { blocks: Mutex::default(), most })),
+        }
+    }
+
+    /// A contiguous tensor of any values.
+    fn tensor<T: Number>(&self, shape: &[i64]) -> Result<Tensor, DeviceError> {
+        let Pool::Kept(kept) = self else { return pinned(shape, T::KIND) };
+        let bytes = shape.iter().product::<i64>() as usize * size_of::<T>();
+        let mut block = kept.take(bytes.div_ceil(size_of::<Line>()));
+        let start = block.as_mut_ptr().cast();
+        // SAFETY: the block has so many bytes at least, aligned for any number. It is not moved when what owns it is, and
+        // nobody else knows of it until that is dropped.
+        unsafe { tensor_over(shape, T::KIND, start, Lent { block, from: kept.clone() }) }
+    }
+}
+
+impl Kept {
+    /// Room for so many lines.
+    fn take(&self, lines: usize) -> Block {
+        let kept = self.blocks.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        // Only a last batch that is not full leaves one that is too small.
+        kept.filter(|block| block.capacity() >= lines).unwrap_or_else(|| Vec::with_capacity(lines))
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut blocks = self.from.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        if blocks.len() < self.from.most {
+            blocks.push(std::mem::take(&mut self.block));
+        }
+    }
+}
 
 /// The tensors of a batch while they are being filled: one `(B, 3, S, S)` of T, f32 or u8, per view.
 ///
@@ -40,22 +112,12 @@ impl Number for f32 {}
 impl Number for u8 {}
 
 impl<T: Number> BatchMemory<T> {
-    /// Allocates, without clearing, `views` tensors for `samples` images of `size × size`; of memory for a GPU, if it is to be
-    /// pinned.
-    pub fn new(
-        views: usize,
-        samples: usize,
-        size: u32,
-        is_pinned: bool,
-    ) -> Result<BatchMemory<T>, DeviceError> {
+    /// Takes from the pool, without clearing it, the memory of `views` tensors for `samples` images of `size × size`.
+    pub fn new(pool: &Pool, views: usize, samples: usize, size: u32) -> Result<BatchMemory<T>, DeviceError> {
         let shape = [samples as i64, 3, i64::from(size), i64::from(size)];
         let views = (0..views)
             .map(|_| {
-                let tensor = match is_pinned {
-                    true => pinned(&shape, T::KIND)?,
-                    false => Tensor::f_empty(shape, (T::KIND, Device::Cpu))
-                        .map_err(|error| DeviceError::Torch(error.to_string()))?,
-                };
+                let tensor = pool.tensor::<T>(&shape)?;
                 Ok(View { start: tensor.data_ptr().cast(), tensor })
             })
             .collect::<Result<_, DeviceError>>()?;
@@ -90,5 +152,49 @@ impl<T: Number> BatchMemory<T> {
     /// The tensors, when every sample is in its place.
     pub fn into_views(self) -> Vec<Tensor> {
         self.views.into_iter().map(|view| view.tensor).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(pool: &Pool, samples: usize) -> Tensor {
+        BatchMemory::<f32>::new(pool, 1, samples, 4).unwrap().into_views().remove(0)
+    }
+
+    #[test]
+    fn what_is_dropped_serves_the_next_batch_and_what_is_held_does_not() {
+        let pool = Pool::new(false, 2);
+        let first = batch(&pool, 5);
+        let place = first.data_ptr();
+        // A view of it, as a method may keep one.
+        let held = first.narrow(0, 1, 2);
+        drop(first);
+        let second = batch(&pool, 5);
+        assert_ne!(second.data_ptr(), place);
+        drop(held);
+        // A smaller one finds room there too, and a larger one is not put where there is none.
+        let third = batch(&pool, 3);
+        assert_eq!((third.data_ptr(), third.size()), (place, vec![3, 3, 4, 4]));
+        drop(third);
+        assert_eq!(batch(&pool, 50).size(), [50, 3, 4, 4]);
+    }
+
+    #[test]
+    fn no_more_is_kept_than_may_be() {
+        let pool = Pool::new(false, 2);
+        let batches: Vec<Tensor> = (0..5).map(|_| batch(&pool, 1)).collect();
+        let Pool::Kept(kept) = &pool else { panic!("it is not pinned") };
+        drop(batches);
+        assert_eq!(kept.blocks.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_tensor_outlives_the_pool() {
+        let held = batch(&Pool::new(false, 1), 2);
+        assert_eq!(held.zeros_like().size(), [2, 3, 4, 4]);
+        let _ = held.shallow_clone().fill_(3.0);
+        assert_eq!(f64::try_from(held.mean(tch::Kind::Float)).unwrap(), 3.0);
     }
 }

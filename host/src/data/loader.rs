@@ -5,7 +5,8 @@
 //!
 //! One work item is one sample: a worker reads it, draws its views, decodes as much as they see of it, once, and writes
 //! them into their places in the batch's tensors. The consumer's thread allocates the next batch and hands out its items
-//! whenever it takes one, so at most [`prefetch`](LoaderOptions::prefetch) batches exist besides the one in use. In bytes that is
+//! whenever it takes one, so at most [`prefetch`](LoaderOptions::prefetch) batches exist besides the one in use. Their memory serves
+//! later batches. In bytes that is
 //!
 //! ```text
 //! (prefetch + 1) × batch_size × views × 3 × size² × 4   +   threads × (encoded + 6 × pixels of the largest image)
@@ -28,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::augment::{Augmenter, Operation, Plan, Scratch, check_views};
-use super::batch::BatchMemory;
+use super::batch::{BatchMemory, Pool};
 use super::clock::{Clock, Work};
 use super::dataset::Dataset;
 use super::decode::{Encoded, Region, Rgb, panic_message};
@@ -245,7 +246,7 @@ struct Shared {
     on_error: OnError,
     decode: Decode,
     augment: Augment,
-    pinned: bool,
+    pool: Pool,
     clock: Arc<Clock>,
     /// Corrupt images that have been warned of.
     warned: Mutex<HashSet<u64>>,
@@ -296,9 +297,11 @@ impl Loader {
         let threads =
             if threads == 0 { thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
         let warned = Mutex::default();
+        let prefetch = prefetch.max(1);
+        let pool = Pool::new(pinned, (prefetch + 1) * views.len());
         let shared =
-            Arc::new(Shared { dataset, views, size, seed, on_error, decode, augment, pinned, clock, warned });
-        Ok(Loader { shared, batch_size, share, threads, prefetch: prefetch.max(1), shuffle, drop_last })
+            Arc::new(Shared { dataset, views, size, seed, on_error, decode, augment, pool, clock, warned });
+        Ok(Loader { shared, batch_size, share, threads, prefetch, shuffle, drop_last })
     }
 
     /// The data set.
@@ -499,10 +502,10 @@ impl Batches {
         if self.workers.is_empty() {
             return Err(DataError::Options("no loader thread could be started; lower data.threads".into()));
         }
-        let Shared { views, size, augment, pinned, .. } = &*self.shared;
+        let Shared { views, size, augment, pool, .. } = &*self.shared;
         let memory = match augment {
-            Augment::Cpu => BatchMemory::new(views.len(), indices.len(), *size, *pinned).map(Memory::Views),
-            Augment::Gpu => BatchMemory::new(views.len(), indices.len(), *size, *pinned).map(Memory::Pixels),
+            Augment::Cpu => BatchMemory::new(pool, views.len(), indices.len(), *size).map(Memory::Views),
+            Augment::Gpu => BatchMemory::new(pool, views.len(), indices.len(), *size).map(Memory::Pixels),
         };
         let memory = memory.map_err(|error| {
             let images = indices.len();

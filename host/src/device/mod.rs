@@ -18,7 +18,7 @@ pub use libtorch::{Libtorch, check_native, libtorch};
 pub use memory::{allocated_bytes, keep_freed_memory, peak_resident_bytes};
 pub use native::{
     AdamW, Sgd, adamw_step, clip_gradients, copy_all, cpu_capability, ema_update, gradients, lars_scale,
-    peak_gpu_bytes, pinned, sgd_step, to_device, total_norm, zero_gradients,
+    peak_gpu_bytes, pinned, sgd_step, tensor_over, to_device, total_norm, zero_gradients,
 };
 pub use openmp::begin_with_calm_threads;
 pub use ranks::{Exchange, ProcessGroup, Store, Traffic};

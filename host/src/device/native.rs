@@ -60,6 +60,17 @@ pub(super) struct Native {
     ) -> bool,
     lars_scale: unsafe extern "C" fn(usize, *const Handle, *const Handle, f64, f64, f64, ErrorOut) -> bool,
     copy: unsafe extern "C" fn(usize, *const Handle, *const Handle, ErrorOut) -> bool,
+    #[allow(clippy::type_complexity)]
+    tensor_over: unsafe extern "C" fn(
+        usize,
+        *const i64,
+        i32,
+        *mut c_void,
+        *mut c_void,
+        unsafe extern "C" fn(*mut c_void),
+        *mut Handle,
+        ErrorOut,
+    ) -> bool,
     pinned: unsafe extern "C" fn(usize, *const i64, i32, *mut Handle, ErrorOut) -> bool,
     to_gpu: unsafe extern "C" fn(usize, *const Handle, i32, *mut Handle, ErrorOut) -> bool,
     gpu_peak_bytes: unsafe extern "C" fn(i32, *mut u64, ErrorOut) -> bool,
@@ -136,6 +147,7 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             fused_sgd: *library.get(b"jepa_fused_sgd").map_err(words)?,
             lars_scale: *library.get(b"jepa_lars_scale").map_err(words)?,
             copy: *library.get(b"jepa_copy").map_err(words)?,
+            tensor_over: *library.get(b"jepa_tensor_over").map_err(words)?,
             pinned: *library.get(b"jepa_pinned").map_err(words)?,
             to_gpu: *library.get(b"jepa_to_gpu").map_err(words)?,
             gpu_peak_bytes: *library.get(b"jepa_gpu_peak_bytes").map_err(words)?,
@@ -242,24 +254,69 @@ pub fn copy_all(targets: &[Tensor], sources: &[Tensor]) -> Result<(), DeviceErro
     })
 }
 
+/// A contiguous tensor in memory of the CPU that `owner` owns, which is dropped when nothing refers to that memory any more, in
+/// whatever thread, and also when this fails. Of u8 or f32.
+///
+/// # Errors
+/// Whatever libtorch reports.
+///
+/// # Safety
+/// From `start` on lie as many elements as the sizes say, aligned as `kind` needs it. They stay there, and are nobody else's
+/// to read or write, until `owner` is dropped, which does not panic.
+pub unsafe fn tensor_over<O: Send + 'static>(
+    size: &[i64],
+    kind: Kind,
+    start: *mut u8,
+    owner: O,
+) -> Result<Tensor, DeviceError> {
+    unsafe extern "C" fn release<O>(owner: *mut c_void) {
+        // SAFETY: the box that was given away below, once.
+        drop(unsafe { Box::from_raw(owner.cast::<O>()) });
+    }
+    let (native, dtype) = (library()?, scalar_type(kind)?);
+    let owner = Box::into_raw(Box::new(owner)).cast();
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the sizes live through the call, the memory as the caller promises; the tensor that goes out is ours.
+    unsafe {
+        native.checked(|native, error| {
+            let start = start.cast();
+            (native.tensor_over)(
+                size.len(),
+                size.as_ptr(),
+                dtype,
+                start,
+                owner,
+                release::<O>,
+                &mut out,
+                error,
+            )
+        })?;
+        Ok(Tensor::from_ptr(out.cast()))
+    }
+}
+
 /// A contiguous tensor of any values in memory of the CPU that a GPU reads by itself. What is freed serves the next one, once no
 /// copy reads it any more. Of u8 or f32; needs a GPU.
 ///
 /// # Errors
 /// Whatever libtorch reports.
 pub fn pinned(size: &[i64], kind: Kind) -> Result<Tensor, DeviceError> {
-    // As c10 numbers its scalar types.
-    let dtype = match kind {
-        Kind::Uint8 => 0,
-        Kind::Float => 6,
-        kind => return Err(DeviceError::Torch(format!("no pinned memory for {kind:?}"))),
-    };
+    let dtype = scalar_type(kind)?;
     let mut out = std::ptr::null_mut();
     // SAFETY: the sizes live through the call; the tensor that goes out is ours.
     unsafe {
         library()?
             .checked(|native, error| (native.pinned)(size.len(), size.as_ptr(), dtype, &mut out, error))?;
         Ok(Tensor::from_ptr(out.cast()))
+    }
+}
+
+/// As c10 numbers its scalar types.
+fn scalar_type(kind: Kind) -> Result<i32, DeviceError> {
+    match kind {
+        Kind::Uint8 => Ok(0),
+        Kind::Float => Ok(6),
+        kind => Err(DeviceError::Torch(format!("no memory for {kind:?}"))),
     }
 }
 
