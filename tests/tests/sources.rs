@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use jepa_tests::author::workspace;
 
 /// Where `unsafe` may stand, and why there. A file that ends in a slash is a folder.
-const UNSAFE: [(&str, &str); 18] = [
+const UNSAFE: [(&str, &str); 19] = [
     ("plugin-api/src/abi/", "the boundary"),
     ("plugin-api/src/lib.rs", "`export_plugin!` exports the boundary's two symbols"),
     ("plugin-api/src/autograd.rs", "bindings to host/bridge/autograd.cpp"),
@@ -23,6 +23,7 @@ const UNSAFE: [(&str, &str); 18] = [
     ("host/src/device/libtorch.rs", "asks the dynamic linker where libtorch is"),
     ("host/src/device/memory.rs", "asks the C library what memory it holds, and to keep it"),
     ("host/src/data/batch.rs", "threads write to disjoint parts of a batch"),
+    ("host/src/data/cut.rs", "launches the kernels of cut.cu"),
     ("host/src/sweep/process.rs", "ties a trial's process to its own, and sends it signals"),
     ("tests/src/real.rs", "sends signals to its children"),
 ];

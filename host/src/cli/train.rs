@@ -21,7 +21,7 @@ use crate::checkpoint::{
     resolve_resume, restore,
 };
 use crate::config::{Base, Config, Data, Layers, LrScale, nearest};
-use crate::data::{Augment, Dataset, Loader, LoaderOptions, Share};
+use crate::data::{Augment, Dataset, Loader, LoaderOptions, Share, cuts_on};
 use crate::device::{cpu_capability, libtorch};
 use crate::dist::{Comm, DistError, Launch, Launcher};
 use crate::eval::{Evaluation, evaluation_view};
@@ -319,11 +319,12 @@ pub(super) fn prepare(
 ) -> anyhow::Result<Prepared> {
     let config = session.config();
     let device = session.device_of(comm)?;
-    if session.config().data.augment == Augment::Gpu && device == tch::Device::Cpu {
+    if config.data.augment == Augment::Gpu && device == tch::Device::Cpu {
         tracing::warn!(
             "data.augment = \"gpu\" on a CPU: colours take the time of the steps, which is slower"
         );
     }
+    let crop_on_device = config.data.augment == Augment::Gpu && cuts_on(device);
     let train_set = session.open_images("data.train", config.train_file()?)?;
     let val_set = match &config.data.val {
         Some(path) if purpose != Purpose::Measuring => Some(session.open_images("data.val", path)?),
@@ -394,6 +395,7 @@ pub(super) fn prepare(
             on_error: config.data.on_error,
             decode: config.data.decode,
             augment: config.data.augment,
+            crop_on_device,
             pinned: device.is_cuda(),
             shuffle: train,
             drop_last: train,

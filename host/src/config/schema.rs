@@ -98,8 +98,8 @@ pub struct Data {
     pub on_error: OnError,
     /// Whether large JPEGs are made smaller as they are decoded (`fast`) or not (`exact`). Default `fast`.
     pub decode: Decode,
-    /// Where views get flips, colours and blurs: in the loader's threads (`cpu`), or on the run's device (`gpu`), with the
-    /// same arithmetic. For machines with few cores for each GPU. Default `cpu`.
+    /// Where views are cropped and resized and get flips, colours and blurs: in the loader's threads (`cpu`), or on the run's
+    /// device (`gpu`), with the same arithmetic. For machines with few cores for each GPU. Default `cpu`.
     pub augment: Augment,
 }
 

@@ -257,7 +257,7 @@ impl Augmenter {
     /// As [`apply`](Self::apply), and when the part does not have the crop.
     pub fn make(&self, image: &Region, plan: &Plan, scratch: &mut Scratch, out: &mut [f32]) {
         assert_eq!(out.len(), self.len(), "a view's place in the batch has its size");
-        self.cut(image, plan.crop, scratch);
+        self.cut_planes(image, plan.crop, scratch);
         let Scratch { planes, blur, .. } = scratch;
         for operation in &plan.operations {
             match *operation {
@@ -282,7 +282,7 @@ impl Augmenter {
     /// # Panics
     /// As [`make`](Self::make).
     pub fn make_pixels(&self, image: &Region, plan: &Plan, scratch: &mut Scratch, out: &mut [u8]) {
-        self.cut(image, plan.crop, scratch);
+        self.cut_planes(image, plan.crop, scratch);
         out.copy_from_slice(&scratch.planes.values);
     }
 
@@ -291,8 +291,22 @@ impl Augmenter {
         (self.mean, self.std)
     }
 
-    fn cut(&self, image: &Region, crop: CropBox, scratch: &mut Scratch) {
-        let Scratch { resampler, pixels, planes, .. } = scratch;
+    /// Pixels in a row of a view, and in a column.
+    pub(super) fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// What a random crop is resized with; `None` for a centre crop.
+    pub(super) fn filter(&self) -> Option<Interpolation> {
+        match self.crop {
+            Crop::Random { interpolation, .. } => Some(interpolation),
+            Crop::Center { .. } => None,
+        }
+    }
+
+    /// Cuts a view out of the image, before any operation.
+    pub(super) fn cut<'s>(&self, image: &Region, crop: CropBox, scratch: &'s mut Scratch) -> &'s Rgb {
+        let Scratch { resampler, pixels, .. } = scratch;
         match self.crop {
             Crop::Random { interpolation, .. } => {
                 resampler.resize(image, crop, (self.size, self.size), interpolation, pixels);
@@ -304,7 +318,12 @@ impl Augmenter {
                 cut_center(pixels, self.size);
             }
         }
-        planes.set(pixels);
+        pixels
+    }
+
+    fn cut_planes(&self, image: &Region, crop: CropBox, scratch: &mut Scratch) {
+        self.cut(image, crop, scratch);
+        scratch.planes.set(&scratch.pixels);
     }
 }
 

@@ -70,6 +70,28 @@ pub enum Place {
     Fractions(f64, f64, f64, f64),
 }
 
+impl Place {
+    /// The pixels that have a say, and which part of them counts: left, top, width and height.
+    pub fn split(self) -> (CropBox, [f64; 4]) {
+        match self {
+            Place::Pixels(crop) => (crop, [0.0, 0.0, crop.width.into(), crop.height.into()]),
+            Place::Fractions(left, top, width, height) => {
+                let (x, y) = (left.floor(), top.floor());
+                let (right, bottom) = ((left + width).ceil(), (top + height).ceil());
+                let pixels = CropBox {
+                    top: y as u32,
+                    left: x as u32,
+                    height: (bottom - y) as u32,
+                    width: (right - x) as u32,
+                };
+                // Less than a pixel is left out on every side. (Where more is, fast_image_resize 6.1 can miscount the columns
+                // that it needs.)
+                (pixels, [left - x, top - y, width, height])
+            }
+        }
+    }
+}
+
 impl<'a> Region<'a> {
     /// All of an image.
     pub fn whole(pixels: &'a Rgb) -> Self {

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! 309 MB for 3 × 128 single views of 224 px, and nothing else grows with time. (A decoder holds a JPEG's planes beside its
-//! pixels; a PNG has up to 8 bytes for each pixel, and a progressive JPEG takes 12. With [`Augment::Gpu`], the 4 is a 1. Pinned
-//! batches are rounded up to a power of two, which makes 309 MB 537.)
+//! pixels; a PNG has up to 8 bytes for each pixel, and a progressive JPEG takes 12. With [`Augment::Gpu`], the 4 is a 1;
+//! where a GPU crops as well, up to 4 views count as 4. Pinned batches are rounded up to a power of two, which makes 309 MB 537.)
 
 use std::collections::{HashSet, VecDeque};
 use std::panic::{self, AssertUnwindSafe};
@@ -31,6 +31,7 @@ use tch::{Device, Tensor};
 use super::augment::{Augmenter, Operation, Plan, Scratch, check_views};
 use super::batch::{BatchMemory, Pool};
 use super::clock::{Clock, Work};
+use super::cut::{self, Cut};
 use super::dataset::Dataset;
 use super::decode::{Encoded, Region, Rgb, panic_message};
 use super::error::DataError;
@@ -80,7 +81,8 @@ pub enum Augment {
     /// In the loader's threads.
     #[default]
     Cpu,
-    /// On the run's device, a batch at once: the loader's threads only crop and resize. The views are the same.
+    /// On the run's device, a batch at once: the loader's threads only decode, or crop and resize as well, see
+    /// [`crop_on_device`](LoaderOptions::crop_on_device). The views are the same.
     Gpu,
 }
 
@@ -131,6 +133,9 @@ pub struct LoaderOptions {
     pub decode: Decode,
     /// Where views get their colours.
     pub augment: Augment,
+    /// Whether views with [`Augment::Gpu`] are cropped and resized on the device as well, which [has to be able](super::cuts_on)
+    /// to do that fast: a CPU is not.
+    pub crop_on_device: bool,
     /// Batches that may be in the making or ready, besides the one that the consumer holds.
     pub prefetch: usize,
     /// Whether batches are made in memory that a GPU reads by itself, which needs one.
@@ -154,6 +159,7 @@ impl LoaderOptions {
             on_error: OnError::Fail,
             decode: Decode::Fast,
             augment: Augment::Cpu,
+            crop_on_device: false,
             prefetch: 2,
             pinned: false,
             trace: None,
@@ -174,13 +180,21 @@ pub struct LoadedBatch {
     pub replaced: u64,
 }
 
+/// What is left to do to a view.
+#[derive(Clone, Debug)]
+struct Left {
+    /// How it is cut out of the image's slot, if it is not there yet.
+    cut: Option<Cut>,
+    operations: Vec<Operation>,
+}
+
 /// A batch as the loader's threads have made it; [`finish`](Self::finish) does the rest.
 #[derive(Debug)]
 pub struct RawBatch {
-    /// The same, but that views are u8 where there are operations.
+    /// The same, but that views are u8 where something is left to do, and one tensor of slots where they are still to be cut.
     batch: LoadedBatch,
     /// What is left to do to the views, of [`Augment::Gpu`]: of each image, of each view.
-    operations: Option<Vec<Vec<Vec<Operation>>>>,
+    left: Option<Vec<Vec<Left>>>,
     shared: Arc<Shared>,
 }
 
@@ -190,18 +204,28 @@ impl RawBatch {
     /// # Errors
     /// Whatever libtorch reports.
     pub fn finish(self, device: Device) -> Result<LoadedBatch, DeviceError> {
-        let RawBatch { batch, operations, shared } = self;
+        let RawBatch { batch, left, shared } = self;
         let all: Vec<&Tensor> = batch.views.iter().chain([&batch.labels]).collect();
-        let mut views = to_device(&all, device)?;
-        let labels = views.pop().expect("labels are the last of them");
-        if let Some(operations) = operations {
-            for (number, (view, augmenter)) in views.iter_mut().zip(&shared.views).enumerate() {
-                let operations: Vec<&[Operation]> =
-                    operations.iter().map(|views| views[number].as_slice()).collect();
-                let finished = tch::no_grad(|| finish(view, &operations, augmenter.normalization()));
-                *view = finished.map_err(|error| DeviceError::Torch(error.to_string()))?;
+        let mut made = to_device(&all, device)?;
+        let labels = made.pop().expect("labels are the last of them");
+        let views = match left {
+            None => made,
+            Some(left) => {
+                let views = shared.views.iter().enumerate().map(|(number, augmenter)| {
+                    let left: Vec<&Left> = left.iter().map(|views| &views[number]).collect();
+                    let operations: Vec<&[Operation]> = left.iter().map(|left| &*left.operations).collect();
+                    let cuts: Option<Vec<&Cut>> = left.iter().map(|left| left.cut.as_ref()).collect();
+                    tch::no_grad(|| {
+                        let pixels = match cuts {
+                            Some(cuts) => cut::cut(&made[0], &cuts)?,
+                            None => made[number].shallow_clone(),
+                        };
+                        finish(&pixels, &operations, augmenter.normalization())
+                    })
+                });
+                views.collect::<Result<_, _>>().map_err(|error| DeviceError::Torch(error.to_string()))?
             }
-        }
+        };
         Ok(LoadedBatch { views, labels, ..batch })
     }
 
@@ -220,7 +244,7 @@ impl RawBatch {
             indices: indices.clone(),
             replaced: *replaced,
         };
-        RawBatch { batch, operations: self.operations.clone(), shared: self.shared.clone() }
+        RawBatch { batch, left: self.left.clone(), shared: self.shared.clone() }
     }
 }
 
@@ -246,6 +270,7 @@ struct Shared {
     on_error: OnError,
     decode: Decode,
     augment: Augment,
+    crop_on_device: bool,
     pool: Pool,
     clock: Arc<Clock>,
     /// Corrupt images that have been warned of.
@@ -271,6 +296,7 @@ impl Loader {
             on_error,
             decode,
             augment,
+            crop_on_device,
             prefetch,
             pinned,
             ..
@@ -299,8 +325,19 @@ impl Loader {
         let warned = Mutex::default();
         let prefetch = prefetch.max(1);
         let pool = Pool::new(pinned, (prefetch + 1) * views.len());
-        let shared =
-            Arc::new(Shared { dataset, views, size, seed, on_error, decode, augment, pool, clock, warned });
+        let shared = Arc::new(Shared {
+            dataset,
+            views,
+            size,
+            seed,
+            on_error,
+            decode,
+            augment,
+            crop_on_device,
+            pool,
+            clock,
+            warned,
+        });
         Ok(Loader { shared, batch_size, share, threads, prefetch, shuffle, drop_last })
     }
 
@@ -447,12 +484,14 @@ enum Memory {
     Views(BatchMemory<f32>),
     /// Views that are still to be finished.
     Pixels(BatchMemory<u8>),
+    /// A slot for each image, of which they are still to be cut.
+    Slots(BatchMemory<u8>),
 }
 
 #[derive(Debug)]
 struct PendingState {
     remaining: usize,
-    operations: Vec<Vec<Vec<Operation>>>,
+    left: Vec<Vec<Left>>,
     indices: Vec<u64>,
     labels: Vec<i64>,
     replaced: u64,
@@ -502,18 +541,21 @@ impl Batches {
         if self.workers.is_empty() {
             return Err(DataError::Options("no loader thread could be started; lower data.threads".into()));
         }
-        let Shared { views, size, augment, pool, .. } = &*self.shared;
-        let memory = match augment {
-            Augment::Cpu => BatchMemory::new(pool, views.len(), indices.len(), *size).map(Memory::Views),
-            Augment::Gpu => BatchMemory::new(pool, views.len(), indices.len(), *size).map(Memory::Pixels),
+        let Shared { views, size, augment, crop_on_device, pool, .. } = &*self.shared;
+        let (views, images) = (views.len(), indices.len());
+        let memory = match (augment, crop_on_device) {
+            (Augment::Cpu, _) => BatchMemory::new(pool, views, images, *size).map(Memory::Views),
+            (Augment::Gpu, false) => BatchMemory::new(pool, views, images, *size).map(Memory::Pixels),
+            (Augment::Gpu, true) => {
+                BatchMemory::new(pool, 1, images, cut::slot_side(*size, views)).map(Memory::Slots)
+            }
         };
         let memory = memory.map_err(|error| {
-            let images = indices.len();
             DataError::Options(format!("a batch of {images} images cannot be allocated: {error}"))
         })?;
         let state = PendingState {
             remaining: indices.len(),
-            operations: vec![Vec::new(); indices.len()],
+            left: vec![Vec::new(); indices.len()],
             labels: vec![-1; indices.len()],
             indices: indices.clone(),
             replaced: 0,
@@ -576,8 +618,8 @@ impl Pending {
     fn finish(&self, position: usize, result: Result<Made, DataError>) {
         let mut state = self.lock();
         match result {
-            Ok(Made { index, label, replaced, operations }) => {
-                state.operations[position] = operations;
+            Ok(Made { index, label, replaced, left }) => {
+                state.left[position] = left;
                 state.indices[position] = index;
                 state.labels[position] = label;
                 state.replaced += u64::from(replaced);
@@ -614,9 +656,9 @@ impl Pending {
         if let Some((_, error)) = state.failure {
             return Err(error);
         }
-        let (views, operations) = match memory {
+        let (views, left) = match memory {
             Memory::Views(memory) => (memory.into_views(), None),
-            Memory::Pixels(memory) => (memory.into_views(), Some(state.operations)),
+            Memory::Pixels(memory) | Memory::Slots(memory) => (memory.into_views(), Some(state.left)),
         };
         let batch = LoadedBatch {
             views,
@@ -624,7 +666,7 @@ impl Pending {
             indices: state.indices,
             replaced: state.replaced,
         };
-        Ok(RawBatch { batch, operations, shared: shared.clone() })
+        Ok(RawBatch { batch, left, shared: shared.clone() })
     }
 }
 
@@ -653,7 +695,7 @@ struct Made {
     label: i64,
     replaced: bool,
     /// What is left to do to each view.
-    operations: Vec<Vec<Operation>>,
+    left: Vec<Left>,
 }
 
 impl Worker {
@@ -683,8 +725,9 @@ impl Worker {
         };
         let mut lap = shared.clock.start();
         let region = Region { pixels: &self.image, origin: decoded.origin, shrink: decoded.shrink };
-        let views = shared.views.iter().zip(&decoded.plans);
-        let mut operations = Vec::new();
+        let plans = decoded.plans;
+        let views = shared.views.iter().zip(&plans);
+        let mut cuts = Vec::new();
         match memory {
             Memory::Views(memory) => {
                 for ((view, plan), out) in views.zip(memory.sample(position)) {
@@ -695,12 +738,19 @@ impl Worker {
                 for ((view, plan), out) in views.zip(memory.sample(position)) {
                     view.make_pixels(&region, plan, &mut self.scratch, out);
                 }
-                operations.extend(decoded.plans.into_iter().map(|plan| plan.operations));
+            }
+            Memory::Slots(memory) => {
+                for slot in memory.sample(position) {
+                    cuts = cut::fill(slot, &region, &shared.views, &plans, &mut self.scratch);
+                }
             }
         }
+        let mut cuts = cuts.into_iter();
+        let left = plans.into_iter().map(|plan| Left { cut: cuts.next(), operations: plan.operations });
+        let left = left.collect();
         lap.end(Work::Augment);
         let label = shared.dataset.labels().map_or(-1, |labels| labels[used as usize]);
-        Ok(Made { index: used, label, replaced: used != index, operations })
+        Ok(Made { index: used, label, replaced: used != index, left })
     }
 
     /// Reads image `index` and decodes what the views of sample `sample` see of it; the inner error is the reason why it does

@@ -9,6 +9,7 @@ mod batch;
 mod chunked;
 mod clock;
 pub mod color;
+mod cut;
 mod dataset;
 pub mod decode;
 mod error;
@@ -29,6 +30,7 @@ mod verify;
 
 pub use augment::check_views;
 pub use clock::{Clock, Work};
+pub use cut::cuts_on;
 pub use dataset::{Dataset, Layout, Provenance};
 pub use error::DataError;
 pub use features::FeatureFile;

@@ -5,7 +5,7 @@ use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use jepa_plugin_api::Interpolation;
 
-use super::decode::{Place, Region, Rgb};
+use super::decode::{Region, Rgb};
 
 /// A box of whole pixels inside an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,31 +50,16 @@ impl Resampler {
         interpolation: Interpolation,
         out: &mut Rgb,
     ) {
-        match image.place(crop) {
-            Place::Pixels(crop) => self.convolve(image.pixels, crop, None, size, interpolation, out),
-            Place::Fractions(left, top, width, height) => {
-                let (x, y) = (left.floor(), top.floor());
-                let (right, bottom) = ((left + width).ceil(), (top + height).ceil());
-                let pixels = CropBox {
-                    top: y as u32,
-                    left: x as u32,
-                    height: (bottom - y) as u32,
-                    width: (right - x) as u32,
-                };
-                // Less than a pixel is cut off on every side. (Where more is, fast_image_resize 6.1 can miscount the columns that
-                // it needs.)
-                let part = Some([left - x, top - y, width, height]);
-                self.convolve(image.pixels, pixels, part, size, interpolation, out);
-            }
-        }
+        let (pixels, part) = image.place(crop).split();
+        self.convolve(image.pixels, pixels, part, size, interpolation, out);
     }
 
-    /// Resizes `part` (left, top, width, height; without it, all) of the pixels in `crop`, all of which have a say.
-    fn convolve(
+    /// Resizes `part` (left, top, width, height) of the pixels in `crop`, all of which have a say.
+    pub(super) fn convolve(
         &mut self,
         image: &Rgb,
         crop: CropBox,
-        part: Option<[f64; 4]>,
+        [x, y, wide, high]: [f64; 4],
         (width, height): (u32, u32),
         interpolation: Interpolation,
         out: &mut Rgb,
@@ -86,10 +71,8 @@ impl Resampler {
             Interpolation::Bilinear => FilterType::Bilinear,
             Interpolation::Bicubic => FilterType::CatmullRom,
         };
-        let mut options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
-        if let Some([left, top, width, height]) = part {
-            options = options.crop(left, top, width, height);
-        }
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
+        let options = options.crop(x, y, wide, high);
         let source = TypedImageRef::<U8x3>::from_buffer(image.width, image.height, &image.pixels)
             .expect("an image has 3 bytes per pixel");
         let source = TypedCroppedImage::new(source, crop.left, crop.top, crop.width, crop.height)

@@ -144,10 +144,11 @@ fn views_are_the_same_to_the_bit_when_the_device_finishes_them() {
         crop("strong").then(Transform::GaussianBlur { p: 0.7, sigma: (0.1, 20.0) }),
         crop("plain").normalize_imagenet(),
     ];
-    for size in [8, 33] {
+    for (size, crop_on_device) in [(8, false), (8, true), (33, false), (33, true)] {
         let batches = |augment| {
             let options = LoaderOptions {
                 augment,
+                crop_on_device,
                 batch_size: 13,
                 drop_last: false,
                 on_error: OnError::Replace,
@@ -161,7 +162,7 @@ fn views_are_the_same_to_the_bit_when_the_device_finishes_them() {
         for (ours, theirs) in ours.iter().zip(&theirs) {
             for (view, (ours, theirs)) in views.iter().zip(ours.0.iter().zip(&theirs.0)) {
                 let different = ours.iter().zip(theirs).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                assert_eq!(different, 0, "{} of {size} px", view.name);
+                assert_eq!(different, 0, "{} of {size} px, crop on the device: {crop_on_device}", view.name);
             }
             assert!(ours == theirs);
         }
@@ -177,7 +178,11 @@ fn of_jpegs_the_views_are_those_of_their_pixels() {
     let batches = |name: &str, images: &[Vec<u8>], decode| {
         let path = directory.path().join(name);
         write_reference(&path, images, None);
-        epoch(&loader(&path, LoaderOptions { decode, ..options(2) }), 0, 0)
+        let options = LoaderOptions { decode, ..options(2) };
+        let by_threads = epoch(&loader(&path, options.clone()), 0, 0);
+        let options = LoaderOptions { augment: Augment::Gpu, crop_on_device: true, ..options };
+        assert!(epoch(&loader(&path, options), 0, 0) == by_threads, "{name}: cropped on the device");
+        by_threads
     };
     let expected = batches("pixels.h5", &pngs, Decode::Exact);
     assert_eq!(batches("exact.h5", &jpegs, Decode::Exact), expected);

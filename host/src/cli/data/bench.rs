@@ -25,14 +25,14 @@ use crate::train::{Signals, TrainError};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  jepa-host data bench photos.h5 --plugin simclr
+  jepa-host data bench photos.h5 --method simclr
   jepa-host data bench photos.h5 --plugin cnn_jepa --config configs/cnn_jepa_imagenet100.toml
   jepa-host data bench photos.h5 --plugin byol --steps 0 data.threads=4 data.size=160")]
 pub(in crate::cli) struct BenchArgs {
     /// HDF5 file with images
     file: PathBuf,
     /// Plugin to load: a path, a file name (libsimclr.so) or a bare name (simclr); may be repeated
-    #[arg(long, value_name = "PLUGIN", help_heading = "Plugins")]
+    #[arg(long, visible_alias = "method", value_name = "PLUGIN", help_heading = "Plugins")]
     plugin: Vec<PathBuf>,
     /// Configuration in TOML
     #[arg(long, value_name = "FILE")]

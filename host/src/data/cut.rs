@@ -1,0 +1,495 @@
+//! The first half of a view, on the run's device: boxes of a whole batch of decoded images, resized to one size at once.
+//!
+//! The loader's threads put into each image's slot of the batch the decoded pixels that its views see, and say how each
+//! view is [cut](Cut) out of them. The weights are those of the [`Resampler`](super::resample::Resampler), in the same fixed point, and
+//! sums of whole numbers are the same everywhere; so the views are the same to the bit.
+
+use std::iter;
+
+use jepa_plugin_api::Interpolation;
+use jepa_plugin_api::cuda::{Arg, Program};
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::augment::{Augmenter, Plan, Scratch};
+use super::decode::{Region, Rgb};
+use super::resample::CropBox;
+
+static KERNELS: Program = Program::new("the loader's cropping", include_str!("cut.cu"));
+
+/// A box may be so many times larger than the view that is made of it here.
+const LARGEST: f64 = 4.0;
+
+/// How a view is made of the pixels in a slot.
+#[derive(Clone, Debug)]
+pub(super) struct Cut {
+    /// Where the box begins, in bytes.
+    start: usize,
+    /// Pixels that lie in a row of the slot.
+    stride: usize,
+    rows: Axis,
+    columns: Axis,
+}
+
+/// Of which pixels each pixel of a view is made, in one direction: pixel i of `weights[i]`, which add up to 1, and as many
+/// pixels from `starts[i]` on.
+#[derive(Clone, Debug)]
+struct Axis {
+    /// How many pixels the box has.
+    length: u32,
+    starts: Vec<u32>,
+    /// `taps` for each; 0 stands for a pixel that may not exist.
+    weights: Vec<i16>,
+    taps: usize,
+    /// How many bits of the weights are behind the point.
+    precision: u32,
+}
+
+/// Side of a slot, as a picture: room for what views of this size are usually made of, or for the views.
+pub(super) fn slot_side(size: u32, views: usize) -> u32 {
+    size * 2.max((views as f64).sqrt().ceil() as u32)
+}
+
+/// Puts what the views see of an image into its slot, and says how they are cut out of it. Where it has no room for that, or
+/// a view is not a random crop, the views are cut here, and put there instead.
+///
+/// # Panics
+/// As [`Augmenter::make`].
+pub(super) fn fill(
+    slot: &mut [u8],
+    image: &Region,
+    views: &[Augmenter],
+    plans: &[Plan],
+    scratch: &mut Scratch,
+) -> Vec<Cut> {
+    let cuts = views.iter().zip(plans).map(|(view, plan)| {
+        let (pixels, [left, top, width, height]) = image.place(plan.crop).split();
+        let (size, filter) = (view.size(), view.filter()?);
+        if width.max(height) > LARGEST * f64::from(size) {
+            return None;
+        }
+        let columns = Axis::new(pixels.width, (left, width), size, filter);
+        let rows = Axis::new(pixels.height, (top, height), size, filter);
+        Some((pixels, Cut { start: 0, stride: 0, rows, columns }))
+    });
+    let cuts: Option<Vec<(CropBox, Cut)>> = cuts.collect();
+    let seen = cuts.iter().flatten().map(|(pixels, _)| *pixels).reduce(CropBox::around);
+    if let (Some(mut cuts), Some(seen)) = (cuts, seen)
+        && seen.width as usize * seen.height as usize * 3 <= slot.len()
+    {
+        copy(image.pixels, seen, slot);
+        for (pixels, cut) in &mut cuts {
+            cut.stride = seen.width as usize;
+            let (down, right) = ((pixels.top - seen.top) as usize, (pixels.left - seen.left) as usize);
+            cut.start = 3 * (down * cut.stride + right);
+        }
+        return cuts.into_iter().map(|(_, cut)| cut).collect();
+    }
+    let mut at = 0;
+    let cut = views.iter().zip(plans).map(|(view, plan)| {
+        let made = view.cut(image, plan.crop, scratch);
+        slot[at..][..made.pixels.len()].copy_from_slice(&made.pixels);
+        let axis = Axis::new(made.width, (0.0, made.width.into()), made.width, Interpolation::Bilinear);
+        let cut = Cut { start: at, stride: made.width as usize, rows: axis.clone(), columns: axis };
+        at += made.pixels.len();
+        cut
+    });
+    cut.collect()
+}
+
+/// Copies a box of an image to the beginning of a slot.
+fn copy(image: &Rgb, part: CropBox, slot: &mut [u8]) {
+    let (from, to) = (image.width as usize * 3, part.width as usize * 3);
+    let rows = image.pixels.chunks_exact(from).skip(part.top as usize).take(part.height as usize);
+    for (row, out) in rows.zip(slot.chunks_exact_mut(to)) {
+        out.copy_from_slice(&row[part.left as usize * 3..][..to]);
+    }
+}
+
+impl Axis {
+    /// Of a box with so many pixels, of which the part counts that begins at `from` and is `wide`.
+    fn new(length: u32, (from, wide): (f64, f64), size: u32, filter: Interpolation) -> Axis {
+        let (of, support): (fn(f64) -> f64, f64) = match filter {
+            Interpolation::Bilinear => (triangle, 1.0),
+            Interpolation::Bicubic => (catmull_rom, 2.0),
+        };
+        let scale = wide / f64::from(size);
+        let radius = support * scale.max(1.0);
+        let narrower = 1.0 / scale.max(1.0);
+        let taps = radius.ceil() as usize * 2 + 1;
+        let mut starts = Vec::with_capacity(size as usize);
+        let mut shares = Vec::with_capacity(size as usize * taps);
+        for place in 0..size {
+            let center = from + (f64::from(place) + 0.5) * scale;
+            let first = (center - radius).floor().max(0.0) as u32;
+            let end = (center + radius).ceil().min(length.into()) as u32;
+            let begin = shares.len();
+            shares.extend((first..end).map(|pixel| of((f64::from(pixel) - (center - 0.5)) * narrower)));
+            let sum: f64 = shares[begin..].iter().sum();
+            if sum != 0.0 {
+                shares[begin..].iter_mut().for_each(|share| *share /= sum);
+            }
+            shares.resize(begin + taps, 0.0);
+            starts.push(first);
+        }
+        // The most bits with which the greatest weight is still an i16.
+        let most = shares.iter().copied().fold(0.0, f64::max);
+        let fits = |bits: &u32| (most * f64::from(1 << (bits + 1))).round() < f64::from(1 << 15);
+        let precision = (0..21).find(|bits| !fits(bits)).unwrap_or(21);
+        let unit = f64::from(1 << precision);
+        let weights = shares.iter().map(|share| (share * unit).round() as i16).collect();
+        Axis { length, starts, weights, taps, precision }
+    }
+
+    /// Adds up the pixels of each place: `at(pixel)` tells one of them.
+    fn weigh(&self, place: usize, at: impl Fn(usize) -> u8) -> u8 {
+        let weights =
+            self.weights[place * self.taps..][..self.taps].iter().zip(self.starts[place] as usize..);
+        let of_something = weights.filter(|(weight, _)| **weight != 0);
+        let products = of_something.map(|(weight, pixel)| i32::from(*weight) * i32::from(at(pixel)));
+        let sum = products.sum::<i32>() + (1 << (self.precision - 1));
+        (sum >> self.precision).clamp(0, 255) as u8
+    }
+}
+
+fn triangle(x: f64) -> f64 {
+    (1.0 - x.abs()).max(0.0)
+}
+
+/// The cubic of Catmull and Rom, which Pillow's bicubic filter is.
+fn catmull_rom(x: f64) -> f64 {
+    const A: f64 = -0.5;
+    match x.abs() {
+        x if x < 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+        x if x < 2.0 => (((x - 5.0) * x + 8.0) * x - 4.0) * A,
+        _ => 0.0,
+    }
+}
+
+/// Cuts one view out of each slot: from u8 `(B, …)` to u8 `(B, 3, S, S)`, where the slots are.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub(super) fn cut(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, TchError> {
+    if slots.device() == Device::Cpu {
+        return cut_on_cpu(slots, cuts);
+    }
+    let tables = Tables::new(slots, cuts)?;
+    let (rows, views) = (tables.rows()?, tables.views()?);
+    let (grid, block, args) = tables.launch_rows(slots, &rows);
+    // SAFETY: a kernel of cut.cu, with slots that have what the cuts see, tables of them, and room for the rows.
+    unsafe { KERNELS.launch("cut_rows", slots, grid, block, &args) };
+    let (grid, block, args) = tables.launch_columns(&rows, &views);
+    // SAFETY: the same, with these rows and room for the views.
+    unsafe { KERNELS.launch("cut_columns", slots, grid, block, &args) };
+    Ok(views)
+}
+
+/// The same without kernels: what they are held against.
+fn cut_on_cpu(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, TchError> {
+    let slot = slots.numel() / cuts.len();
+    let mut pixels = vec![0; slots.numel()];
+    slots.f_contiguous()?.f_copy_data(&mut pixels, slots.numel())?;
+    let size = size_of(cuts);
+    let mut views = Vec::with_capacity(cuts.len() * 3 * size * size);
+    for (cut, slot) in cuts.iter().zip(pixels.chunks_exact(slot)) {
+        let wide = cut.columns.length as usize;
+        for channel in 0..3 {
+            let pixel = |x: usize, y: usize| slot[cut.start + 3 * (y * cut.stride + x) + channel];
+            for y in 0..size {
+                let row: Vec<u8> = (0..wide).map(|x| cut.rows.weigh(y, |y| pixel(x, y))).collect();
+                views.extend((0..size).map(|x| cut.columns.weigh(x, |x| row[x])));
+            }
+        }
+    }
+    Tensor::from_slice(&views).f_view([cuts.len() as i64, 3, size as i64, size as i64])
+}
+
+/// Side of the views.
+fn size_of(cuts: &[&Cut]) -> usize {
+    cuts.first().map_or(0, |cut| cut.rows.starts.len())
+}
+
+/// Threads in a block.
+const THREADS: usize = 256;
+
+type Launch<'a> = ([usize; 2], [usize; 2], Vec<Arg<'a>>);
+
+/// What the kernels read, where the slots are.
+struct Tables {
+    images: usize,
+    size: usize,
+    /// Bytes of a slot.
+    slot: usize,
+    /// Columns of the widest box.
+    widest: usize,
+    places: Tensor,
+    rows: AxisTables,
+    columns: AxisTables,
+}
+
+struct AxisTables {
+    taps: usize,
+    starts: Tensor,
+    weights: Tensor,
+}
+
+impl Tables {
+    fn new(slots: &Tensor, cuts: &[&Cut]) -> Result<Tables, TchError> {
+        let device = slots.device();
+        let places = cuts.iter().flat_map(|cut| {
+            let columns = cut.columns.length as i32;
+            let precisions = [cut.rows.precision as i32, cut.columns.precision as i32];
+            [cut.start as i32, cut.stride as i32, columns, precisions[0], precisions[1]]
+        });
+        Ok(Tables {
+            images: cuts.len(),
+            size: size_of(cuts),
+            slot: slots.numel() / cuts.len(),
+            widest: cuts.iter().map(|cut| cut.columns.length as usize).max().unwrap_or(0),
+            places: on(device, &places.collect::<Vec<i32>>())?,
+            rows: AxisTables::new(device, cuts.iter().map(|cut| &cut.rows))?,
+            columns: AxisTables::new(device, cuts.iter().map(|cut| &cut.columns))?,
+        })
+    }
+
+    /// Room for the rows of the views.
+    fn rows(&self) -> Result<Tensor, TchError> {
+        let shape = [self.images, self.size, self.widest, 3].map(|side| side as i64);
+        Tensor::f_empty(shape, (Kind::Uint8, self.places.device()))
+    }
+
+    /// Room for the views.
+    fn views(&self) -> Result<Tensor, TchError> {
+        let shape = [self.images, 3, self.size, self.size].map(|side| side as i64);
+        Tensor::f_empty(shape, (Kind::Uint8, self.places.device()))
+    }
+
+    fn launch_rows<'a>(&'a self, slots: &'a Tensor, rows: &'a Tensor) -> Launch<'a> {
+        let AxisTables { taps, starts, weights } = &self.rows;
+        let numbers = [self.slot, self.size, self.widest, *taps].map(int);
+        let tensors = [slots, &self.places, starts, weights].map(Arg::from);
+        let args = tensors.into_iter().chain(numbers).chain([Arg::from(rows)]).collect();
+        ([(self.size * self.widest).div_ceil(THREADS), self.images], [THREADS, 1], args)
+    }
+
+    fn launch_columns<'a>(&'a self, rows: &'a Tensor, views: &'a Tensor) -> Launch<'a> {
+        let AxisTables { taps, starts, weights } = &self.columns;
+        let numbers = [self.size, self.widest, *taps].map(int);
+        let tensors = [rows, &self.places, starts, weights].map(Arg::from);
+        let args = tensors.into_iter().chain(numbers).chain([Arg::from(views)]).collect();
+        ([(self.size * self.size).div_ceil(THREADS), self.images], [THREADS, 1], args)
+    }
+}
+
+impl AxisTables {
+    /// Of all axes, with as many taps as the one that has most.
+    fn new<'a>(device: Device, axes: impl Iterator<Item = &'a Axis> + Clone) -> Result<AxisTables, TchError> {
+        let taps = axes.clone().map(|axis| axis.taps).max().unwrap_or(1);
+        let starts: Vec<i32> =
+            axes.clone().flat_map(|axis| &axis.starts).map(|start| *start as i32).collect();
+        let mut weights: Vec<i16> = Vec::with_capacity(starts.len() * taps);
+        for axis in axes {
+            for place in axis.weights.chunks_exact(axis.taps) {
+                weights.extend(place);
+                weights.extend(iter::repeat_n(0, taps - axis.taps));
+            }
+        }
+        Ok(AxisTables { taps, starts: on(device, &starts)?, weights: on(device, &weights)? })
+    }
+}
+
+/// A number for a kernel: of slots and views, none is near 2³¹.
+fn int(number: usize) -> Arg<'static> {
+    Arg::Int(number as i32)
+}
+
+/// Numbers on a device, which is not waited for.
+fn on<T: tch::kind::Element>(device: Device, numbers: &[T]) -> Result<Tensor, TchError> {
+    Tensor::from_slice(numbers).f_to_device_(device, T::KIND, true, false)
+}
+
+/// Whether views can be cut on that device: on a GPU that gives the same bytes for a picture that is tried. If it does not, a
+/// warning says so.
+pub fn cuts_on(device: Device) -> bool {
+    let probe = Tensor::zeros([1], (Kind::Uint8, Device::Cpu));
+    let probe = match probe.f_to_device(device) {
+        Ok(probe) if device.is_cuda() => probe,
+        _ => return false,
+    };
+    if !KERNELS.runs("cut_rows", &probe) || !KERNELS.runs("cut_columns", &probe) {
+        return false;
+    }
+    let axis = |length| Axis::new(length, (0.3, f64::from(length) - 1.1), 40, Interpolation::Bicubic);
+    let cuts = [(90, 50), (30, 120)].map(|(high, wide)| Cut {
+        start: 6,
+        stride: 130,
+        rows: axis(high),
+        columns: axis(wide),
+    });
+    let cuts = cuts.each_ref();
+    let slots = Tensor::from_slice(&(0..2 * 40_000_u32).map(|i| (i * i / 97) as u8).collect::<Vec<u8>>());
+    let slots = slots.view([2, -1]);
+    let expected = cut_on_cpu(&slots, &cuts);
+    let made = slots.f_to_device(device).and_then(|slots| cut(&slots, &cuts)?.f_to_device(Device::Cpu));
+    let is_same = matches!((&made, &expected), (Ok(made), Ok(expected)) if made.equal(expected));
+    if !is_same {
+        let made = made.err().map_or("they are others".to_owned(), |error| error.to_string());
+        tracing::warn!(
+            "views are cropped in the loader's threads: this GPU does not give their bytes: {made}"
+        );
+    }
+    is_same
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::c_void;
+    use std::path::Path;
+    use std::process::Command;
+
+    use jepa_plugin_api::Rng;
+    use libloading::{Library, Symbol};
+
+    use super::super::resample::Resampler;
+    use super::*;
+
+    fn picture(width: u32, height: u32, rng: &mut Rng) -> Rgb {
+        let pixels = (0..width * height * 3).map(|_| rng.below(256) as u8).collect();
+        Rgb { width, height, pixels }
+    }
+
+    /// Boxes of random sizes and places, whole pixels or not, with their slots, and the views that fast_image_resize makes of them.
+    fn random_cuts(size: u32, count: usize, rng: &mut Rng) -> (Tensor, Vec<Cut>, Tensor) {
+        let (mut slots, mut cuts, mut views) = (Vec::new(), Vec::new(), Vec::new());
+        let slot = 3 * (4 * size as usize).pow(2);
+        for number in 0..count {
+            let mut side = || 1 + rng.below(4 * u64::from(size)) as u32;
+            let (width, height) = (side(), side());
+            let image = picture(width, height, rng);
+            let filter = [Interpolation::Bicubic, Interpolation::Bilinear][number % 2];
+            let mut within = |length: u32| {
+                let from = rng.below(length.into()) as u32;
+                (from, 1 + rng.below((length - from).into()) as u32)
+            };
+            let ((left, wide), (top, high)) = (within(width), within(height));
+            let crop = CropBox { top, left, height: high, width: wide };
+            // As of an image that was made smaller: a part of a pixel less on each side.
+            let part = match number % 3 {
+                0 => [0.0, 0.0, wide.into(), high.into()],
+                _ => [0.25, 0.5, f64::from(wide) - 0.5, f64::from(high) - 0.75],
+            };
+            let mut view = Rgb::default();
+            Resampler::default().convolve(&image, crop, part, (size, size), filter, &mut view);
+            let planes = (0..3).flat_map(|channel| view.pixels.iter().skip(channel).step_by(3));
+            views.extend(planes.copied().collect::<Vec<u8>>());
+            cuts.push(Cut {
+                start: 3 * (top * width + left) as usize,
+                stride: width as usize,
+                rows: Axis::new(high, (part[1], part[3]), size, filter),
+                columns: Axis::new(wide, (part[0], part[2]), size, filter),
+            });
+            slots.extend(&image.pixels);
+            slots.resize(slot * cuts.len(), 0);
+        }
+        let views = Tensor::from_slice(&views).view([count as i64, 3, size.into(), size.into()]);
+        (Tensor::from_slice(&slots).view([count as i64, -1]), cuts, views)
+    }
+
+    #[test]
+    fn views_are_those_of_the_resampler() {
+        for (size, seed) in [(7, 1), (16, 2), (33, 3)] {
+            let (slots, cuts, views) = random_cuts(size, 120, &mut Rng::keyed(seed, 0, 0, 0));
+            assert!(cut(&slots, &cuts.iter().collect::<Vec<_>>()).unwrap().equal(&views), "{size} px");
+        }
+    }
+
+    /// What CUDA's words mean on a CPU, and a loop in place of a grid.
+    const SHIM: &str = r#"
+        typedef unsigned char u8;
+        typedef long long i64;
+        struct Dim { unsigned x, y; };
+        static Dim blockIdx, blockDim, threadIdx;
+        #define __device__
+        #define __global__
+        #define __forceinline__ inline
+        #include "cut.cu"
+        template <class T> T as(void* value) { return *static_cast<T*>(value); }
+        template <class Body> void grid(unsigned wide, unsigned high, unsigned threads, Body body) {
+            blockDim = {threads, 1};
+            for (blockIdx.y = 0; blockIdx.y < high; ++blockIdx.y)
+                for (blockIdx.x = 0; blockIdx.x < wide; ++blockIdx.x)
+                    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) body();
+        }
+        using In = const u8*; using Ints = const int*; using Shorts = const short*;
+        extern "C" void run_cut_rows(unsigned wide, unsigned high, unsigned threads, void** a) {
+            grid(wide, high, threads, [=] {
+                cut_rows(as<In>(a[0]), as<Ints>(a[1]), as<Ints>(a[2]), as<Shorts>(a[3]), as<int>(a[4]), as<int>(a[5]),
+                         as<int>(a[6]), as<int>(a[7]), as<u8*>(a[8]));
+            });
+        }
+        extern "C" void run_cut_columns(unsigned wide, unsigned high, unsigned threads, void** a) {
+            grid(wide, high, threads, [=] {
+                cut_columns(as<In>(a[0]), as<Ints>(a[1]), as<Ints>(a[2]), as<Shorts>(a[3]), as<int>(a[4]), as<int>(a[5]),
+                            as<int>(a[6]), as<u8*>(a[7]));
+            });
+        }
+    "#;
+
+    type Run = unsafe extern "C" fn(u32, u32, u32, *mut *mut c_void);
+
+    fn run(library: &Library, kernel: &str, (grid, block, args): Launch) {
+        let mut values: Vec<u64> = args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Tensor(tensor) => tensor.map_or(0, |tensor| tensor.data_ptr() as u64),
+                Arg::Int(number) => u64::from(number.cast_unsigned()),
+                Arg::Float(number) => u64::from(number.to_bits()),
+            })
+            .collect();
+        let mut pointers: Vec<*mut c_void> =
+            values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        // SAFETY: the function has this type, and takes what the kernel does.
+        unsafe {
+            let run: Symbol<Run> = library.get(format!("run_{kernel}").as_bytes()).unwrap();
+            run(grid[0] as u32, grid[1] as u32, block[0] as u32, pointers.as_mut_ptr());
+        }
+    }
+
+    /// The very text that GPUs get, compiled for this CPU.
+    #[test]
+    fn the_kernels_make_the_same_views() {
+        let folder = tempfile::tempdir().unwrap();
+        let (shim, library) = (folder.path().join("shim.cpp"), folder.path().join("libshim.so"));
+        std::fs::write(&shim, SHIM).unwrap();
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/data");
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+        let made = Command::new(&compiler)
+            .args(["-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-fsanitize=undefined"])
+            .args(["-fno-sanitize-recover=all", "-x", "c++", "-I"])
+            .args([&sources, &shim])
+            .arg("-o")
+            .arg(&library)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{compiler}: {}", String::from_utf8_lossy(&made.stderr));
+        // SAFETY: it does nothing when it is loaded.
+        let library = unsafe { Library::new(&library) }.unwrap();
+        for (size, seed) in [(7, 4), (33, 5)] {
+            let (slots, cuts, views) = random_cuts(size, 60, &mut Rng::keyed(seed, 0, 0, 0));
+            let tables = Tables::new(&slots, &cuts.iter().collect::<Vec<_>>()).unwrap();
+            let (rows, made) = (tables.rows().unwrap(), tables.views().unwrap());
+            run(&library, "cut_rows", tables.launch_rows(&slots, &rows));
+            run(&library, "cut_columns", tables.launch_columns(&rows, &made));
+            assert!(made.equal(&views), "{size} px");
+        }
+    }
+
+    /// Compiling needs NVRTC, and no GPU. Where CUDA's libtorch is not installed, there is nothing to try.
+    #[test]
+    fn the_kernels_compile_for_a_gpu() {
+        match KERNELS.compile_for("sm_90") {
+            Err(reason) if reason.starts_with("NVRTC is not found") => eprintln!("not tried: {reason}"),
+            compiled => compiled.unwrap(),
+        }
+    }
+}
