@@ -139,9 +139,12 @@ pub fn decode(encoded: &[u8]) -> Result<Rgb, String> {
     Ok(image)
 }
 
-/// Reads format and size without decoding the pixels.
+/// Reads format and size without decoding the pixels, and of a JPEG whether it ends as one.
 pub fn header(encoded: &[u8]) -> Result<Header, String> {
     let Encoded { decoder, width, height, .. } = Encoded::open(encoded)?;
+    if !matches!(decoder, Codec::Png(_)) {
+        check_jpeg_end(encoded)?;
+    }
     let format = if matches!(decoder, Codec::Png(_)) { "png" } else { "jpeg" };
     Ok(Header { format, width, height })
 }

@@ -134,7 +134,7 @@ pub enum DataError {
     },
     /// One image does not decode, and the policy is to stop.
     #[error(
-        "{}: image {index} is corrupt: {reason}; `jepa-host data verify` lists every bad image, and \
+        "{}: image {index} is corrupt: {reason}; `jepa-host data verify --deep` lists every bad image, and \
          data.on_error=\"replace\" trains on another one instead",
         path.display()
     )]
@@ -149,7 +149,7 @@ pub enum DataError {
     /// Replacing corrupt images found only more corrupt images.
     #[error(
         "{}: image {index} is corrupt ({reason}), and so are the {tries} others drawn to replace it; run \
-         `jepa-host data verify` on the file",
+         `jepa-host data verify --deep` on the file",
         path.display()
     )]
     TooManyCorrupt {

@@ -130,6 +130,8 @@ fn write(place: &Path, index: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn contents(labels: bool) -> Contents {
@@ -176,11 +178,15 @@ mod tests {
         }
     }
 
-    /// Even one whose checksum is right.
+    /// Even one whose checksum is right. For `FUZZ_SECONDS`, as the fuzzing of `host/tests/data/fuzz.rs`.
     #[test]
     fn any_bytes_are_an_index_or_none() {
         let header = vec![7; 64];
-        for case in 0..20_000 {
+        let seconds = std::env::var("FUZZ_SECONDS").map(|value| value.parse().expect("FUZZ_SECONDS"));
+        let (time, begin) = (seconds.map(Duration::from_secs), Instant::now());
+        for case in
+            (0..).take_while(|case| *case < 20_000 || time.as_ref().is_ok_and(|t| begin.elapsed() < *t))
+        {
             let mut rng = jepa_plugin_api::Rng::keyed(case, 0, 0, 0);
             let mut index = header.clone();
             index.extend((0..rng.below(120)).map(|_| (rng.bits() >> 8) as u8 & 3));

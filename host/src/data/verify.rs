@@ -1,4 +1,4 @@
-//! Decodes every image of a data set and lists those that do not.
+//! Reads every image of a data set, or decodes it, and lists those where that fails.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -15,19 +15,31 @@ pub struct VerifyReport {
     pub path: PathBuf,
     /// Images looked at: all of them.
     pub images: usize,
-    /// Those that do not decode, by index.
+    /// Whether they were decoded, and not only read with their headers.
+    pub deep: bool,
+    /// Those where that failed, by index.
     pub bad: Vec<BadImage>,
 }
 
-/// Decodes all images with `threads` threads (0: one per core); `progress` is told how many are done, of how many.
-pub fn verify(dataset: &Dataset, threads: usize, progress: &(dyn Fn(usize, usize) + Sync)) -> VerifyReport {
+/// Reads all images and their headers, and if it is to go deep, decodes them, with `threads` threads (0: one per core); `progress`
+/// is told how many are done, of how many.
+pub fn verify(
+    dataset: &Dataset,
+    deep: bool,
+    threads: usize,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> VerifyReport {
     let images = dataset.len();
     let check = |index: usize| {
         let encoded = dataset.read(index).map_err(|error| match error {
             DataError::Corrupt { reason, .. } => reason,
             error => error.to_string(),
         });
-        Ok::<_, Infallible>(encoded.and_then(|encoded| decode::decode(&encoded)).map(drop))
+        let look = |encoded: Vec<u8>| match deep {
+            true => decode::decode(&encoded).map(drop),
+            false => decode::header(&encoded).map(drop),
+        };
+        Ok::<_, Infallible>(encoded.and_then(look))
     };
     let Ok(results) = parallel::try_map(images, threads, &|done| progress(done, images), check);
     let bad = results
@@ -38,5 +50,5 @@ pub fn verify(dataset: &Dataset, threads: usize, progress: &(dyn Fn(usize, usize
             Some(BadImage { index, name: format!("image {index}"), reason })
         })
         .collect();
-    VerifyReport { path: dataset.path().to_owned(), images, bad }
+    VerifyReport { path: dataset.path().to_owned(), images, deep, bad }
 }

@@ -282,7 +282,7 @@ fn speed(run: &SavedRun, all: &mut Vec<Finding>) {
 fn records(run: &SavedRun, all: &mut Vec<Finding>) {
     let replaced: f64 = run.series("train/replaced").map(|(_, value)| value).sum();
     if replaced > 0.0 {
-        let hint = "console.log names them, and `jepa-host data verify` finds all.";
+        let hint = "console.log names them, and `jepa-host data verify --deep` finds all.";
         say(all, Tone::Watch, "Corrupt images were replaced by others", hint);
     }
     for damage in &run.damage {

@@ -16,7 +16,7 @@ use jepa_host::data::{
 };
 use jepa_plugin_api::Interpolation;
 
-use crate::fixtures::{jpeg, path, picture, png, small_set};
+use crate::fixtures::{jpeg, path, picture, png, small_set, write_reference};
 
 fn pack(source: &Path, out: &Path, options: &PackOptions) -> Result<PackReport, DataError> {
     data::pack(source, out, options, &|_| {})
@@ -399,7 +399,7 @@ fn a_corrupt_chunk_is_a_bad_image() {
     let dataset = Dataset::open(&source).unwrap();
     dataset.require_size(1).unwrap();
     assert_eq!(dataset.fingerprint().unwrap().len(), 64);
-    let bad = data::verify(&dataset, 1, &|_, _| {}).bad;
+    let bad = data::verify(&dataset, true, 1, &|_, _| {}).bad;
     assert_eq!(bad.len(), 1, "{bad:?}");
     let out = directory.path().join("out.h5");
     let report = pack(&source, &out, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap();
@@ -483,12 +483,22 @@ fn inspect_and_verify_tell_what_is_there() {
     assert_eq!((summary.sample.width, summary.sample.height), ((10, 32), (10, 20)));
     assert_eq!(summary.sample.formats.into_iter().collect::<Vec<_>>(), [("jpeg", 3), ("png", 2)]);
 
-    let report = data::verify(&Dataset::open(&packed).unwrap(), 2, &|_, _| {});
+    let report = data::verify(&Dataset::open(&packed).unwrap(), true, 2, &|_, _| {});
     assert!(report.bad.is_empty());
     let broken = small_set(directory.path(), 50, &[0, 33]);
-    let report = data::verify(&Dataset::open(broken).unwrap(), 2, &|_, _| {});
+    let report = data::verify(&Dataset::open(broken).unwrap(), true, 2, &|_, _| {});
     assert_eq!(report.images, 50);
     assert_eq!(report.bad.iter().map(|bad| bad.index).collect::<Vec<_>>(), [0, 33]);
-    let report = data::verify(&Dataset::open(path("bad_jpeg.h5")).unwrap(), 1, &|_, _| {});
-    assert_eq!(report.bad.iter().map(|bad| bad.index).collect::<Vec<_>>(), [3]);
+    for deep in [true, false] {
+        let report = data::verify(&Dataset::open(path("bad_jpeg.h5")).unwrap(), deep, 1, &|_, _| {});
+        assert_eq!(report.bad.iter().map(|bad| bad.index).collect::<Vec<_>>(), [3], "deep: {deep}");
+    }
+    // Noise within its data is nothing that a header tells.
+    let mut damaged = png(&picture(30, 20, 1));
+    let middle = damaged.len() / 2;
+    damaged[middle..middle + 8].fill(0);
+    let file = directory.path().join("damaged.h5");
+    write_reference(&file, &[damaged], None);
+    let bad = |deep| data::verify(&Dataset::open(&file).unwrap(), deep, 1, &|_, _| {}).bad.len();
+    assert_eq!((bad(false), bad(true)), (0, 1));
 }
