@@ -13,6 +13,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::augment::{Augmenter, Plan, Scratch};
 use super::decode::{Region, Rgb};
 use super::resample::CropBox;
+use crate::device::{DeviceError, pinned, to_device};
 
 static KERNELS: Program = Program::new("the loader's cropping", include_str!("cut.cu"));
 
@@ -169,12 +170,13 @@ fn catmull_rom(x: f64) -> f64 {
 ///
 /// # Errors
 /// Whatever libtorch reports.
-pub(super) fn cut(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, TchError> {
+pub(super) fn cut(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, DeviceError> {
+    let torch = |error: TchError| DeviceError::Torch(error.to_string());
     if slots.device() == Device::Cpu {
-        return cut_on_cpu(slots, cuts);
+        return cut_on_cpu(slots, cuts).map_err(torch);
     }
     let tables = Tables::new(slots, cuts)?;
-    let (rows, views) = (tables.rows()?, tables.views()?);
+    let (rows, views) = (tables.rows().map_err(torch)?, tables.views().map_err(torch)?);
     let (grid, block, args) = tables.launch_rows(slots, &rows);
     // SAFETY: a kernel of cut.cu, with slots that have what the cuts see, tables of them, and room for the rows.
     unsafe { KERNELS.launch("cut_rows", slots, grid, block, &args) };
@@ -234,21 +236,25 @@ struct AxisTables {
 }
 
 impl Tables {
-    fn new(slots: &Tensor, cuts: &[&Cut]) -> Result<Tables, TchError> {
-        let device = slots.device();
+    fn new(slots: &Tensor, cuts: &[&Cut]) -> Result<Tables, DeviceError> {
         let places = cuts.iter().flat_map(|cut| {
             let columns = cut.columns.length as i32;
             let precisions = [cut.rows.precision as i32, cut.columns.precision as i32];
             [cut.start as i32, cut.stride as i32, columns, precisions[0], precisions[1]]
         });
+        let places = Tensor::from_slice(&places.collect::<Vec<i32>>());
+        let rows = AxisTables::new(cuts.iter().map(|cut| &cut.rows));
+        let columns = AxisTables::new(cuts.iter().map(|cut| &cut.columns));
+        let all = [&places, &rows.starts, &rows.weights, &columns.starts, &columns.weights];
+        let [places, row_starts, row_weights, column_starts, column_weights] = at_once(slots.device(), all)?;
         Ok(Tables {
             images: cuts.len(),
             size: size_of(cuts),
             slot: slots.numel() / cuts.len(),
             widest: cuts.iter().map(|cut| cut.columns.length as usize).max().unwrap_or(0),
-            places: on(device, &places.collect::<Vec<i32>>())?,
-            rows: AxisTables::new(device, cuts.iter().map(|cut| &cut.rows))?,
-            columns: AxisTables::new(device, cuts.iter().map(|cut| &cut.columns))?,
+            places,
+            rows: AxisTables { starts: row_starts, weights: row_weights, ..rows },
+            columns: AxisTables { starts: column_starts, weights: column_weights, ..columns },
         })
     }
 
@@ -283,7 +289,7 @@ impl Tables {
 
 impl AxisTables {
     /// Of all axes, with as many taps as the one that has most.
-    fn new<'a>(device: Device, axes: impl Iterator<Item = &'a Axis> + Clone) -> Result<AxisTables, TchError> {
+    fn new<'a>(axes: impl Iterator<Item = &'a Axis> + Clone) -> AxisTables {
         let taps = axes.clone().map(|axis| axis.taps).max().unwrap_or(1);
         let starts: Vec<i32> =
             axes.clone().flat_map(|axis| &axis.starts).map(|start| *start as i32).collect();
@@ -294,7 +300,7 @@ impl AxisTables {
                 weights.extend(iter::repeat_n(0, taps - axis.taps));
             }
         }
-        Ok(AxisTables { taps, starts: on(device, &starts)?, weights: on(device, &weights)? })
+        AxisTables { taps, starts: Tensor::from_slice(&starts), weights: Tensor::from_slice(&weights) }
     }
 }
 
@@ -303,9 +309,20 @@ fn int(number: usize) -> Arg<'static> {
     Arg::Int(number as i32)
 }
 
-/// Numbers on a device, which is not waited for.
-fn on<T: tch::kind::Element>(device: Device, numbers: &[T]) -> Result<Tensor, TchError> {
-    Tensor::from_slice(numbers).f_to_device_(device, T::KIND, true, false)
+/// Copies on a device. A GPU is not waited for: from memory that it does not read by itself, more than 64 kB would be copied
+/// behind what is computed there, and this thread would wait for that.
+fn at_once<const N: usize>(device: Device, tensors: [&Tensor; N]) -> Result<[Tensor; N], DeviceError> {
+    if device == Device::Cpu {
+        return Ok(tensors.map(Tensor::shallow_clone));
+    }
+    let readable = tensors.iter().map(|tensor| {
+        let copy = pinned(&tensor.size(), tensor.kind())?;
+        copy.shallow_clone().f_copy_(tensor).map_err(|error| DeviceError::Torch(error.to_string()))?;
+        Ok(copy)
+    });
+    let readable = readable.collect::<Result<Vec<Tensor>, DeviceError>>()?;
+    let there = to_device(&readable.iter().collect::<Vec<_>>(), device)?;
+    Ok(there.try_into().expect("as many as there were"))
 }
 
 /// Whether views can be cut on that device: on a GPU that gives the same bytes for a picture that is tried. If it does not, a
@@ -319,19 +336,13 @@ pub fn cuts_on(device: Device) -> bool {
     if !KERNELS.runs("cut_rows", &probe) || !KERNELS.runs("cut_columns", &probe) {
         return false;
     }
-    let axis = |length| Axis::new(length, (0.3, f64::from(length) - 1.1), 40, Interpolation::Bicubic);
-    let cuts = [(90, 50), (30, 120)].map(|(high, wide)| Cut {
-        start: 6,
-        stride: 130,
-        rows: axis(high),
-        columns: axis(wide),
-    });
+    let (slots, cuts) = trial();
     let cuts = cuts.each_ref();
-    let slots = Tensor::from_slice(&(0..2 * 40_000_u32).map(|i| (i * i / 97) as u8).collect::<Vec<u8>>());
-    let slots = slots.view([2, -1]);
     let expected = cut_on_cpu(&slots, &cuts);
-    let made = slots.f_to_device(device).and_then(|slots| cut(&slots, &cuts)?.f_to_device(Device::Cpu));
-    let is_same = matches!((&made, &expected), (Ok(made), Ok(expected)) if made.equal(expected));
+    let made = to_device(&[&slots], device)
+        .and_then(|slots| cut(&slots[0], &cuts))
+        .and_then(|made| to_device(&[&made], Device::Cpu));
+    let is_same = matches!((&made, &expected), (Ok(made), Ok(expected)) if made[0].equal(expected));
     if !is_same {
         let made = made.err().map_or("they are others".to_owned(), |error| error.to_string());
         tracing::warn!(
@@ -339,6 +350,19 @@ pub fn cuts_on(device: Device) -> bool {
         );
     }
     is_same
+}
+
+/// Two slots, and a cut of each.
+fn trial() -> (Tensor, [Cut; 2]) {
+    let axis = |length| Axis::new(length, (0.3, f64::from(length) - 1.1), 40, Interpolation::Bicubic);
+    let cuts = [(90, 50), (30, 120)].map(|(high, wide)| Cut {
+        start: 6,
+        stride: 130,
+        rows: axis(high),
+        columns: axis(wide),
+    });
+    let pixels: Vec<u8> = (0..2 * 40_000_u64).map(|i| (i * i / 97) as u8).collect();
+    (Tensor::from_slice(&pixels).view([2, -1]), cuts)
 }
 
 #[cfg(test)]
@@ -401,6 +425,15 @@ mod tests {
             let (slots, cuts, views) = random_cuts(size, 120, &mut Rng::keyed(seed, 0, 0, 0));
             assert!(cut(&slots, &cuts.iter().collect::<Vec<_>>()).unwrap().equal(&views), "{size} px");
         }
+    }
+
+    #[test]
+    fn the_trial_has_something_to_see() {
+        let (slots, cuts) = trial();
+        let views = cut(&slots, &cuts.each_ref()).unwrap();
+        assert_eq!(views.size(), [2, 3, 40, 40]);
+        assert!(f64::try_from(views.to_kind(Kind::Float).std(false)).unwrap() > 20.0);
+        assert!(!cuts_on(Device::Cpu));
     }
 
     /// What CUDA's words mean on a CPU, and a loop in place of a grid.

@@ -221,9 +221,10 @@ impl RawBatch {
                             None => made[number].shallow_clone(),
                         };
                         finish(&pixels, &operations, augmenter.normalization())
+                            .map_err(|error| DeviceError::Torch(error.to_string()))
                     })
                 });
-                views.collect::<Result<_, _>>().map_err(|error| DeviceError::Torch(error.to_string()))?
+                views.collect::<Result<_, _>>()?
             }
         };
         Ok(LoadedBatch { views, labels, ..batch })

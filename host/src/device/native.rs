@@ -255,7 +255,7 @@ pub fn copy_all(targets: &[Tensor], sources: &[Tensor]) -> Result<(), DeviceErro
 }
 
 /// A contiguous tensor in memory of the CPU that `owner` owns, which is dropped when nothing refers to that memory any more, in
-/// whatever thread, and also when this fails. Of u8 or f32.
+/// whatever thread, and also when this fails. Of u8, i16, i32 or f32.
 ///
 /// # Errors
 /// Whatever libtorch reports.
@@ -296,7 +296,7 @@ pub unsafe fn tensor_over<O: Send + 'static>(
 }
 
 /// A contiguous tensor of any values in memory of the CPU that a GPU reads by itself. What is freed serves the next one, once no
-/// copy reads it any more. Of u8 or f32; needs a GPU.
+/// copy reads it any more. Of u8, i16, i32 or f32; needs a GPU.
 ///
 /// # Errors
 /// Whatever libtorch reports.
@@ -315,6 +315,8 @@ pub fn pinned(size: &[i64], kind: Kind) -> Result<Tensor, DeviceError> {
 fn scalar_type(kind: Kind) -> Result<i32, DeviceError> {
     match kind {
         Kind::Uint8 => Ok(0),
+        Kind::Int16 => Ok(2),
+        Kind::Int => Ok(3),
         Kind::Float => Ok(6),
         kind => Err(DeviceError::Torch(format!("no memory for {kind:?}"))),
     }
