@@ -90,7 +90,7 @@ at::Tensor norms(const std::vector<at::Tensor>& list) { return at::stack(at::_fo
 
 void jepa_native_free_string(char* text) { std::free(text); }
 
-int32_t jepa_native_api(void) { return 1; }
+int32_t jepa_native_api(void) { return 2; }
 
 const char* jepa_native_cpu_capability(void) {
     try {

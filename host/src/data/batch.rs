@@ -1,7 +1,6 @@
 //! The memory of one batch, filled by many threads at once without a copy, and used again for a later one.
 
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,10 +27,10 @@ pub(super) struct Kept {
     most: usize,
 }
 
-/// As long as a cache line, and aligned like one.
-#[derive(Debug)]
+/// As long as a cache line, and aligned like one, so for any number.
+#[derive(Clone, Debug)]
 #[repr(align(64))]
-struct Line(#[expect(dead_code, reason = "only its address is used")] [MaybeUninit<u8>; 64]);
+struct Line(#[expect(dead_code, reason = "only its address is used")] [u8; 64]);
 
 type Block = Vec<Line>;
 
@@ -56,8 +55,8 @@ impl Pool {
         let bytes = shape.iter().product::<i64>() as usize * size_of::<T>();
         let mut block = kept.take(bytes.div_ceil(size_of::<Line>()));
         let start = block.as_mut_ptr().cast();
-        // SAFETY: the block has so many bytes at least, aligned for any number. It is not moved when what owns it is, and
-        // nobody else knows of it until that is dropped.
+        // SAFETY: the block has so many bytes at least, aligned for any number. They are not moved when what owns the block is,
+        // and nobody else knows of them until that is dropped.
         unsafe { tensor_over(shape, T::KIND, start, Lent { block, from: kept.clone() }) }
     }
 }
@@ -67,7 +66,7 @@ impl Kept {
     fn take(&self, lines: usize) -> Block {
         let kept = self.blocks.lock().unwrap_or_else(PoisonError::into_inner).pop();
         // Only a last batch that is not full leaves one that is too small.
-        kept.filter(|block| block.capacity() >= lines).unwrap_or_else(|| Vec::with_capacity(lines))
+        kept.filter(|block| block.len() >= lines).unwrap_or_else(|| vec![Line([0; 64]); lines])
     }
 }
 
@@ -80,7 +79,8 @@ impl Drop for Lent {
     }
 }
 
-/// The tensors of a batch while they are being filled: one `(B, 3, S, S)` of T, f32 or u8, per view.
+/// The tensors of a batch while they are being filled: one `(B, 3, S, S)` of T, f32 or u8, per view; or one for all views, of u8,
+/// where each image has a slot as long as a picture of S × S, and its shape says nothing about what lies in it.
 ///
 /// Each sample's place is handed out once, as slices that overlap with no others, so filling needs no lock.
 #[derive(Debug)]
@@ -106,13 +106,18 @@ unsafe impl<T: Send> Send for BatchMemory<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for BatchMemory<T> {}
 
-/// Of which any bytes are a value.
-pub(super) trait Number: Element {}
-impl Number for f32 {}
-impl Number for u8 {}
+/// A number of a tensor.
+///
+/// # Safety
+/// Any bytes are a value of it.
+pub(super) unsafe trait Number: Element {}
+// SAFETY: they are.
+unsafe impl Number for f32 {}
+// SAFETY: they are.
+unsafe impl Number for u8 {}
 
 impl<T: Number> BatchMemory<T> {
-    /// Takes from the pool, without clearing it, the memory of `views` tensors for `samples` images of `size × size`.
+    /// Takes from the pool, as it is, the memory of `views` tensors for `samples` images of `size × size`.
     pub fn new(pool: &Pool, views: usize, samples: usize, size: u32) -> Result<BatchMemory<T>, DeviceError> {
         let shape = [samples as i64, 3, i64::from(size), i64::from(size)];
         let views = (0..views)
@@ -139,8 +144,8 @@ impl<T: Number> BatchMemory<T> {
             .map(|view| {
                 // SAFETY: the tensor is contiguous and of T's kind, with `taken.len() × sample_len` elements, and `position`
                 // is below `taken.len()`. It stays alive as long as `self`, from which the slice is borrowed. No other
-                // slice covers these elements, because `taken` lets each position pass once. Any bytes are a number;
-                // the allocator wrote or mapped these pages, and nothing reads them before they are written.
+                // slice covers these elements, because `taken` lets each position pass once. Any bytes are a
+                // number; a block was cleared when it was made, and pinned memory is what the system has mapped.
                 unsafe {
                     let start = view.start.cast::<T>().add(position * self.sample_len);
                     std::slice::from_raw_parts_mut(start, self.sample_len)
@@ -178,7 +183,10 @@ mod tests {
         let third = batch(&pool, 3);
         assert_eq!((third.data_ptr(), third.size()), (place, vec![3, 3, 4, 4]));
         drop(third);
-        assert_eq!(batch(&pool, 50).size(), [50, 3, 4, 4]);
+        let Pool::Kept(kept) = &pool else { panic!("it is not pinned") };
+        assert_eq!(kept.blocks.lock().unwrap()[0].len() * 64, 5 * 48 * 4);
+        assert!(kept.take(1000).len() >= 1000);
+        assert!(kept.blocks.lock().unwrap().is_empty());
     }
 
     #[test]
@@ -191,10 +199,14 @@ mod tests {
     }
 
     #[test]
-    fn a_tensor_outlives_the_pool() {
-        let held = batch(&Pool::new(false, 1), 2);
-        assert_eq!(held.zeros_like().size(), [2, 3, 4, 4]);
-        let _ = held.shallow_clone().fill_(3.0);
-        assert_eq!(f64::try_from(held.mean(tch::Kind::Float)).unwrap(), 3.0);
+    fn memory_stays_as_long_as_its_tensor_and_no_longer() {
+        let pool = Pool::new(false, 1);
+        let Pool::Kept(kept) = &pool else { panic!("it is not pinned") };
+        let kept = Arc::downgrade(kept);
+        let held = batch(&pool, 2);
+        drop(pool);
+        assert!(kept.upgrade().is_some_and(|kept| kept.blocks.lock().unwrap().is_empty()));
+        drop(held);
+        assert!(kept.upgrade().is_none());
     }
 }

@@ -31,19 +31,22 @@ pub(super) struct Cut {
     columns: Axis,
 }
 
-/// Of which pixels each pixel of a view is made, in one direction: pixel i of `weights[i]`, which add up to 1, and as many
-/// pixels from `starts[i]` on.
+/// Of which pixels each pixel of a view is made, in one direction: pixel i of the `taps` pixels from `starts[i]` on, times the weights
+/// from `weights[i * taps]` on.
 #[derive(Clone, Debug)]
 struct Axis {
     /// How many pixels the box has.
     length: u32,
     starts: Vec<u32>,
-    /// `taps` for each; 0 stands for a pixel that may not exist.
+    /// Times 2 to the power of `precision`, they add up to 1; 0 stands for a pixel that may not exist.
     weights: Vec<i16>,
     taps: usize,
     /// How many bits of the weights are behind the point.
     precision: u32,
 }
+
+/// More images than a grid of blocks has lines are not cut at once.
+pub(super) const MOST_IMAGES: usize = 65_535;
 
 /// Side of a slot, as a picture: room for what views of this size are usually made of, or for the views.
 pub(super) fn slot_side(size: u32, views: usize) -> u32 {
@@ -166,16 +169,20 @@ fn catmull_rom(x: f64) -> f64 {
     }
 }
 
-/// Cuts one view out of each slot: from u8 `(B, …)` to u8 `(B, 3, S, S)`, where the slots are.
+/// Cuts one view out of each slot: from u8 `(B, …)`, B up to [`MOST_IMAGES`], to u8 `(B, 3, S, S)`, where the slots are.
 ///
 /// # Errors
 /// Whatever libtorch reports.
-pub(super) fn cut(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, DeviceError> {
-    let torch = |error: TchError| DeviceError::Torch(error.to_string());
-    if slots.device() == Device::Cpu {
-        return cut_on_cpu(slots, cuts).map_err(torch);
+///
+/// # Panics
+/// When the kernels do not start on a GPU, of which [`cuts_on`] tells.
+pub(super) fn cut(slots: &Tensor, cuts: &[&Cut], size: u32) -> Result<Tensor, DeviceError> {
+    let (torch, size) = (|error: TchError| DeviceError::Torch(error.to_string()), size as usize);
+    if slots.device() == Device::Cpu || cuts.is_empty() {
+        let views = cut_on_cpu(slots, cuts, size).and_then(|views| views.f_to_device(slots.device()));
+        return views.map_err(torch);
     }
-    let tables = Tables::new(slots, cuts)?;
+    let tables = Tables::new(slots, cuts, size)?;
     let (rows, views) = (tables.rows().map_err(torch)?, tables.views().map_err(torch)?);
     let (grid, block, args) = tables.launch_rows(slots, &rows);
     // SAFETY: a kernel of cut.cu, with slots that have what the cuts see, tables of them, and room for the rows.
@@ -187,13 +194,11 @@ pub(super) fn cut(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, DeviceError> 
 }
 
 /// The same without kernels: what they are held against.
-fn cut_on_cpu(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, TchError> {
-    let slot = slots.numel() / cuts.len();
-    let mut pixels = vec![0; slots.numel()];
-    slots.f_contiguous()?.f_copy_data(&mut pixels, slots.numel())?;
-    let size = size_of(cuts);
+fn cut_on_cpu(slots: &Tensor, cuts: &[&Cut], size: usize) -> Result<Tensor, TchError> {
+    let slot = slots.numel() / cuts.len().max(1);
+    let pixels: Vec<u8> = slots.f_flatten(0, -1)?.try_into()?;
     let mut views = Vec::with_capacity(cuts.len() * 3 * size * size);
-    for (cut, slot) in cuts.iter().zip(pixels.chunks_exact(slot)) {
+    for (cut, slot) in cuts.iter().zip(pixels.chunks_exact(slot.max(1))) {
         let wide = cut.columns.length as usize;
         for channel in 0..3 {
             let pixel = |x: usize, y: usize| slot[cut.start + 3 * (y * cut.stride + x) + channel];
@@ -204,11 +209,6 @@ fn cut_on_cpu(slots: &Tensor, cuts: &[&Cut]) -> Result<Tensor, TchError> {
         }
     }
     Tensor::from_slice(&views).f_view([cuts.len() as i64, 3, size as i64, size as i64])
-}
-
-/// Side of the views.
-fn size_of(cuts: &[&Cut]) -> usize {
-    cuts.first().map_or(0, |cut| cut.rows.starts.len())
 }
 
 /// Threads in a block.
@@ -236,11 +236,11 @@ struct AxisTables {
 }
 
 impl Tables {
-    fn new(slots: &Tensor, cuts: &[&Cut]) -> Result<Tables, DeviceError> {
+    fn new(slots: &Tensor, cuts: &[&Cut], size: usize) -> Result<Tables, DeviceError> {
         let places = cuts.iter().flat_map(|cut| {
-            let columns = cut.columns.length as i32;
-            let precisions = [cut.rows.precision as i32, cut.columns.precision as i32];
-            [cut.start as i32, cut.stride as i32, columns, precisions[0], precisions[1]]
+            let Cut { start, stride, rows, columns } = cut;
+            let axes = [columns.length, rows.precision, columns.precision].map(|number| number as usize);
+            [*start, *stride, axes[0], axes[1], axes[2]].map(int)
         });
         let places = Tensor::from_slice(&places.collect::<Vec<i32>>());
         let rows = AxisTables::new(cuts.iter().map(|cut| &cut.rows));
@@ -249,7 +249,7 @@ impl Tables {
         let [places, row_starts, row_weights, column_starts, column_weights] = at_once(slots.device(), all)?;
         Ok(Tables {
             images: cuts.len(),
-            size: size_of(cuts),
+            size,
             slot: slots.numel() / cuts.len(),
             widest: cuts.iter().map(|cut| cut.columns.length as usize).max().unwrap_or(0),
             places,
@@ -272,7 +272,7 @@ impl Tables {
 
     fn launch_rows<'a>(&'a self, slots: &'a Tensor, rows: &'a Tensor) -> Launch<'a> {
         let AxisTables { taps, starts, weights } = &self.rows;
-        let numbers = [self.slot, self.size, self.widest, *taps].map(int);
+        let numbers = [self.slot, self.size, self.widest, *taps].map(|number| Arg::Int(int(number)));
         let tensors = [slots, &self.places, starts, weights].map(Arg::from);
         let args = tensors.into_iter().chain(numbers).chain([Arg::from(rows)]).collect();
         ([(self.size * self.widest).div_ceil(THREADS), self.images], [THREADS, 1], args)
@@ -280,7 +280,7 @@ impl Tables {
 
     fn launch_columns<'a>(&'a self, rows: &'a Tensor, views: &'a Tensor) -> Launch<'a> {
         let AxisTables { taps, starts, weights } = &self.columns;
-        let numbers = [self.size, self.widest, *taps].map(int);
+        let numbers = [self.size, self.widest, *taps].map(|number| Arg::Int(int(number)));
         let tensors = [rows, &self.places, starts, weights].map(Arg::from);
         let args = tensors.into_iter().chain(numbers).chain([Arg::from(views)]).collect();
         ([(self.size * self.size).div_ceil(THREADS), self.images], [THREADS, 1], args)
@@ -304,9 +304,9 @@ impl AxisTables {
     }
 }
 
-/// A number for a kernel: of slots and views, none is near 2³¹.
-fn int(number: usize) -> Arg<'static> {
-    Arg::Int(number as i32)
+/// A number for a kernel.
+fn int(number: usize) -> i32 {
+    i32::try_from(number).expect("a slot of less than 2³¹ bytes")
 }
 
 /// Copies on a device. A GPU is not waited for: from memory that it does not read by itself, more than 64 kB would be copied
@@ -325,44 +325,44 @@ fn at_once<const N: usize>(device: Device, tensors: [&Tensor; N]) -> Result<[Ten
     Ok(there.try_into().expect("as many as there were"))
 }
 
-/// Whether views can be cut on that device: on a GPU that gives the same bytes for a picture that is tried. If it does not, a
+/// Whether views can be cut on that device: on a GPU that gives the same bytes for pictures that are tried. If it does not, a
 /// warning says so.
 pub fn cuts_on(device: Device) -> bool {
-    let probe = Tensor::zeros([1], (Kind::Uint8, Device::Cpu));
-    let probe = match probe.f_to_device(device) {
-        Ok(probe) if device.is_cuda() => probe,
-        _ => return false,
-    };
-    if !KERNELS.runs("cut_rows", &probe) || !KERNELS.runs("cut_columns", &probe) {
+    if !device.is_cuda() {
         return false;
     }
-    let (slots, cuts) = trial();
-    let cuts = cuts.each_ref();
-    let expected = cut_on_cpu(&slots, &cuts);
-    let made = to_device(&[&slots], device)
-        .and_then(|slots| cut(&slots[0], &cuts))
-        .and_then(|made| to_device(&[&made], Device::Cpu));
-    let is_same = matches!((&made, &expected), (Ok(made), Ok(expected)) if made[0].equal(expected));
-    if !is_same {
-        let made = made.err().map_or("they are others".to_owned(), |error| error.to_string());
-        tracing::warn!(
-            "views are cropped in the loader's threads: this GPU does not give their bytes: {made}"
-        );
-    }
-    is_same
+    let reason = match tried(device) {
+        Ok(true) => return true,
+        Ok(false) => "this GPU does not give their bytes".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    tracing::warn!("views are cropped in the loader's threads: {reason}");
+    false
 }
 
-/// Two slots, and a cut of each.
-fn trial() -> (Tensor, [Cut; 2]) {
-    let axis = |length| Axis::new(length, (0.3, f64::from(length) - 1.1), 40, Interpolation::Bicubic);
-    let cuts = [(90, 50), (30, 120)].map(|(high, wide)| Cut {
-        start: 6,
-        stride: 130,
-        rows: axis(high),
-        columns: axis(wide),
+/// Whether views are there what they are here.
+fn tried(device: Device) -> Result<bool, DeviceError> {
+    let (slots, cuts, size) = trial();
+    let cuts = cuts.each_ref();
+    let expected = cut(&slots, &cuts, size)?;
+    let there = &to_device(&[&slots], device)?[0];
+    if !KERNELS.runs("cut_rows", there) || !KERNELS.runs("cut_columns", there) {
+        return Err(DeviceError::Torch("its kernels do not run".to_owned()));
+    }
+    let made = cut(there, &cuts, size)?;
+    Ok(to_device(&[&made], Device::Cpu)?[0].equal(&expected))
+}
+
+/// Two slots, a cut of each, and the side of their views.
+fn trial() -> (Tensor, [Cut; 2], u32) {
+    const SIZE: u32 = 40;
+    let cuts = [(6, 130, 90, 50, Interpolation::Bicubic), (33, 125, 30, 120, Interpolation::Bilinear)];
+    let cuts = cuts.map(|(start, stride, high, wide, filter)| {
+        let axis = |length| Axis::new(length, (0.3, f64::from(length) - 1.1), SIZE, filter);
+        Cut { start, stride, rows: axis(high), columns: axis(wide) }
     });
     let pixels: Vec<u8> = (0..2 * 40_000_u64).map(|i| (i * i / 97) as u8).collect();
-    (Tensor::from_slice(&pixels).view([2, -1]), cuts)
+    (Tensor::from_slice(&pixels).view([2, -1]), cuts, SIZE)
 }
 
 #[cfg(test)]
@@ -371,7 +371,7 @@ mod tests {
     use std::path::Path;
     use std::process::Command;
 
-    use jepa_plugin_api::Rng;
+    use jepa_plugin_api::{Rng, ViewSpec};
     use libloading::{Library, Symbol};
 
     use super::super::resample::Resampler;
@@ -423,17 +423,59 @@ mod tests {
     fn views_are_those_of_the_resampler() {
         for (size, seed) in [(7, 1), (16, 2), (33, 3)] {
             let (slots, cuts, views) = random_cuts(size, 120, &mut Rng::keyed(seed, 0, 0, 0));
-            assert!(cut(&slots, &cuts.iter().collect::<Vec<_>>()).unwrap().equal(&views), "{size} px");
+            assert!(cut(&slots, &cuts.iter().collect::<Vec<_>>(), size).unwrap().equal(&views), "{size} px");
         }
     }
 
     #[test]
     fn the_trial_has_something_to_see() {
-        let (slots, cuts) = trial();
-        let views = cut(&slots, &cuts.each_ref()).unwrap();
+        let (slots, cuts, size) = trial();
+        let views = cut(&slots, &cuts.each_ref(), size).unwrap();
         assert_eq!(views.size(), [2, 3, 40, 40]);
         assert!(f64::try_from(views.to_kind(Kind::Float).std(false)).unwrap() > 20.0);
         assert!(!cuts_on(Device::Cpu));
+        assert_eq!(cut(&slots.narrow(0, 0, 0), &[], 9).unwrap().size(), [0, 3, 9, 9]);
+    }
+
+    /// Where a slot has no room for what is seen, or a view is not cut at random, it has the views; otherwise, what is seen.
+    #[test]
+    fn a_slot_has_what_its_views_are_made_of() {
+        const SIZE: u32 = 16;
+        let mut rng = Rng::keyed(9, 0, 0, 0);
+        let crop = |name| ViewSpec::new(name).random_resized_crop((0.1, 1.0), Interpolation::Bicubic);
+        let center = ViewSpec::new("center").resize_center_crop(0.875, Interpolation::Bilinear);
+        let (crops, mixed) = ([crop("a"), crop("b")], [crop("a"), center]);
+        let a_box = |top, left, height, width| CropBox { top, left, height, width };
+        // Their boxes in an image of so many pixels, how many times smaller it was made, and the row of the slot.
+        let (near, far) =
+            ([a_box(2, 4, 20, 24), a_box(10, 0, 21, 24)], [a_box(0, 0, 8, 64), a_box(60, 0, 8, 64)]);
+        let halved = [a_box(3, 5, 40, 42), a_box(9, 7, 44, 50)];
+        let cases = [
+            (&crops, near, (40, 40), 1, 28),
+            (&crops, halved, (80, 80), 2, 27),
+            // Together they see 64 × 68 pixels.
+            (&crops, far, (64, 68), 1, 16),
+            // More than four times as wide as a view.
+            (&crops, [a_box(0, 0, 5, 70), a_box(0, 0, 5, 9)], (70, 5), 1, 16),
+            (&mixed, [a_box(2, 4, 20, 24), a_box(0, 0, 40, 40)], (40, 40), 1, 16),
+        ];
+        for (number, (specs, boxes, (width, height), shrink, stride)) in cases.into_iter().enumerate() {
+            let views = specs.each_ref().map(|spec| Augmenter::new(spec, SIZE).unwrap());
+            let pixels = picture(width / shrink, height / shrink, &mut rng);
+            let region = Region { shrink, ..Region::whole(&pixels) };
+            let plans = boxes.map(|crop| Plan { crop, operations: Vec::new() });
+            let side = slot_side(SIZE, views.len()) as usize;
+            let (mut slot, mut scratch) = (vec![0; 3 * side * side], Scratch::default());
+            let cuts = fill(&mut slot, &region, &views, &plans, &mut scratch);
+            let slot = Tensor::from_slice(&slot).view([1, -1]);
+            for ((view, plan), made) in views.iter().zip(&plans).zip(&cuts) {
+                assert_eq!(made.stride, stride, "case {number}");
+                let mut expected = vec![0; view.len()];
+                view.make_pixels(&region, plan, &mut scratch, &mut expected);
+                let made: Vec<u8> = cut(&slot, &[made], SIZE).unwrap().flatten(0, -1).try_into().unwrap();
+                assert!(made == expected, "case {number}");
+            }
+        }
     }
 
     /// What CUDA's words mean on a CPU, and a loop in place of a grid.
@@ -471,14 +513,7 @@ mod tests {
     type Run = unsafe extern "C" fn(u32, u32, u32, *mut *mut c_void);
 
     fn run(library: &Library, kernel: &str, (grid, block, args): Launch) {
-        let mut values: Vec<u64> = args
-            .iter()
-            .map(|arg| match arg {
-                Arg::Tensor(tensor) => tensor.map_or(0, |tensor| tensor.data_ptr() as u64),
-                Arg::Int(number) => u64::from(number.cast_unsigned()),
-                Arg::Float(number) => u64::from(number.to_bits()),
-            })
-            .collect();
+        let mut values: Vec<u64> = args.iter().map(|arg| arg.to_bits()).collect();
         let mut pointers: Vec<*mut c_void> =
             values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
         // SAFETY: the function has this type, and takes what the kernel does.
@@ -509,7 +544,7 @@ mod tests {
         let library = unsafe { Library::new(&library) }.unwrap();
         for (size, seed) in [(7, 4), (33, 5)] {
             let (slots, cuts, views) = random_cuts(size, 60, &mut Rng::keyed(seed, 0, 0, 0));
-            let tables = Tables::new(&slots, &cuts.iter().collect::<Vec<_>>()).unwrap();
+            let tables = Tables::new(&slots, &cuts.iter().collect::<Vec<_>>(), size as usize).unwrap();
             let (rows, made) = (tables.rows().unwrap(), tables.views().unwrap());
             run(&library, "cut_rows", tables.launch_rows(&slots, &rows));
             run(&library, "cut_columns", tables.launch_columns(&rows, &made));

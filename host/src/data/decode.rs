@@ -139,11 +139,12 @@ pub fn decode(encoded: &[u8]) -> Result<Rgb, String> {
     Ok(image)
 }
 
-/// Reads format and size without decoding the pixels, and of a JPEG whether it ends as one.
+/// Reads format and size without decoding the pixels, and whether the end is there.
 pub fn header(encoded: &[u8]) -> Result<Header, String> {
     let Encoded { decoder, width, height, .. } = Encoded::open(encoded)?;
-    if !matches!(decoder, Codec::Png(_)) {
-        check_jpeg_end(encoded)?;
+    match decoder {
+        Codec::Png(_) => check_png_end(encoded)?,
+        Codec::Jpeg(_) | Codec::Cmyk(_) => check_jpeg_end(encoded)?,
     }
     let format = if matches!(decoder, Codec::Png(_)) { "png" } else { "jpeg" };
     Ok(Header { format, width, height })
@@ -392,6 +393,19 @@ fn check_jpeg_end(encoded: &[u8]) -> Result<(), String> {
     if ended { Ok(()) } else { Err(format!("its data ends early, after {} bytes", encoded.len())) }
 }
 
+/// Refuses a PNG whose data ends before its last chunk.
+fn check_png_end(encoded: &[u8]) -> Result<(), String> {
+    let mut at = 8;
+    loop {
+        match encoded.get(at..at + 8) {
+            Some([_, _, _, _, b'I', b'E', b'N', b'D']) => return Ok(()),
+            // Of a chunk, the length is that of its data; its type and a checksum stand around it.
+            Some([a, b, c, d, ..]) => at += 12 + u32::from_be_bytes([*a, *b, *c, *d]) as usize,
+            _ => return Err(format!("its data ends early, after {} bytes", encoded.len())),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use image::{ExtendedColorType, ImageEncoder};
@@ -476,8 +490,10 @@ mod tests {
         let png = png(&noise, 64, 64, ExtendedColorType::Rgb8);
         for whole in [jpeg, png] {
             assert!(decode(&whole).is_ok());
+            assert!(header(&whole).is_ok());
             for kept in [1, 10, 100, whole.len() / 2, whole.len() - 50] {
                 assert!(decode(&whole[..kept]).is_err(), "{kept} of {} bytes", whole.len());
+                assert!(header(&whole[..kept]).is_err(), "{kept} of {} bytes", whole.len());
             }
         }
     }

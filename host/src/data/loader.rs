@@ -6,7 +6,7 @@
 //! One work item is one sample: a worker reads it, draws its views, decodes as much as they see of it, once, and writes
 //! them into their places in the batch's tensors. The consumer's thread allocates the next batch and hands out its items
 //! whenever it takes one, so at most [`prefetch`](LoaderOptions::prefetch) batches exist besides the one in use. Their memory serves
-//! later batches. In bytes that is
+//! later batches, and each loader keeps it until it is dropped. In bytes that is
 //!
 //! ```text
 //! (prefetch + 1) × batch_size × views × 3 × size² × 4   +   threads × (encoded + 6 × pixels of the largest image)
@@ -14,7 +14,7 @@
 //!
 //! 309 MB for 3 × 128 single views of 224 px, and nothing else grows with time. (A decoder holds a JPEG's planes beside its
 //! pixels; a PNG has up to 8 bytes for each pixel, and a progressive JPEG takes 12. With [`Augment::Gpu`], the 4 is a 1;
-//! where a GPU crops as well, up to 4 views count as 4. Pinned batches are rounded up to a power of two, which makes 309 MB 537.)
+//! where a GPU crops as well, up to 4 views count as 4, and up to 9 as 9. Pinned batches are rounded up to a power of two, which makes 309 MB 537.)
 
 use std::collections::{HashSet, VecDeque};
 use std::panic::{self, AssertUnwindSafe};
@@ -74,7 +74,7 @@ pub enum Decode {
     Exact,
 }
 
-/// Where views get their colours.
+/// Where views are made of decoded images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Augment {
@@ -131,10 +131,10 @@ pub struct LoaderOptions {
     pub on_error: OnError,
     /// How exactly images are decoded.
     pub decode: Decode,
-    /// Where views get their colours.
+    /// Where views are made of decoded images.
     pub augment: Augment,
     /// Whether views with [`Augment::Gpu`] are cropped and resized on the device as well, which [has to be able](super::cuts_on)
-    /// to do that fast: a CPU is not.
+    /// to do that fast: a CPU is not. Batches of more than 65,535 images never are.
     pub crop_on_device: bool,
     /// Batches that may be in the making or ready, besides the one that the consumer holds.
     pub prefetch: usize,
@@ -180,12 +180,13 @@ pub struct LoadedBatch {
     pub replaced: u64,
 }
 
-/// What is left to do to a view.
-#[derive(Clone, Debug)]
+/// What is left to do to the views of an image.
+#[derive(Clone, Debug, Default)]
 struct Left {
-    /// How it is cut out of the image's slot, if it is not there yet.
-    cut: Option<Cut>,
-    operations: Vec<Operation>,
+    /// How each is cut out of the image's slot, where the device crops.
+    cuts: Vec<Cut>,
+    /// What is done to each then.
+    operations: Vec<Vec<Operation>>,
 }
 
 /// A batch as the loader's threads have made it; [`finish`](Self::finish) does the rest.
@@ -193,8 +194,8 @@ struct Left {
 pub struct RawBatch {
     /// The same, but that views are u8 where something is left to do, and one tensor of slots where they are still to be cut.
     batch: LoadedBatch,
-    /// What is left to do to the views, of [`Augment::Gpu`]: of each image, of each view.
-    left: Option<Vec<Vec<Left>>>,
+    /// What is left to do to the views of each image, of [`Augment::Gpu`].
+    left: Option<Arc<Vec<Left>>>,
     shared: Arc<Shared>,
 }
 
@@ -212,13 +213,15 @@ impl RawBatch {
             None => made,
             Some(left) => {
                 let views = shared.views.iter().enumerate().map(|(number, augmenter)| {
-                    let left: Vec<&Left> = left.iter().map(|views| &views[number]).collect();
-                    let operations: Vec<&[Operation]> = left.iter().map(|left| &*left.operations).collect();
-                    let cuts: Option<Vec<&Cut>> = left.iter().map(|left| left.cut.as_ref()).collect();
+                    let operations: Vec<&[Operation]> =
+                        left.iter().map(|left| &*left.operations[number]).collect();
                     tch::no_grad(|| {
-                        let pixels = match cuts {
-                            Some(cuts) => cut::cut(&made[0], &cuts)?,
-                            None => made[number].shallow_clone(),
+                        let pixels = match shared.crop_on_device {
+                            true => {
+                                let cuts: Vec<&Cut> = left.iter().map(|left| &left.cuts[number]).collect();
+                                cut::cut(&made[0], &cuts, shared.size)?
+                            }
+                            false => made[number].shallow_clone(),
                         };
                         finish(&pixels, &operations, augmenter.normalization())
                             .map_err(|error| DeviceError::Torch(error.to_string()))
@@ -271,6 +274,7 @@ struct Shared {
     on_error: OnError,
     decode: Decode,
     augment: Augment,
+    /// Only of [`Augment::Gpu`].
     crop_on_device: bool,
     pool: Pool,
     clock: Arc<Clock>,
@@ -325,7 +329,9 @@ impl Loader {
             if threads == 0 { thread::available_parallelism().map_or(1, |n| n.get()) } else { threads };
         let warned = Mutex::default();
         let prefetch = prefetch.max(1);
-        let pool = Pool::new(pinned, (prefetch + 1) * views.len());
+        let crop_on_device = crop_on_device && augment == Augment::Gpu && batch_size <= cut::MOST_IMAGES;
+        let tensors = if crop_on_device { 1 } else { views.len() };
+        let pool = Pool::new(pinned, (prefetch + 1) * tensors);
         let shared = Arc::new(Shared {
             dataset,
             views,
@@ -492,7 +498,7 @@ enum Memory {
 #[derive(Debug)]
 struct PendingState {
     remaining: usize,
-    left: Vec<Vec<Left>>,
+    left: Vec<Left>,
     indices: Vec<u64>,
     labels: Vec<i64>,
     replaced: u64,
@@ -556,7 +562,7 @@ impl Batches {
         })?;
         let state = PendingState {
             remaining: indices.len(),
-            left: vec![Vec::new(); indices.len()],
+            left: vec![Left::default(); indices.len()],
             labels: vec![-1; indices.len()],
             indices: indices.clone(),
             replaced: 0,
@@ -659,7 +665,9 @@ impl Pending {
         }
         let (views, left) = match memory {
             Memory::Views(memory) => (memory.into_views(), None),
-            Memory::Pixels(memory) | Memory::Slots(memory) => (memory.into_views(), Some(state.left)),
+            Memory::Pixels(memory) | Memory::Slots(memory) => {
+                (memory.into_views(), Some(Arc::new(state.left)))
+            }
         };
         let batch = LoadedBatch {
             views,
@@ -695,8 +703,7 @@ struct Made {
     index: u64,
     label: i64,
     replaced: bool,
-    /// What is left to do to each view.
-    left: Vec<Left>,
+    left: Left,
 }
 
 impl Worker {
@@ -741,14 +748,11 @@ impl Worker {
                 }
             }
             Memory::Slots(memory) => {
-                for slot in memory.sample(position) {
-                    cuts = cut::fill(slot, &region, &shared.views, &plans, &mut self.scratch);
-                }
+                let slot = memory.sample(position).pop().expect("one tensor has the slots");
+                cuts = cut::fill(slot, &region, &shared.views, &plans, &mut self.scratch);
             }
         }
-        let mut cuts = cuts.into_iter();
-        let left = plans.into_iter().map(|plan| Left { cut: cuts.next(), operations: plan.operations });
-        let left = left.collect();
+        let left = Left { cuts, operations: plans.into_iter().map(|plan| plan.operations).collect() };
         lap.end(Work::Augment);
         let label = shared.dataset.labels().map_or(-1, |labels| labels[used as usize]);
         Ok(Made { index: used, label, replaced: used != index, left })

@@ -13,7 +13,7 @@ use super::DeviceError;
 use super::libtorch::mapped;
 use crate::linker;
 
-const API: i32 = 1;
+const API: i32 = 2;
 
 pub(super) type Handle = *mut c_void;
 pub(super) type ErrorOut = *mut *mut c_char;

@@ -109,6 +109,19 @@ fn shares_of_ranks_are_the_batches_of_one_process() {
 }
 
 #[test]
+fn a_share_of_a_last_batch_may_be_empty() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = small_set(directory.path(), 13, &[]);
+    for (augment, crop_on_device) in [(Augment::Cpu, false), (Augment::Gpu, false), (Augment::Gpu, true)] {
+        let share = Share::OfEachBatch { part: 0, parts: 6 };
+        let options = LoaderOptions { share, drop_last: false, augment, crop_on_device, ..options(1) };
+        let sizes: Vec<_> =
+            loader(&path, options).batches(0, 0).map(|batch| finished(batch).views[1].size()).collect();
+        assert_eq!(sizes, [[1, 3, 8, 8], [1, 3, 8, 8], [0, 3, 8, 8]]);
+    }
+}
+
+#[test]
 fn shapes_types_and_labels_are_as_promised() {
     let directory = tempfile::tempdir().unwrap();
     let loader = loader(&small_set(directory.path(), 20, &[]), options(2));

@@ -84,6 +84,18 @@ pub enum Arg<'a> {
     Float(f32),
 }
 
+impl Arg<'_> {
+    /// What the kernel finds, in the first of these bytes.
+    #[doc(hidden)]
+    pub fn to_bits(self) -> u64 {
+        match self {
+            Arg::Tensor(tensor) => tensor.map_or(0, |tensor| tensor.data_ptr() as u64),
+            Arg::Int(number) => u64::from(number.cast_unsigned()),
+            Arg::Float(number) => u64::from(number.to_bits()),
+        }
+    }
+}
+
 impl<'a> From<&'a Tensor> for Arg<'a> {
     fn from(tensor: &'a Tensor) -> Self {
         Arg::Tensor(Some(tensor))
@@ -146,14 +158,7 @@ impl Program {
         }
         let size = |side: usize| u32::try_from(side).expect("a grid of at most 2³² blocks a side");
         // Each in eight bytes, of which a number takes the first four.
-        let mut values: Vec<u64> = args
-            .iter()
-            .map(|arg| match arg {
-                Arg::Tensor(tensor) => tensor.map_or(0, |tensor| tensor.data_ptr() as u64),
-                Arg::Int(number) => u64::from(number.cast_unsigned()),
-                Arg::Float(number) => u64::from(number.to_bits()),
-            })
-            .collect();
+        let mut values: Vec<u64> = args.iter().map(|arg| arg.to_bits()).collect();
         let mut pointers: Vec<*mut c_void> =
             values.iter_mut().map(|value| ptr::from_mut(value).cast()).collect();
         let (grid, block) = (grid.map(size), block.map(size));

@@ -301,9 +301,7 @@ fn print_verify(report: &VerifyReport, out: &mut dyn Write) -> io::Result<()> {
         let images = count(report.images as u64, "image");
         let sound = match report.deep {
             true => "and all of them decode",
-            false => {
-                "and all of them can be read and begin and end as they should; --deep decodes them as well"
-            }
+            false => "all have a header that can be read, and none is cut off; --deep decodes them as well",
         };
         writeln!(out, "{}: {images}, {sound}", report.path.display())?;
     }
