@@ -185,8 +185,8 @@ PYTHON
     printf '%s\n' "${names[@]}" >"$deps/site/.cuda"
 }
 
-# Whether the libtorch in use has NCCL and its headers beside it.
-has_nccl() {
+# Whether the libtorch in use has CUDA and NCCL, with their headers beside it.
+has_cuda() {
     local torch
     torch=$(realpath "$deps/site/torch")
     [[ -f $torch/lib/libtorch_cuda.so && -f $(dirname "$torch")/nvidia/nccl/include/nccl.h ]]
@@ -260,8 +260,8 @@ if [[ -n ${CUDA:-} && $CUDA != 0 ]]; then install_cuda; fi
 if [[ -n ${WANDB:-} && $WANDB != 0 ]]; then install_wandb; fi
 build libjepa_torch_0_24.so host/bridge "80 s on two cores"
 build libjepa_native.so host/native "25 s"
-if has_nccl; then
+if has_cuda; then
     install_cuda_headers
-    build libjepa_nccl.so host/native/nccl "20 s"
+    build libjepa_cuda.so host/native/cuda "40 s"
 fi
 say "ready"

@@ -136,7 +136,7 @@ bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size
 bool jepa_comm_join_nccl(jepa_comm comm, const char* name, const char* library, char** error) {
     return guarded(error, [&] {
         const Quiet quiet;
-        // Of nccl/nccl.cpp. It stays open: its process groups have threads.
+        // Of cuda/nccl.cpp. It stays open: its process groups have threads.
         using Join = bool (*)(void*, const char*, int32_t, int32_t, int64_t, void*, char**);
         void* opened_library = dlopen(library, RTLD_NOW | RTLD_LOCAL);
         TORCH_CHECK(opened_library != nullptr, dlerror());

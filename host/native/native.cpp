@@ -221,6 +221,18 @@ bool jepa_grads(size_t count, const jepa_tensor* params, jepa_tensor* out, char*
     });
 }
 
+bool jepa_set_grads(size_t count, const jepa_tensor* params, const jepa_tensor* grads, char** error) {
+    return guarded(error, [&] {
+        const auto list = all("params", count, params);
+        for (size_t i = 0; i < count; ++i) {
+            const auto grad = grads[i] == nullptr ? at::Tensor() : tensor(grads[i]);
+            TORCH_CHECK(!grad.defined() || grad.sizes() == list[i].sizes(), "grads[", i, "] has sizes ", grad.sizes(),
+                        " where the parameter has ", list[i].sizes());
+            list[i].mutable_grad() = grad;
+        }
+    });
+}
+
 bool jepa_zero_grads(size_t count, const jepa_tensor* params, char** error) {
     return guarded(error, [&] {
         for (auto& param : all("params", count, params)) {

@@ -85,6 +85,9 @@ bool jepa_clip(size_t count, const jepa_tensor* tensors, jepa_tensor norm, doubl
 /* Stores in out[i] a handle of params[i].grad, or NULL where there is no gradient. */
 bool jepa_grads(size_t count, const jepa_tensor* params, jepa_tensor* out, char** error);
 
+/* params[i].grad becomes grads[i], of the same size, or undefined where that is NULL. */
+bool jepa_set_grads(size_t count, const jepa_tensor* params, const jepa_tensor* grads, char** error);
+
 /* Drops the gradients: .grad becomes undefined. */
 bool jepa_zero_grads(size_t count, const jepa_tensor* params, char** error);
 
@@ -119,6 +122,10 @@ bool jepa_pinned(size_t dimensions, const int64_t* sizes, int32_t dtype, jepa_te
  * the copies. Those of tensors that are not pinned wait for the copying. */
 bool jepa_to_gpu(size_t count, const jepa_tensor* tensors, int32_t device, jepa_tensor* out, char** error);
 
+/* From now on this thread computes on a stream of its own on a GPU, behind what it has queued there, and not on the default one,
+ * which cannot be recorded (cuda/graph.cpp). */
+bool jepa_own_stream(int32_t device, char** error);
+
 /* The most bytes of a GPU that tensors have had at any moment so far. */
 bool jepa_gpu_peak_bytes(int32_t device, uint64_t* bytes, char** error);
 
@@ -144,7 +151,7 @@ bool jepa_comm_get(jepa_comm comm, const char* key, int64_t timeout_ms, char** v
  * GLOO_SOCKET_IFNAME, or of the machine's name. */
 bool jepa_comm_join(jepa_comm comm, const char* name, int32_t rank, int32_t size, const char* address, char** error);
 
-/* After that: ranks with GPUs talk over NCCL about tensors there. `library` is that of nccl/build.sh, and libtorch_cuda has to be
+/* After that: ranks with GPUs talk over NCCL about tensors there. `library` is that of cuda/build.sh, and libtorch_cuda has to be
  * in the process. */
 bool jepa_comm_join_nccl(jepa_comm comm, const char* name, const char* library, char** error);
 

@@ -90,6 +90,18 @@ bool jepa_copy(size_t count, const jepa_tensor* targets, const jepa_tensor* sour
     });
 }
 
+bool jepa_own_stream(int32_t device_number, char** error) {
+    return guarded(error, [&] {
+        const auto device = gpu(device_number);
+        const c10::impl::VirtualGuardImpl cuda(c10::DeviceType::CUDA);
+        const auto own = cuda.getStreamFromGlobalPool(device);
+        c10::Event queued(c10::DeviceType::CUDA);
+        queued.record(cuda.getStream(device));
+        queued.block(own);
+        cuda.exchangeStream(own);
+    });
+}
+
 bool jepa_gpu_peak_bytes(int32_t device_number, uint64_t* bytes, char** error) {
     return guarded(error, [&] {
         const auto device = gpu(device_number);

@@ -78,6 +78,14 @@ pub trait Method: Send + Sized + 'static {
     /// 1.0 check nothing.
     const NEEDS_LABELS: bool = false;
 
+    /// Whether [`step`](Method::step) queues the same operations on a GPU for every training batch of one size, so that the
+    /// host may record them once as a CUDA graph (`trainer.cuda_graphs`). It computes with [`Batch::views`] and
+    /// [`Batch::labels`] on the device, and may draw there by libtorch's generator; it looks at no number of a tensor, which
+    /// would wait for the GPU, draws nothing on the CPU, and uses nothing else of the batch that changes. Masks
+    /// whose visible cells are counted do not keep to that. The host compares a replayed step with a computed one before it
+    /// goes on. Since API 1.1; hosts of 1.0 record nothing.
+    const CAPTURABLE: bool = false;
+
     /// The keys under `method.`: a struct with a serde default for every field. Its schema, its defaults and its doc
     /// comments are what `jepa-host plugin info` prints, and what the host validates a configuration against.
     type Options: DeserializeOwned + Serialize + JsonSchema;

@@ -4,13 +4,13 @@
 use std::time::Duration;
 
 use jepa_host::config;
-use jepa_host::device::{choose, gradients, pinned, to_device};
+use jepa_host::device::{choose, gradients, has_cuda_library, pinned, to_device};
 use jepa_host::dist::{Comm, Keeper, Launch, Launcher, Reduce};
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions};
 use jepa_plugin_api::{Params, tch};
 use jepa_tests::draw::Draw;
 use jepa_tests::ranks::free_port;
-use jepa_tests::real::say_not_tried;
+use jepa_tests::real::{Room, TINY_BACKBONE, TINY_SIMCLR, demo_images, records, say_not_tried, setting};
 use sparse_conv::FeatureMap;
 use tch::{Device, Kind, Tensor};
 
@@ -166,7 +166,7 @@ fn one_rank_talks_to_itself_over_nccl() {
     };
     let comm = Comm::join(launch, Duration::from_secs(60)).unwrap();
     if !comm.join_gpus().unwrap() {
-        return say_not_tried("libjepa_nccl.so is not there");
+        return say_not_tried("libjepa_cuda.so is not there");
     }
     let x = Tensor::arange(1000, (Kind::Float, gpu));
     let mut sum = x.copy();
@@ -194,4 +194,39 @@ fn one_rank_talks_to_itself_over_nccl() {
     // In each round the figures, a part of the last two parameters and one of the first.
     let traffic = comm.traffic();
     assert_eq!((traffic.times, traffic.parts_of_gradients), (3, 9));
+}
+
+/// Of 12 steps of SimCLR, the first two are computed in both runs, and the others come out of a CUDA graph in one of them. Its kernels
+/// are the same, with other memory: what differs is what sums in another order make.
+#[test]
+fn steps_out_of_a_cuda_graph_are_the_same() {
+    let Some(_) = gpu("CUDA graphs") else { return };
+    if !has_cuda_library() {
+        return say_not_tried("libjepa_cuda.so is not there");
+    }
+    let losses = |more: &[&str]| {
+        let room = Room::new();
+        let settings =
+            ["optimizer.warmup_epochs=0", "trainer.max_steps=12", "trainer.clip=1.0", "eval.every_epochs=0"];
+        let arguments =
+            ["--plugin", "simclr"].iter().chain(&TINY_BACKBONE).chain(&TINY_SIMCLR).chain(&settings);
+        let images = setting("data.train", &demo_images());
+        let all =
+            arguments.copied().chain([images.as_str(), "trainer.device=cuda"]).chain(more.iter().copied());
+        let ended = room.run(all).expect(0);
+        let of_step =
+            |record: &serde_json::Value| record.get("train/loss").and_then(serde_json::Value::as_f64);
+        let losses: Vec<f64> =
+            records(&room.file("runs/simclr/version_0")).iter().filter_map(of_step).collect();
+        (losses, ended.stderr.contains("CUDA graph from here on"))
+    };
+    let ((computed, _), (replayed, recorded)) = (losses(&[]), losses(&["trainer.cuda_graphs=true"]));
+    assert!(recorded);
+    assert_eq!((computed.len(), &computed[..2]), (12, &replayed[..2]));
+    for (step, (computed, replayed)) in computed.iter().zip(&replayed).enumerate() {
+        assert!(
+            (computed - replayed).abs() < 1e-3 * computed,
+            "step {step}: {replayed} instead of {computed}"
+        );
+    }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use jepa_host::config::{self, Algorithm, LrScale};
-use jepa_host::device::ema_update;
+use jepa_host::device::{ema_update, gradients, set_gradients};
 use jepa_host::train::{Optimizer, Progress, StepSettings, ema_momentum, learning_rate, weight_decay};
 use jepa_plugin_api::EmaSchedule;
 use jepa_tests::fixture::{Fixture, assert_close, path};
@@ -202,4 +202,20 @@ fn schedules_equal_lightly() {
     for (step, theirs) in values.iter().enumerate() {
         near("weight decay", weight_decay(step as u64, values.len() as u64, start, Some(end)), theirs);
     }
+}
+
+#[test]
+fn gradients_that_are_handed_over_are_the_parameters_own() {
+    let params =
+        [2i64, 3].map(|n| Tensor::ones([n], (tch::Kind::Float, tch::Device::Cpu)).set_requires_grad(true));
+    let first = Tensor::from_slice(&[5f32, 6.0]);
+    set_gradients(&params, &[Some(first.shallow_clone()), None]).expect("handed over");
+    let own = gradients(&params).expect("gradients");
+    assert_eq!(own[0].as_ref().map(Tensor::data_ptr), Some(first.data_ptr()), "no copy");
+    assert!(own[1].is_none());
+    set_gradients(&params, &[None, None]).expect("handed over");
+    assert!(params.iter().all(|param| !param.grad().defined()));
+    let too_large =
+        set_gradients(&params, &[Some(Tensor::ones([3], (tch::Kind::Float, tch::Device::Cpu))), None]);
+    assert!(too_large.unwrap_err().to_string().contains("grads[0] has sizes [3]"));
 }

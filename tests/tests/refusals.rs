@@ -342,7 +342,7 @@ fn a_plugin_that_is_not_there_names_the_places() {
 #[test]
 fn settings_that_make_no_sense_are_refused() {
     let images = setting("data.train", &demo_images());
-    let cases: [(&str, &[&str]); 12] = [
+    let cases: [(&str, &[&str]); 13] = [
         ("optimizer.lrr=1", &["optimizer.lrr (command line): unknown key", "did you mean optimizer.lr"]),
         ("method.predictor.depht=3", &["method.predictor.depht (command line)", "method.predictor.depth?"]),
         ("backbone.widht=8", &["backbone.widht (command line): unknown key", "did you mean backbone.width?"]),
@@ -354,6 +354,7 @@ fn settings_that_make_no_sense_are_refused() {
         ("trainer.device=toaster", &["trainer.device", "toaster"]),
         ("checkpoint.best=eval/knn_top", &["checkpoint.best (command line)", "did you mean eval/knn_top1?"]),
         ("trainer.accumulate=501", &["8000 images", "batch_size 128", "accumulate 501"]),
+        ("trainer.cuda_graphs=true", &["methods whose every step is the same", "cnn_jepa does not say that"]),
         ("nonsense", &["`nonsense` is neither a subcommand nor a setting, which reads key=value"]),
     ];
     let room = Room::new();

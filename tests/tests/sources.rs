@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use jepa_tests::author::workspace;
 
 /// Where `unsafe` may stand, and why there. A file that ends in a slash is a folder.
-const UNSAFE: [(&str, &str); 19] = [
+const UNSAFE: [(&str, &str); 20] = [
     ("plugin-api/src/abi/", "the boundary"),
     ("plugin-api/src/lib.rs", "`export_plugin!` exports the boundary's two symbols"),
     ("plugin-api/src/autograd.rs", "bindings to host/bridge/autograd.cpp"),
@@ -19,6 +19,7 @@ const UNSAFE: [(&str, &str); 19] = [
     ("host/src/plugin/", "the boundary, on the host's side"),
     ("host/src/device/native.rs", "bindings to host/native"),
     ("host/src/device/ranks.rs", "bindings to host/native, of ranks"),
+    ("host/src/device/graph.rs", "bindings to host/native/cuda"),
     ("host/src/device/cuda.rs", "opens libtorch_cuda before the first CUDA call"),
     ("host/src/device/libtorch.rs", "asks the dynamic linker where libtorch is"),
     ("host/src/device/memory.rs", "asks the C library what memory it holds, and to keep it"),

@@ -8,7 +8,7 @@ use super::state::State;
 use crate::plugin::PluginRecord;
 
 /// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
     "run.",
     "track.",
     "checkpoint.",
@@ -18,6 +18,7 @@ const FREE: [&str; 11] = [
     "data.train",
     "data.val",
     "data.upscale",
+    "trainer.cuda_graphs",
     "trainer.log_every_steps",
     "trainer.max_steps",
 ];

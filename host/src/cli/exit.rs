@@ -119,7 +119,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     match cause.downcast_ref::<TrainError>()? {
         TrainError::Interrupted { signal, .. } | TrainError::Stopped { signal } => Some(128 + *signal as u8),
-        TrainError::Declaration { .. } => Some(6),
+        TrainError::Declaration { .. } | TrainError::NotCapturable { .. } => Some(6),
         TrainError::NoStep { .. } => Some(2),
         TrainError::Diverged { .. }
         | TrainError::Collapsed { .. }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Args;
-use jepa_plugin_api::abi::MethodHandle;
+use jepa_plugin_api::abi::{MethodHandle, MethodOffer};
 use jepa_plugin_api::{Rng, RunFacts, tch};
 use serde_json::{Value, json};
 
@@ -90,10 +90,11 @@ impl Session {
         Ok(Arc::new(set))
     }
 
-    /// Whether the method learns from labels.
-    pub fn needs_labels(&self) -> anyhow::Result<bool> {
+    /// What the method's plugin says about it.
+    pub fn offer(&self) -> anyhow::Result<&MethodOffer> {
         let (plugin, _) = self.registry.find(Kind::Method, &self.method)?;
-        Ok(plugin.plugin.offer().methods.iter().any(|offer| offer.name == self.method && offer.needs_labels))
+        let of_name = |offer: &&MethodOffer| offer.name == self.method;
+        plugin.plugin.offer().methods.iter().find(of_name).context("the method is on no offer")
     }
 
     /// Builds the method on `device` for a training set of so many `classes`, images without a label, and steps an

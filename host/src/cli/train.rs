@@ -22,7 +22,7 @@ use crate::checkpoint::{
 };
 use crate::config::{Base, Config, Data, Layers, LrScale, nearest};
 use crate::data::{Augment, Dataset, Loader, LoaderOptions, Share, cuts_on};
-use crate::device::{cpu_capability, libtorch};
+use crate::device::{Graph, cpu_capability, libtorch};
 use crate::dist::{Comm, DistError, Launch, Launcher};
 use crate::eval::{Evaluation, evaluation_view};
 use crate::plugin::{Kind, LoadedPlugin, PluginSources};
@@ -303,6 +303,29 @@ pub(super) struct Prepared {
     pub state: State,
 }
 
+/// Sees to it that steps can be recorded.
+fn prepare_graphs(session: &Session, device: tch::Device, comm: Option<&Comm>) -> anyhow::Result<()> {
+    let of = "trainer.cuda_graphs is for";
+    if !session.offer()?.capturable {
+        let method = &session.method;
+        return Err(Usage(format!(
+            "{of} methods whose every step is the same to a GPU, and {method} does not say that its steps are; use \
+             trainer.cuda_graphs=false"
+        ))
+        .into());
+    }
+    if session.config().trainer.accumulate > 1 || comm.is_some() {
+        return Err(Usage(format!("{of} runs of one process with trainer.accumulate=1")).into());
+    }
+    match device {
+        tch::Device::Cuda(number) => Ok(Graph::prepare(number)?),
+        _ => {
+            tracing::warn!("{of} GPUs: it changes nothing on a CPU");
+            Ok(())
+        }
+    }
+}
+
 /// What a run begins with.
 struct Begun {
     prepared: Prepared,
@@ -324,13 +347,16 @@ pub(super) fn prepare(
             "data.augment = \"gpu\" on a CPU: colours take the time of the steps, which is slower"
         );
     }
+    if config.trainer.cuda_graphs {
+        prepare_graphs(session, device, comm)?;
+    }
     let crop_on_device = config.data.augment == Augment::Gpu && cuts_on(device);
     let train_set = session.open_images("data.train", config.train_file()?)?;
     let val_set = match &config.data.val {
         Some(path) if purpose != Purpose::Measuring => Some(session.open_images("data.val", path)?),
         _ => None,
     };
-    if session.needs_labels()? {
+    if session.offer()?.needs_labels {
         require_labels(&session.method, &train_set, val_set.as_deref())?;
     }
 

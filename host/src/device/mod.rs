@@ -2,6 +2,7 @@
 
 mod autocast;
 mod cuda;
+mod graph;
 mod libtorch;
 mod memory;
 mod native;
@@ -14,11 +15,13 @@ use jepa_plugin_api::tch;
 use thiserror::Error;
 
 pub use autocast::autocast_bf16;
+pub use graph::Graph;
 pub use libtorch::{Libtorch, check_native, libtorch};
 pub use memory::{allocated_bytes, keep_freed_memory, peak_resident_bytes};
 pub use native::{
-    AdamW, Sgd, adamw_step, clip_gradients, copy_all, cpu_capability, ema_update, gradients, lars_scale,
-    peak_gpu_bytes, pinned, sgd_step, tensor_over, to_device, total_norm, zero_gradients,
+    AdamW, Sgd, adamw_step, clip_gradients, copy_all, cpu_capability, ema_update, gradients,
+    has_cuda_library, lars_scale, peak_gpu_bytes, pinned, set_gradients, sgd_step, tensor_over, to_device,
+    total_norm, zero_gradients,
 };
 pub use openmp::begin_with_calm_threads;
 pub use ranks::{Exchange, ProcessGroup, Store, Traffic};

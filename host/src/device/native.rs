@@ -15,6 +15,9 @@ use crate::linker;
 
 const API: i32 = 2;
 
+/// What needs libtorch_cuda itself (`host/native/cuda`), beside the bridge after `make setup CUDA=1`.
+pub(super) const CUDA: &str = "libjepa_cuda.so";
+
 pub(super) type Handle = *mut c_void;
 pub(super) type ErrorOut = *mut *mut c_char;
 
@@ -45,6 +48,7 @@ pub(super) struct Native {
     total_norm: unsafe extern "C" fn(usize, *const Handle, *mut Handle, ErrorOut) -> bool,
     clip: unsafe extern "C" fn(usize, *const Handle, Handle, f64, ErrorOut) -> bool,
     grads: unsafe extern "C" fn(usize, *const Handle, *mut Handle, ErrorOut) -> bool,
+    set_grads: unsafe extern "C" fn(usize, *const Handle, *const Handle, ErrorOut) -> bool,
     zero_grads: unsafe extern "C" fn(usize, *const Handle, ErrorOut) -> bool,
     #[allow(clippy::type_complexity)]
     fused_sgd: unsafe extern "C" fn(
@@ -73,6 +77,7 @@ pub(super) struct Native {
     ) -> bool,
     pinned: unsafe extern "C" fn(usize, *const i64, i32, *mut Handle, ErrorOut) -> bool,
     to_gpu: unsafe extern "C" fn(usize, *const Handle, i32, *mut Handle, ErrorOut) -> bool,
+    own_stream: unsafe extern "C" fn(i32, ErrorOut) -> bool,
     gpu_peak_bytes: unsafe extern "C" fn(i32, *mut u64, ErrorOut) -> bool,
     #[allow(clippy::type_complexity)]
     pub(super) comm_open:
@@ -120,6 +125,11 @@ pub(super) fn beside_bridge(name: &str) -> PathBuf {
     folder.join(name)
 }
 
+/// Whether the library is there that NCCL and CUDA graphs need.
+pub fn has_cuda_library() -> bool {
+    beside_bridge(CUDA).exists()
+}
+
 fn open(path: &std::path::Path) -> Result<Native, String> {
     let words = |error| linker::words(&error);
     // SAFETY: the library is ours; its initialisers do nothing.
@@ -143,6 +153,7 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             total_norm: *library.get(b"jepa_total_norm").map_err(words)?,
             clip: *library.get(b"jepa_clip").map_err(words)?,
             grads: *library.get(b"jepa_grads").map_err(words)?,
+            set_grads: *library.get(b"jepa_set_grads").map_err(words)?,
             zero_grads: *library.get(b"jepa_zero_grads").map_err(words)?,
             fused_sgd: *library.get(b"jepa_fused_sgd").map_err(words)?,
             lars_scale: *library.get(b"jepa_lars_scale").map_err(words)?,
@@ -150,6 +161,7 @@ fn open(path: &std::path::Path) -> Result<Native, String> {
             tensor_over: *library.get(b"jepa_tensor_over").map_err(words)?,
             pinned: *library.get(b"jepa_pinned").map_err(words)?,
             to_gpu: *library.get(b"jepa_to_gpu").map_err(words)?,
+            own_stream: *library.get(b"jepa_own_stream").map_err(words)?,
             gpu_peak_bytes: *library.get(b"jepa_gpu_peak_bytes").map_err(words)?,
             comm_open: *library.get(b"jepa_comm_open").map_err(words)?,
             comm_close: *library.get(b"jepa_comm_close").map_err(words)?,
@@ -341,6 +353,15 @@ pub fn to_device(tensors: &[&Tensor], device: Device) -> Result<Vec<Tensor>, Dev
     Ok(out.into_iter().map(|handle| unsafe { Tensor::from_ptr(handle.cast()) }).collect())
 }
 
+/// Lets this thread compute on a stream of its own on a GPU, which [`Graph`](super::Graph) needs.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn own_stream(device_number: usize) -> Result<(), DeviceError> {
+    // SAFETY: no pointers but that of the error.
+    library()?.checked(|native, error| unsafe { (native.own_stream)(device_number as i32, error) })
+}
+
 /// The most memory that tensors have had on a GPU at any moment so far, in bytes; `None` for the CPU.
 ///
 /// # Errors
@@ -368,6 +389,23 @@ pub fn gradients(params: &[Tensor]) -> Result<Vec<Option<Tensor>>, DeviceError> 
     // SAFETY: a handle that goes out is ours.
     let own = |handle: Handle| (!handle.is_null()).then(|| unsafe { Tensor::from_ptr(handle.cast()) });
     Ok(out.into_iter().map(own).collect())
+}
+
+/// Gives each parameter this gradient, of its size, or none.
+///
+/// # Errors
+/// Whatever libtorch reports.
+pub fn set_gradients(params: &[Tensor], gradients: &[Option<Tensor>]) -> Result<(), DeviceError> {
+    assert_eq!(params.len(), gradients.len(), "gradients");
+    let params = handles(params);
+    let or_null = |gradient: &Option<Tensor>| {
+        gradient.as_ref().map_or(std::ptr::null_mut(), |gradient| gradient.as_ptr().cast_mut().cast())
+    };
+    let gradients: Vec<Handle> = gradients.iter().map(or_null).collect();
+    // SAFETY: both lists have `count` places; a gradient's may be null.
+    library()?.checked(|native, error| unsafe {
+        (native.set_grads)(params.len(), params.as_ptr(), gradients.as_ptr(), error)
+    })
 }
 
 /// Drops the gradients of `params`.

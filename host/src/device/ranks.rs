@@ -9,10 +9,7 @@ use std::time::Duration;
 use jepa_plugin_api::tch::Tensor;
 
 use super::DeviceError;
-use super::native::{ErrorOut, Handle, beside_bridge, handles, library};
-
-/// What `make setup CUDA=1` builds beside the bridge.
-const NCCL: &str = "libjepa_nccl.so";
+use super::native::{CUDA, ErrorOut, Handle, beside_bridge, handles, library};
 
 /// A connection to the other ranks: see native.h, and [`dist`](crate::dist) for what is made of it. One thread has it.
 #[derive(Debug)]
@@ -86,17 +83,12 @@ impl ProcessGroup {
         })
     }
 
-    /// Whether the library is there that [`join_gpus`](Self::join_gpus) needs.
-    pub fn has_nccl() -> bool {
-        beside_bridge(NCCL).exists()
-    }
-
     /// Lets ranks with a GPU each talk over NCCL about what lies there, in a group of this name.
     ///
     /// # Errors
     /// Whatever libtorch and NCCL report.
     pub fn join_gpus(&self, name: &str) -> Result<(), DeviceError> {
-        let (name, path) = (c_string(name)?, c_string(&beside_bridge(NCCL).to_string_lossy())?);
+        let (name, path) = (c_string(name)?, c_string(&beside_bridge(CUDA).to_string_lossy())?);
         // SAFETY: the handle is ours, and the strings live through the call.
         library()?.checked(|native, error| unsafe {
             (native.comm_join_nccl)(self.handle(), name.as_ptr(), path.as_ptr(), error)

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::meet::{Entry, Met, call_together, follow, left};
 use super::{DistError, Keeper, Launch};
-use crate::device::{DeviceError, Exchange, ProcessGroup, Store, Traffic};
+use crate::device::{DeviceError, Exchange, ProcessGroup, Store, Traffic, has_cuda_library};
 
 /// How long ranks that have lost another wait to hear from all that are left.
 const GRACE: Duration = Duration::from_secs(10);
@@ -201,7 +201,7 @@ impl Comm {
     /// # Errors
     /// [`DistError::Lost`], whatever else NCCL reports included.
     pub fn join_gpus(&self) -> Result<bool, DistError> {
-        let own = Tensor::from_slice(&[i64::from(ProcessGroup::has_nccl())]);
+        let own = Tensor::from_slice(&[i64::from(has_cuda_library())]);
         let all = self.all_gather(&own)?;
         let lacking: Vec<String> = (0..i64::from(self.launch.size))
             .filter(|rank| all.int64_value(&[*rank]) == 0)
@@ -210,7 +210,7 @@ impl Comm {
         if !lacking.is_empty() {
             if self.launch.rank == 0 {
                 tracing::warn!(
-                    "GPUs talk by way of the CPU's memory, which is slow: make setup CUDA=1 builds libjepa_nccl.so, for NCCL, and \
+                    "GPUs talk by way of the CPU's memory, which is slow: make setup CUDA=1 builds libjepa_cuda.so, for NCCL, and \
                      ranks {} have none",
                     lacking.join(", ")
                 );

@@ -62,6 +62,17 @@ pub enum TrainError {
         /// What is wrong.
         what: String,
     },
+    /// What a CUDA graph does is not what the plugins do. Exit code 6.
+    #[error(
+        "trainer.cuda_graphs: of the same batch, the loss is {replayed} by the graph and {computed} as it is computed, so the \
+         method or the backbone does something else in each step. Go on with trainer.cuda_graphs=false and --resume"
+    )]
+    NotCapturable {
+        /// The loss out of the graph.
+        replayed: f64,
+        /// The loss.
+        computed: f64,
+    },
     /// The data set is smaller than a batch.
     #[error(
         "the training set has {images} images, which is less than one step of optimizer.batch_size {batch_size} × \

@@ -9,6 +9,7 @@ mod meter;
 mod model;
 mod optimizer;
 mod ranks;
+mod replay;
 mod run;
 mod schedule;
 mod signal;

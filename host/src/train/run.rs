@@ -7,11 +7,12 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use jepa_plugin_api::tch::{self, Cuda, Device, Kind, no_grad};
-use jepa_plugin_api::{Batch, Rng};
+use jepa_plugin_api::{Batch, Rng, Step};
 
 use super::ledger::{Ledger, Part, Seconds};
 use super::meter::Meters;
 use super::optimizer::Gradients;
+use super::replay::{self, Recording, Replay};
 use super::schedule::{Progress, learning_rate, weight_decay};
 use super::unread::Unread;
 use super::{Model, Optimizer, Ranks, Signals, StepSettings, TrainError};
@@ -191,6 +192,7 @@ struct Run<'t> {
 
     steps_per_epoch: u64,
     progress: Progress,
+    replay: Replay,
     unread: Unread,
     meters: Meters,
     /// Mean since the last log line, as far as it has been read.
@@ -209,6 +211,7 @@ impl<'t> Run<'t> {
             total_steps: r.config.trainer.epochs * steps_per_epoch,
             warmup_steps: (settings.warmup_epochs * steps_per_epoch as f64).round() as u64,
         };
+        let replay = Replay::new(r.config.trainer.cuda_graphs && r.device.is_cuda());
         Run {
             ledger: Ledger::new(r.train.clock().clone(), r.trace),
             meters: Meters(r.state.meters.clone()),
@@ -226,6 +229,7 @@ impl<'t> Run<'t> {
             state: r.state,
             steps_per_epoch,
             progress,
+            replay,
             unread: Unread::default(),
             last_loss: f64::NAN,
             saved: None,
@@ -409,8 +413,10 @@ impl<'t> Run<'t> {
                 self.ledger.lap(Part::Log);
             }
             seed_torch(self.state.seed, step, i * self.ranks.size() + self.ranks.rank());
-            let bf16 = self.config.trainer.precision == Precision::Bf16;
-            let output = autocast_bf16(bf16, self.device, || self.model.method.step(batch))??;
+            let (output, replayed) = match self.replay(&batch)? {
+                Some(output) => (output, true),
+                None => (self.forward(batch)?, false),
+            };
             measured.push(step, "train/loss".to_owned(), &output.loss)?;
             for (name, value) in output.metrics {
                 let name = format!("train/{}/{name}", self.state.method);
@@ -425,7 +431,9 @@ impl<'t> Run<'t> {
                 // Gradients are on their way to the other ranks while others are still computed.
                 self.ranks.begin_exchange(&measured)?;
             }
-            (output.loss.f_to_kind(Kind::Float)? / accumulate as f64).f_backward()?;
+            if !replayed {
+                backward(&output.loss, accumulate)?;
+            }
             self.ledger.lap(Part::Backward);
         }
         self.ranks.finish_exchange(&mut measured)?;
@@ -468,6 +476,56 @@ impl<'t> Run<'t> {
         self.report_step(lr);
         self.ledger.lap(Part::Log);
         Ok(())
+    }
+
+    /// The loss and metrics of a batch, in the run's precision.
+    fn forward(&mut self, batch: Batch) -> anyhow::Result<Step> {
+        let bf16 = self.config.trainer.precision == Precision::Bf16;
+        Ok(autocast_bf16(bf16, self.device, || self.model.method.step(batch))??)
+    }
+
+    /// Both passes of a batch out of a CUDA graph, if the run records one and the batch is of its size. The first graph is
+    /// compared with what is computed, of the first batch that it was not made from.
+    fn replay(&mut self, batch: &Batch) -> anyhow::Result<Option<Step>> {
+        let Device::Cuda(number) = self.device else { return Ok(None) };
+        match std::mem::replace(&mut self.replay, Replay::Never) {
+            Replay::After(0) => {
+                let trained = self.model.trained().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+                let passes = |batch| {
+                    let output = self.forward(batch)?;
+                    backward(&output.loss, 1)?;
+                    Ok(output)
+                };
+                let recording = Recording::new(number, batch, trained, passes)
+                    .context("no step can be recorded: go on with trainer.cuda_graphs=false and --resume")?;
+                let output = recording.run(batch)?;
+                self.replay = Replay::Untried(recording);
+                Ok(Some(output))
+            }
+            Replay::Untried(recording) if recording.fits(batch) => {
+                let computed = no_grad(|| self.forward(replay::same(batch)))?.loss;
+                self.model.restore_buffers()?;
+                seed_torch(self.state.seed, self.state.step, 0);
+                let output = recording.run(batch)?;
+                replay::compare(&output.loss, &computed)?;
+                tracing::info!("steps come out of a CUDA graph from here on");
+                self.replay = Replay::Of(recording);
+                Ok(Some(output))
+            }
+            Replay::Of(recording) if recording.fits(batch) => {
+                let output = recording.run(batch)?;
+                self.replay = Replay::Of(recording);
+                Ok(Some(output))
+            }
+            Replay::After(steps) => {
+                self.replay = Replay::After(steps - 1);
+                Ok(None)
+            }
+            as_it_was => {
+                self.replay = as_it_was;
+                Ok(None)
+            }
+        }
     }
 
     /// Waits for what steps have measured, and ends the run when any of it is no number.
@@ -737,6 +795,11 @@ impl<'t> Run<'t> {
             train,
         }
     }
+}
+
+/// Gradients of the loss of a step that has so many batches.
+fn backward(loss: &tch::Tensor, batches: usize) -> Result<(), tch::TchError> {
+    (loss.f_to_kind(Kind::Float)? / batches as f64).f_backward()
 }
 
 /// Puts libtorch's own generator where batch `i` of a step draws from.

@@ -76,6 +76,7 @@ impl MethodEntry {
             offer: MethodOffer {
                 name: M::NAME.to_owned(),
                 needs_labels: M::NEEDS_LABELS,
+                capturable: M::CAPTURABLE,
                 options: schema_for!(M::Options),
             },
             build: |options, host| Ok(Box::new(M::new(serde_json::from_value(options)?, host)?)),

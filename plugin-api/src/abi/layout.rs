@@ -197,7 +197,12 @@ fn texts() -> String {
         (
             "offer",
             json!(Offer {
-                methods: vec![MethodOffer { name: "m".into(), needs_labels: true, options: schema.clone() }],
+                methods: vec![MethodOffer {
+                    name: "m".into(),
+                    needs_labels: true,
+                    capturable: true,
+                    options: schema.clone(),
+                }],
                 backbones: vec![BackboneOffer { name: "b".into(), options: schema.clone() }],
                 probes: vec![ProbeOffer { name: "p".into(), options: schema }],
             }),

@@ -55,6 +55,7 @@ pub struct Byol {
 impl Method for Byol {
     const NAME: &'static str = "byol";
     const ENCODER: &'static str = "backbone";
+    const CAPTURABLE: bool = true;
 
     type Options = ByolOptions;
 

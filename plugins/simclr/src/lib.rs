@@ -43,6 +43,7 @@ pub struct SimClr {
 impl Method for SimClr {
     const NAME: &'static str = "simclr";
     const ENCODER: &'static str = "backbone";
+    const CAPTURABLE: bool = true;
 
     type Options = SimClrOptions;
 

@@ -36,6 +36,7 @@ impl Method for Supervised {
     const NAME: &'static str = "supervised";
     const ENCODER: &'static str = "backbone";
     const NEEDS_LABELS: bool = true;
+    const CAPTURABLE: bool = true;
 
     type Options = SupervisedOptions;
 

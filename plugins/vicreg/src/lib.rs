@@ -57,6 +57,7 @@ pub struct VicReg {
 impl Method for VicReg {
     const NAME: &'static str = "vicreg";
     const ENCODER: &'static str = "backbone";
+    const CAPTURABLE: bool = true;
 
     type Options = VicRegOptions;
 
