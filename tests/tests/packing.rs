@@ -20,19 +20,26 @@ fn a_pack_that_was_killed_goes_on_to_the_same_bytes() {
         |out: &'static str| ["data", "pack", "photos", out, "--shorter-side", "100", "--threads", "1"];
     room.run(arguments("undisturbed.h5")).expect(0);
 
-    // In the middle of the work, and again in what was left of it.
+    // In the middle of the work, and again in what was left of it; at last by a person.
     let (out, journal) = (room.file("out.h5"), room.file("out.h5.packing"));
     let length = || fs::metadata(&journal).map_or(0, |metadata| metadata.len());
-    for _ in 0..2 {
+    for signal in [libc::SIGKILL, libc::SIGKILL, libc::SIGINT] {
         let before = length();
         let mut running = room.start(arguments("out.h5"));
         running.until("some more images", || length() > before + 10_000);
-        running.signal(libc::SIGKILL);
-        let ended = running.wait();
-        assert!(!ended.status.success() && !out.exists(), "{}", ended.stderr);
+        running.signal(signal);
+        let ended = running.wait().expect(128 + signal);
+        assert!(!out.exists());
+        if signal == libc::SIGINT {
+            assert!(
+                ended.stderr.contains("kept in out.h5.packing: the same command goes on"),
+                "{}",
+                ended.stderr
+            );
+        }
     }
     let ended = room.run(arguments("out.h5")).expect(0);
-    assert!(ended.stderr.contains("going on, with what is done"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("images are done already"), "{}", ended.stderr);
     assert!(!journal.exists());
     assert!(fs::read(&out).unwrap() == fs::read(room.file("undisturbed.h5")).unwrap());
 }

@@ -1,10 +1,13 @@
 //! What the real binary does not take: plugins, settings and data sets, each with its exit code and one sentence.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use jepa_tests::real::{Ended, Room, TINY_BACKBONE, binary, demo_images, fixture, plugin, setting};
+use jepa_tests::real::{
+    Ended, Room, TINY_BACKBONE, binary, demo_images, fixture, held_out_images, plugin, setting,
+};
 
 const PLUGIN_REFUSED: i32 = 3;
 const USAGE: i32 = 2;
@@ -362,6 +365,29 @@ fn settings_that_make_no_sense_are_refused() {
         train(&room, &[images.clone(), argument.to_owned()]).expect(USAGE).error_says(says);
         assert!(!room.file("runs").exists(), "{argument} begins no run");
     }
+}
+
+#[test]
+fn held_out_images_are_held_out_and_of_the_same_classes() {
+    let room = Room::new();
+    let names = "--class-names=a,b,c,d,e,f,g,h,i,j";
+    let pack = ["data".as_ref(), "pack".as_ref(), held_out_images().as_os_str(), "other.h5".as_ref()]
+        .map(OsStr::to_owned);
+    room.run(pack.into_iter().chain([names.into()])).expect(0);
+    let images = |val: &Path| {
+        [setting("data.train", &demo_images()), setting("data.val", val), "trainer.max_steps=1".to_owned()]
+    };
+    let ended = train(&room, &images(&room.file("other.h5"))).expect(DATA);
+    ended.error_says(&[
+        "data.val: ",
+        "other.h5: class 0 is `a`, and in data.train it is `T-shirt/top`",
+        "--classes-of",
+    ]);
+    assert!(!room.file("runs").exists());
+
+    let settings = images(&demo_images()).into_iter().chain(["eval.every_epochs=0".to_owned()]);
+    let ended = train(&room, &settings.collect::<Vec<_>>()).expect(0);
+    assert!(ended.stderr.contains("it judges by what was trained on"), "{}", ended.stderr);
 }
 
 #[test]

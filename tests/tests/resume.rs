@@ -310,6 +310,9 @@ fn steps_keep_their_number_of_images() {
     let room = short();
     let ended = resume(&room, &["optimizer.batch_size=32", "--allow-changes"]).expect(2);
     ended.error_says(&["a step had 16 × 1 images", "would have 32 × 1", "keep the product"]);
+    let fewer = setting("data.train", &held_out_images());
+    let ended = resume(&room, &[&fewer, "--allow-changes"]).expect(2);
+    ended.error_says(&["an epoch had 500 steps, and would have 125", "begin a new run"]);
     let ended = resume(&room, &["optimizer.batch_size=8", "trainer.accumulate=2", "trainer.max_steps=12"]);
     ended.expect(2).error_says(&["optimizer.batch_size was 16 and is 8", "--allow-changes"]);
     let more = ["optimizer.batch_size=8", "trainer.accumulate=2", "trainer.max_steps=12", "--allow-changes"];

@@ -8,12 +8,13 @@ use super::state::State;
 use crate::plugin::PluginRecord;
 
 /// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
-const FREE: [&str; 12] = [
+const FREE: [&str; 13] = [
     "run.",
     "track.",
     "checkpoint.",
     "eval.",
     "ranks.",
+    "data.on_error",
     "data.threads",
     "data.train",
     "data.val",
@@ -98,8 +99,8 @@ impl State {
     /// The batches of the epoch under way that are done, counted in batches of `now`.
     ///
     /// # Errors
-    /// In words, when a step has another number of images now: schedules count steps, so that no place in the new run
-    /// is the one where this state stands.
+    /// In words, when a step has another number of images now, or an epoch another number of steps: schedules count steps, so that
+    /// no place in the new run is the one where this state stands.
     pub fn batches_done(&self, now: &State) -> Result<u64, String> {
         let sizes = |config: &Value| {
             let number = |pointer: &str| config.pointer(pointer).and_then(Value::as_u64).unwrap_or(1);
@@ -110,6 +111,13 @@ impl State {
             return Err(format!(
                 "a step had {batch} × {accumulate} images (optimizer.batch_size × trainer.accumulate) and would have \
                  {batch_now} × {accumulate_now}: keep the product, or begin a new run"
+            ));
+        }
+        if self.steps_per_epoch != now.steps_per_epoch {
+            return Err(format!(
+                "an epoch had {} steps, and would have {} of the images that data.train has now: go on with the images that the \
+                 run began with, or begin a new run with init.from",
+                self.steps_per_epoch, now.steps_per_epoch
             ));
         }
         Ok(self.batch_in_epoch * batch / batch_now)

@@ -302,6 +302,12 @@ impl Report {
                 _ => "the step is the bottleneck, not the data",
             };
             writeln!(out, "{verdict}")?;
+            if device.starts_with("cpu") {
+                writeln!(
+                    out,
+                    "data threads take the step's cores, which makes its parts longer: `data bench` and --same-batch show by how much"
+                )?;
+            }
         }
         if let Some(traffic) = &self.traffic {
             let TrafficOfStep { times, bytes, parts_of_gradients, bytes_of_gradients } = traffic;

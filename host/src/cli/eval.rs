@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::exit::Usage;
 use super::output::{Format, print};
 use super::session::{SavedArgs, where_it_is};
-use super::train::TrainArgs;
+use super::train::{TrainArgs, judge_by};
 use crate::checkpoint::{find_checkpoint, load_state};
 use crate::config::Base;
 use crate::data::Share;
@@ -111,6 +111,7 @@ impl EvalArgs {
         };
         let train_set = saved.session.open_images("data.train", config.train_file()?)?;
         let val_set = saved.session.open_images("data.val", val)?;
+        judge_by(&val_set, &train_set)?;
         let view = evaluation_view(config, saved.model.method.views());
         let evaluation = Evaluation::new(config, view, &train_set, &val_set, probes, Share::Whole)?;
 

@@ -87,6 +87,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if cause.is::<PluginError>() {
         return Some(3);
     }
+    if let Some(DataError::Write { .. }) = cause.downcast_ref() {
+        return Some(1);
+    }
     if cause.is::<DataError>() {
         return Some(4);
     }

@@ -344,7 +344,7 @@ pub(super) fn prepare(
     let device = session.device_of(comm)?;
     if config.data.augment == Augment::Gpu && device == tch::Device::Cpu {
         tracing::warn!(
-            "data.augment = \"gpu\" on a CPU: colours take the time of the steps, which is slower"
+            "data.augment = \"gpu\" on a CPU: crops stay with the data threads, and colours take the time of the steps, which is slower"
         );
     }
     if config.trainer.cuda_graphs {
@@ -359,9 +359,13 @@ pub(super) fn prepare(
     if session.offer()?.needs_labels {
         require_labels(&session.method, &train_set, val_set.as_deref())?;
     }
+    if let Some(val_set) = &val_set {
+        judge_by(val_set, &train_set)?;
+    }
 
     let steps_per_epoch =
         steps_per_epoch(train_set.len(), config.optimizer.batch_size, config.trainer.accumulate)?;
+    tell_of_remainder(train_set.len(), config);
     let classes = train_set.classes() as u64;
     let method = session.build_method(device, classes, train_set.unlabelled() as u64, steps_per_epoch)?;
     if let (Some(from), false) = (&config.init.from, purpose == Purpose::Training { has_weights: true }) {
@@ -471,6 +475,17 @@ fn tell_of_optimizer(config: &Config) {
     }
 }
 
+/// What is not part of a whole step is not trained on in that epoch: said where it is much of the set.
+fn tell_of_remainder(images: usize, config: &Config) {
+    let in_step = config.optimizer.batch_size * config.trainer.accumulate;
+    let rest = images % in_step;
+    if rest * 20 > images {
+        tracing::info!(
+            "{rest} of {images} images are left out of each epoch, others each time: a step takes {in_step}"
+        );
+    }
+}
+
 /// Gives `optimizer` its state, unless another algorithm has saved it: whoever allows that change begins it anew.
 fn restore_optimizer(optimizer: &Optimizer, saved: &Checkpoint, now: &Config) -> anyhow::Result<()> {
     let (was, is) = (saved.state.config.pointer("/optimizer/algorithm"), json!(now.optimizer.algorithm));
@@ -493,6 +508,15 @@ fn resumed(saved: Checkpoint, now: State) -> State {
         ranks: now.ranks,
         ..saved.state
     }
+}
+
+/// Refuses held-out images whose labels mean other classes, and says when they are not held out.
+pub(super) fn judge_by(val: &Dataset, train: &Dataset) -> anyhow::Result<()> {
+    val.require_same_classes(train, "data.train").context("data.val")?;
+    if val.len() == train.len() && val.fingerprint()? == train.fingerprint()? {
+        tracing::warn!("data.val has the images of data.train: it judges by what was trained on");
+    }
+    Ok(())
 }
 
 /// Refuses data sets that `method` cannot learn labels from, and be validated with.

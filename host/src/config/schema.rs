@@ -651,9 +651,8 @@ impl Config {
 
     /// The training file, or the error that says how to name one.
     pub fn train_file(&self) -> Result<&PathBuf, ConfigError> {
-        self.data.train.as_ref().ok_or_else(|| ConfigError::Missing {
-            key: "data.train".to_owned(),
-            example: "train.h5".to_owned(),
+        self.data.train.as_ref().filter(|path| !path.as_os_str().is_empty()).ok_or_else(|| {
+            ConfigError::Missing { key: "data.train".to_owned(), example: "train.h5".to_owned() }
         })
     }
 

@@ -7,10 +7,11 @@
 //! [`packed`](super::packed).
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::fs::Advice;
 use sha2::{Digest, Sha256};
@@ -71,6 +72,7 @@ pub(super) struct Contents {
     pub labels: Option<Vec<i64>>,
     pub class_names: Option<Vec<String>>,
     pub provenance: Option<Provenance>,
+    pub checksums: Option<Vec<u32>>,
 }
 
 /// An open data set. Shared between threads in an `Arc`; every method takes `&self`.
@@ -83,6 +85,10 @@ pub struct Dataset {
     labels: Option<Vec<i64>>,
     class_names: Option<Vec<String>>,
     provenance: Option<Provenance>,
+    /// Of each image.
+    checksums: Option<Vec<u32>>,
+    /// Of each image, once somebody has asked.
+    file_names: OnceLock<Option<Vec<String>>>,
     /// Kept open only where some image has no address.
     library: Option<Mutex<hdf5::File>>,
 }
@@ -118,7 +124,7 @@ impl Dataset {
             index_file::save(path, &metadata, &contents);
             contents
         };
-        let Contents { layout, slots, labels, class_names, provenance } = contents;
+        let Contents { layout, slots, labels, class_names, provenance, checksums } = contents;
         if slots.is_empty() {
             return Err(DataError::Empty { path: path.to_owned() });
         }
@@ -141,7 +147,18 @@ impl Dataset {
             );
         }
         let library = (unaddressed > 0).then(|| Mutex::new(library));
-        Ok(Dataset { path: path.to_owned(), file, layout, slots, labels, class_names, provenance, library })
+        Ok(Dataset {
+            path: path.to_owned(),
+            file,
+            layout,
+            slots,
+            labels,
+            class_names,
+            provenance,
+            checksums,
+            file_names: OnceLock::new(),
+            library,
+        })
     }
 
     /// Number of images, at least 1.
@@ -195,6 +212,27 @@ impl Dataset {
         check_labels(&self.path, self.labels().unwrap_or_default(), classes, of)
     }
 
+    /// Refuses a data set whose classes have other names than those of `other`, which is there for `of`: where both have names, one
+    /// begins with the other.
+    ///
+    /// # Errors
+    /// [`DataError::Classes`].
+    pub fn require_same_classes(&self, other: &Dataset, of: &'static str) -> Result<(), DataError> {
+        let (names, there) =
+            (self.class_names().unwrap_or_default(), other.class_names().unwrap_or_default());
+        match names.iter().zip(there).enumerate().find(|(_, (name, name_there))| name != name_there) {
+            None => Ok(()),
+            Some((label, (name, name_there))) => Err(DataError::Classes {
+                path: self.path.clone(),
+                label,
+                name: name.clone(),
+                of,
+                there: other.path.clone(),
+                name_there: name_there.clone(),
+            }),
+        }
+    }
+
     /// Refuses images that would have to be enlarged to `size` pixels: when the shorter side of most is less, by the
     /// headers of a few dozen, evenly spread. Some are in any collection of photos, and are enlarged.
     ///
@@ -245,10 +283,38 @@ impl Dataset {
         self.slots[index].len
     }
 
+    /// Whether each image has a checksum, which is compared whenever it is read.
+    pub fn has_checksums(&self) -> bool {
+        self.checksums.is_some()
+    }
+
+    /// The file that an image was packed from, relative to what was packed, where that is kept.
+    pub fn file_name(&self, index: usize) -> Option<&str> {
+        let read = || match self.layout {
+            Layout::Packed => packed::file_names(&self.path, self.len()),
+            Layout::Reference => None,
+        };
+        self.file_names.get_or_init(read).as_ref()?.get(index).map(String::as_str)
+    }
+
+    /// What to call an image in a message: its number, and its file, where that is known.
+    pub fn image_name(&self, index: usize) -> String {
+        match self.file_name(index) {
+            Some(file) => format!("image {index} ({file})"),
+            None => format!("image {index}"),
+        }
+    }
+
+    /// The error for an image that is no good.
+    pub(super) fn corrupt(&self, index: u64, reason: String) -> DataError {
+        let image = self.image_name(index as usize);
+        DataError::Corrupt { path: self.path.clone(), image, index, reason }
+    }
+
     /// The encoded bytes of one image.
     ///
     /// # Errors
-    /// When there is no such image or the file cannot be read.
+    /// When there is no such image, the file cannot be read, or the image is not what was packed.
     pub fn read(&self, index: usize) -> Result<Vec<u8>, DataError> {
         let mut bytes = Vec::new();
         self.read_into(index, &mut bytes)?;
@@ -267,7 +333,19 @@ impl Dataset {
             return Ok(());
         }
         bytes.resize(slot.len as usize, 0);
-        self.file.read_exact_at(bytes, slot.offset).map_err(DataError::io("read", &self.path))
+        self.file.read_exact_at(bytes, slot.offset).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => {
+                let reason = "it has become shorter since it was opened".to_owned();
+                DataError::Truncated { path: self.path.clone(), reason }
+            }
+            _ => DataError::io("read", &self.path)(error),
+        })?;
+        match &self.checksums {
+            Some(checksums) if checksums[index] != packed::checksum(bytes) => {
+                Err(self.corrupt(index as u64, "it is not what was packed: its checksum differs".to_owned()))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Tells the system that this image is going to be read, so that it comes from the disk meanwhile.
@@ -295,10 +373,7 @@ impl Dataset {
                 chunks.read(&self.file).map_err(|error| match error.raw_os_error() {
                     Some(_) => DataError::io("read", &self.path)(error),
                     // It can be read, and is not what was written.
-                    None => {
-                        let (path, reason) = (self.path.clone(), error.to_string());
-                        DataError::Corrupt { path, index: index as u64, reason }
-                    }
+                    None => self.corrupt(index as u64, error.to_string()),
                 })
             }
         }

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// Anything that goes wrong with images, labels, their file, or the pipeline. The command line exits with code 4.
+/// Anything that goes wrong with images, labels, their file, or the pipeline. The command line exits with code 4, where a variant
+/// does not say another.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A file or directory cannot be opened, read or written.
@@ -14,6 +15,14 @@ pub enum DataError {
         path: PathBuf,
         /// What the system says.
         source: std::io::Error,
+    },
+    /// A file cannot be written, on a full disk for one. Exit code 1.
+    #[error("cannot write {}: {reason}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        reason: String,
     },
     /// A directory where a data set belongs.
     #[error("{0} is a directory; `jepa-host data pack {0} OUT.h5` makes a data set of its images", path.display())]
@@ -108,6 +117,26 @@ pub enum DataError {
         /// Who says so.
         of: &'static str,
     },
+    /// The same label is another class in another data set.
+    #[error(
+        "{0}: class {label} is `{name}`, and in {of} it is `{name_there}`: labels would be compared that mean different things. \
+         Pack it again from its class folders, with the classes of the other: `jepa-host data pack DIR OUT.h5 --classes-of {1}`",
+        path.display(), there.display()
+    )]
+    Classes {
+        /// The file.
+        path: PathBuf,
+        /// The first such label.
+        label: usize,
+        /// Its name.
+        name: String,
+        /// What the other data set is there for.
+        of: &'static str,
+        /// The other file.
+        there: PathBuf,
+        /// Its name there.
+        name_there: String,
+    },
     /// Images that would have to be enlarged.
     #[error(
         "{}: most images are smaller than data.size = {size}; half of them have a side of {side} px or less. Lower \
@@ -134,14 +163,16 @@ pub enum DataError {
     },
     /// One image does not decode, and the policy is to stop.
     #[error(
-        "{}: image {index} is corrupt: {reason}; `jepa-host data verify --deep` lists every bad image, and \
+        "{}: {image} is corrupt: {reason}; `jepa-host data verify --deep` lists every bad image, and \
          data.on_error=\"replace\" trains on another one instead",
         path.display()
     )]
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// The image.
+        /// What to call it.
+        image: String,
+        /// Its number.
         index: u64,
         /// Why it does not decode.
         reason: String,
@@ -196,9 +227,8 @@ pub enum DataError {
     },
     /// Some images to pack do not decode.
     #[error(
-        "cannot pack {}: {} unreadable: {examples}; repair or remove them, or leave them out \
-         with --skip-bad",
-        path.display(), of_images(*count)
+        "cannot pack {}: {} unreadable: {examples}; repair or remove {}, or leave {2} out with --skip-bad",
+        path.display(), of_images(*count), if *count == 1 { "it" } else { "them" }
     )]
     BadSource {
         /// The directory or file.
@@ -208,11 +238,11 @@ pub enum DataError {
         /// The first few, with reasons.
         examples: String,
     },
-    /// A check of all images found corrupt ones, which have been listed.
+    /// A check of all images found damaged ones, which have been listed.
     #[error(
-        "{}: {bad} of {images} images do not decode; train with data.on_error=\"replace\", or pack the file again \
-         without them: `jepa-host data pack --skip-bad`",
-        path.display()
+        "{0}: {bad} of {images} images are damaged{1}; train with data.on_error=\"replace\", or pack the file again \
+         without them: `jepa-host data pack {0} OUT.h5 --skip-bad`",
+        path.display(), if *deep { "" } else { " (--deep decodes them as well, and may find more)" }
     )]
     BadImages {
         /// The file.
@@ -221,7 +251,12 @@ pub enum DataError {
         bad: usize,
         /// Of how many.
         images: usize,
+        /// Whether they were decoded.
+        deep: bool,
     },
+    /// Somebody asked for the end.
+    #[error("packing was interrupted")]
+    Interrupted,
     /// The output is there already.
     #[error("{} exists already; choose another name, or overwrite it with --force", path.display())]
     Exists {
@@ -239,6 +274,22 @@ impl DataError {
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DataError {
         let path = path.to_owned();
         move |source| DataError::Io { action, path, source }
+    }
+
+    pub(super) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> DataError {
+        let path = path.to_owned();
+        move |error| DataError::Write { path, reason: error.to_string() }
+    }
+
+    /// Of a file that the HDF5 library writes, whose words are the system's and many more.
+    pub(super) fn write_hdf5(path: &Path) -> impl FnOnce(hdf5::Error) -> DataError {
+        let path = path.to_owned();
+        move |error| {
+            let all = error.to_string();
+            let of_system = all.split_once("error message = '").and_then(|(_, rest)| rest.split_once('\''));
+            let reason = of_system.map_or(all.as_str(), |(reason, _)| reason).to_owned();
+            DataError::Write { path, reason }
+        }
     }
 
     pub(super) fn hdf5(path: &Path, action: impl Into<String>) -> impl FnOnce(hdf5::Error) -> DataError {

@@ -62,7 +62,7 @@ impl FeatureFile {
             self.file.dataset("labels")?.write_slice(labels, from..to)?;
             self.file.dataset("indices")?.write_slice(&indices, from..to)
         };
-        write().map_err(DataError::hdf5(&self.out, "write the features"))?;
+        write().map_err(DataError::write_hdf5(&self.out))?;
         self.rows = to;
         Ok(())
     }
@@ -72,11 +72,11 @@ impl FeatureFile {
     /// # Errors
     /// When the disk does not take it.
     pub fn finish(self) -> Result<usize, DataError> {
-        self.file.close().map_err(DataError::hdf5(&self.out, "write the features"))?;
+        self.file.close().map_err(DataError::write_hdf5(&self.out))?;
         fs::File::open(&self.temporary)
             .and_then(|file| file.sync_all())
             .and_then(|()| put_in_place(&self.temporary, &self.out))
-            .map_err(DataError::io("write", &self.out))?;
+            .map_err(DataError::write(&self.out))?;
         Ok(self.columns)
     }
 }

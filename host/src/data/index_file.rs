@@ -85,7 +85,14 @@ fn read(index: &[u8], header: &[u8]) -> Option<Contents> {
         .map(|(&offset, &len)| Slot { offset: u64::from_le_bytes(offset), len: u64::from_le_bytes(len) })
         .collect();
     let labels = (labelled == 1).then(|| labels.iter().map(|&label| i64::from_le_bytes(label)).collect());
-    Some(Contents { layout: Layout::Reference, slots, labels, class_names: None, provenance: None })
+    Some(Contents {
+        layout: Layout::Reference,
+        slots,
+        labels,
+        class_names: None,
+        provenance: None,
+        checksums: None,
+    })
 }
 
 /// Keeps the contents where that is worth a file and every image has an address.
@@ -137,7 +144,14 @@ mod tests {
     fn contents(labels: bool) -> Contents {
         let slots = (0..WORTHWHILE as u64).map(|i| Slot { offset: 100 + 3 * i, len: 3 }).collect();
         let labels = labels.then(|| (0..WORTHWHILE as i64).map(|i| i % 7).collect());
-        Contents { layout: Layout::Reference, slots, labels, class_names: None, provenance: None }
+        Contents {
+            layout: Layout::Reference,
+            slots,
+            labels,
+            class_names: None,
+            provenance: None,
+            checksums: None,
+        }
     }
 
     #[test]

@@ -798,7 +798,7 @@ impl Worker {
         let shared = self.shared.clone();
         let path = || shared.dataset.path().to_owned();
         if shared.on_error == OnError::Fail {
-            return Err(DataError::Corrupt { path: path(), index, reason });
+            return Err(shared.dataset.corrupt(index, reason));
         }
         shared.warn_once(index, &reason);
         let mut rng = Rng::keyed(shared.seed, self.epoch, index, purpose::REPLACEMENT);
@@ -817,7 +817,8 @@ impl Shared {
     fn warn_once(&self, index: u64, reason: &str) {
         if self.warned.lock().unwrap_or_else(PoisonError::into_inner).insert(index) {
             let path = self.dataset.path().display();
-            tracing::warn!("{path}: image {index} is corrupt and is replaced by another: {reason}");
+            let image = self.dataset.image_name(index as usize);
+            tracing::warn!("{path}: {image} is corrupt and is replaced by another: {reason}");
         }
     }
 }

@@ -38,7 +38,7 @@ pub use finish::finish;
 pub use inspect::{ClassCount, Sample, Summary, inspect};
 pub use loader::{Augment, Batches, Decode, LoadedBatch, Loader, LoaderOptions, OnError, RawBatch, Share};
 pub use order::Order;
-pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Smaller, Split, pack};
+pub use pack::{BadImage, PackOptions, PackProgress, PackReport, Progress, Smaller, Split, pack};
 pub use verify::{VerifyReport, verify};
 
 /// The version of the HDF5 library that is linked in.

@@ -39,7 +39,14 @@ pub(super) fn read_contents(path: &Path, file: &hdf5::File) -> Result<Contents, 
     } else {
         None
     };
-    Ok(Contents { layout: Layout::Reference, slots, labels, class_names: None, provenance: None })
+    Ok(Contents {
+        layout: Layout::Reference,
+        slots,
+        labels,
+        class_names: None,
+        provenance: None,
+        checksums: None,
+    })
 }
 
 /// Opens the data set of one image.
@@ -99,9 +106,10 @@ fn kind_and_shape(
     name: &str,
     index: usize,
 ) -> Result<(TypeDescriptor, Vec<usize>), DataError> {
-    let action = || format!("read the type of {name}/{index}");
-    let kind =
-        dataset.dtype().and_then(|kind| kind.to_descriptor()).map_err(DataError::hdf5(path, action()))?;
+    let kind = dataset.dtype().and_then(|kind| kind.to_descriptor()).map_err(|_| {
+        let reason = format!("{name}/{index} has a type that is not read here, such as NumPy's void");
+        DataError::layout(path, reason)
+    })?;
     Ok((kind, dataset.shape()))
 }
 

@@ -1,5 +1,6 @@
 //! What can be packed: class folders of image files, an existing HDF5 file, or IDX files.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
@@ -10,6 +11,7 @@ use super::dataset::Dataset;
 use super::error::DataError;
 use super::idx::{self, Idx};
 use super::pack::Split;
+use crate::config::nearest;
 
 /// Folders that hold the class folders of one part of a data set, and are no classes.
 const PARTS: [&str; 5] = ["train", "val", "valid", "validation", "test"];
@@ -21,11 +23,17 @@ pub(super) struct Source {
     pub path: PathBuf,
     pub labels: Option<Vec<i64>>,
     pub class_names: Option<Vec<String>>,
-    /// Files that are not JPEG or PNG by their names.
-    pub ignored: usize,
+    /// Files that are not JPEG or PNG by their names: how many of each extension.
+    pub ignored: Ignored,
     /// Of the file that has them all, if one has.
     stamp: String,
 }
+
+/// How many files have each extension, in lower case and with its point; none is empty.
+pub(super) type Ignored = BTreeMap<String, usize>;
+
+/// Extensions of images that are not packed.
+const OTHER_IMAGES: [&str; 9] = [".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"];
 
 enum Kind {
     Folder(Vec<PathBuf>),
@@ -68,7 +76,7 @@ impl Source {
             path: path.to_owned(),
             labels: dataset.labels().map(<[_]>::to_vec),
             class_names: dataset.class_names().map(<[_]>::to_vec),
-            ignored: 0,
+            ignored: Ignored::new(),
             stamp: file_stamp(path)?,
             kind: Kind::Hdf5(dataset),
         })
@@ -83,7 +91,7 @@ impl Source {
             path: path.to_owned(),
             labels,
             class_names: None,
-            ignored: 0,
+            ignored: Ignored::new(),
             stamp,
         })
     }
@@ -93,10 +101,11 @@ impl Source {
     fn folder(path: &Path) -> Result<Source, DataError> {
         let (mut folders, loose) = list(path)?;
         folders.retain(|folder| !is_hidden(folder));
-        let mut ignored = 0;
+        let mut ignored = Ignored::new();
         let mut files = Vec::new();
         if folders.is_empty() {
             keep_images(loose, &mut files, &mut ignored);
+            warn_of_other_images(path, &ignored);
             return Ok(Source {
                 kind: Kind::Folder(files),
                 path: path.to_owned(),
@@ -117,6 +126,16 @@ impl Source {
                     path.join(first).display()
                 ),
             });
+        }
+        if let [only] = &folders[..] {
+            let (within, own) = list(only)?;
+            if !within.is_empty() && own.is_empty() {
+                tracing::warn!(
+                    "all images will be of one class, {}, which has folders of its own: if those are the classes, pack {}",
+                    only.file_name().unwrap_or_default().display(),
+                    only.display()
+                );
+            }
         }
         let (mut beside, path_of) = (Vec::new(), |file: &PathBuf| {
             file.file_name().unwrap_or_default().to_string_lossy().into_owned()
@@ -147,6 +166,7 @@ impl Source {
             labels.resize(files.len(), label as i64);
             class_names.push(name);
         }
+        warn_of_other_images(path, &ignored);
         Ok(Source {
             kind: Kind::Folder(files),
             path: path.to_owned(),
@@ -155,6 +175,34 @@ impl Source {
             ignored,
             stamp: String::new(),
         })
+    }
+
+    /// Gives classes the labels that they have in the list `names`.
+    ///
+    /// # Errors
+    /// When the source names no classes, or one that is not in the list.
+    pub fn relabel(&mut self, names: Vec<String>) -> Result<(), DataError> {
+        let (Some(own), Some(labels)) = (&self.class_names, &mut self.labels) else {
+            let reason = "its classes have no names, so --classes-of cannot find them".to_owned();
+            return Err(DataError::Source { path: self.path.clone(), reason });
+        };
+        let place = |name: &String| {
+            names.iter().position(|other| other == name).ok_or_else(|| {
+                let close = nearest(name, names.iter().map(String::as_str));
+                let close = close.map(|close| format!(" (did you mean `{close}`?)")).unwrap_or_default();
+                let reason = format!(
+                    "its class `{name}` is none of the {} that --classes-of gives{close}",
+                    names.len()
+                );
+                DataError::Source { path: self.path.clone(), reason }
+            })
+        };
+        let places: Vec<usize> = own.iter().map(place).collect::<Result<_, _>>()?;
+        for label in labels.iter_mut().filter(|label| **label >= 0) {
+            *label = places[*label as usize] as i64;
+        }
+        self.class_names = Some(names);
+        Ok(())
     }
 
     /// What the file's `source_kind` will say.
@@ -178,10 +226,19 @@ impl Source {
     /// What to call an image in a message.
     pub fn name(&self, index: usize) -> String {
         match &self.kind {
+            Kind::Folder(_) | Kind::Idx(_) => self.file(index).unwrap_or_else(|| format!("image {index}")),
+            Kind::Hdf5(dataset) => dataset.image_name(index),
+        }
+    }
+
+    /// The file of an image, relative to the directory that is packed, where it has one of its own.
+    pub fn file(&self, index: usize) -> Option<String> {
+        match &self.kind {
             Kind::Folder(files) => {
-                files[index].strip_prefix(&self.path).unwrap_or(&files[index]).display().to_string()
+                Some(files[index].strip_prefix(&self.path).unwrap_or(&files[index]).display().to_string())
             }
-            Kind::Hdf5(_) | Kind::Idx(_) => format!("image {index}"),
+            Kind::Hdf5(dataset) => dataset.file_name(index).map(str::to_owned),
+            Kind::Idx(_) => None,
         }
     }
 
@@ -222,20 +279,34 @@ fn list(directory: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), DataError> {
 }
 
 /// Adds the images of a folder: its own first, then those of its folders.
-fn walk(folder: &Path, files: &mut Vec<PathBuf>, ignored: &mut usize) -> Result<(), DataError> {
+fn walk(folder: &Path, files: &mut Vec<PathBuf>, ignored: &mut Ignored) -> Result<(), DataError> {
     let (folders, own) = list(folder)?;
     keep_images(own, files, ignored);
     folders.iter().filter(|folder| !is_hidden(folder)).try_for_each(|folder| walk(folder, files, ignored))
 }
 
-fn keep_images(candidates: Vec<PathBuf>, files: &mut Vec<PathBuf>, ignored: &mut usize) {
+fn keep_images(candidates: Vec<PathBuf>, files: &mut Vec<PathBuf>, ignored: &mut Ignored) {
     for path in candidates {
         let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default().to_ascii_lowercase();
         if matches!(extension.as_str(), "jpg" | "jpeg" | "png") && !is_hidden(&path) {
             files.push(path);
         } else {
-            *ignored += 1;
+            let extension = if extension.is_empty() { extension } else { format!(".{extension}") };
+            *ignored.entry(extension).or_default() += 1;
         }
+    }
+}
+
+/// Somebody may think that they are packed.
+fn warn_of_other_images(path: &Path, ignored: &Ignored) {
+    let other = ignored.iter().filter(|(extension, _)| OTHER_IMAGES.contains(&extension.as_str()));
+    let counts: Vec<String> = other.map(|(extension, count)| format!("{count} {extension}")).collect();
+    if !counts.is_empty() {
+        tracing::warn!(
+            "{}: images that are neither JPEG nor PNG are left out ({}): convert them first",
+            path.display(),
+            counts.join(", ")
+        );
     }
 }
 

@@ -17,7 +17,9 @@ pub struct VerifyReport {
     pub images: usize,
     /// Whether they were decoded, and not only read with their headers.
     pub deep: bool,
-    /// Those where that failed, by index.
+    /// Whether each has the checksum that it was packed with; an older file has none to compare.
+    pub checksums: bool,
+    /// Those that are damaged, by index.
     pub bad: Vec<BadImage>,
 }
 
@@ -47,8 +49,8 @@ pub fn verify(
         .enumerate()
         .filter_map(|(index, result)| {
             let reason = result.err()?;
-            Some(BadImage { index, name: format!("image {index}"), reason })
+            Some(BadImage { index, name: dataset.image_name(index), reason })
         })
         .collect();
-    VerifyReport { path: dataset.path().to_owned(), images, deep, bad }
+    VerifyReport { path: dataset.path().to_owned(), images, deep, checksums: dataset.has_checksums(), bad }
 }

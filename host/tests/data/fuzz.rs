@@ -5,6 +5,7 @@
 //! folder of temporary files.
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::process;
 use std::sync::Arc;
@@ -214,7 +215,7 @@ fn hdf5_readers_take_any_bytes() {
     let directory = tempfile::tempdir().unwrap();
     let small = small_set(directory.path(), 12, &[]);
     let packed = directory.path().join("packed.h5");
-    data::pack(&small, &packed, &PackOptions::default(), &|_| {}).unwrap();
+    data::pack(&small, &packed, &PackOptions::default(), &|_| ControlFlow::Continue(())).unwrap();
     let good: Vec<Vec<u8>> = [small, packed, path("reference_layout.h5"), path("chunked.h5")]
         .iter()
         .map(|path| fs::read(path).unwrap())

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -12,14 +13,15 @@ use flate2::write::GzEncoder;
 use jepa_host::data::decode::Region;
 use jepa_host::data::resample::{CropBox, Resampler};
 use jepa_host::data::{
-    self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackReport, Smaller, Split, decode,
+    self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackProgress, PackReport, Smaller, Split,
+    decode,
 };
 use jepa_plugin_api::Interpolation;
 
 use crate::fixtures::{jpeg, path, picture, png, small_set, write_reference};
 
 fn pack(source: &Path, out: &Path, options: &PackOptions) -> Result<PackReport, DataError> {
-    data::pack(source, out, options, &|_| {})
+    data::pack(source, out, options, &|_| ControlFlow::Continue(()))
 }
 
 /// `cats` with three images, one of them a level deeper, `dogs` with two, and files that are no images.
@@ -69,7 +71,7 @@ fn class_folders_are_packed_sorted_with_the_files_bytes_as_they_are() {
     let root = class_folders(directory.path());
     let out = directory.path().join("new/photos.h5");
     let report = pack(&root, &out, &PackOptions::default()).unwrap();
-    assert_eq!((report.images, report.classes, report.ignored_files), (5, 2, 2));
+    assert_eq!((report.images, report.classes, report.ignored_files.values().sum::<usize>()), (5, 2, 2));
 
     let dataset = Dataset::open(&out).unwrap();
     assert_eq!(dataset.layout(), Layout::Packed);
@@ -104,6 +106,10 @@ fn a_packed_file_is_plain_hdf5() {
     assert_eq!(third, fs::read(root.join("dogs/a.png")).unwrap());
     let labels: Vec<i64> = file.dataset("labels").unwrap().read_raw().unwrap();
     assert_eq!(labels, [0, 0, 0, 1, 1]);
+    let files: Vec<u8> = file.dataset("files").unwrap().read_raw().unwrap();
+    let files = String::from_utf8(files).unwrap();
+    assert_eq!(files.matches('\0').count(), 5);
+    assert_eq!(files.split('\0').nth(3), Some("dogs/a.png"));
 }
 
 #[test]
@@ -114,12 +120,15 @@ fn h5py_reads_a_packed_file() {
     let out = directory.path().join("photos.h5");
     pack(&root, &out, &PackOptions::default()).unwrap();
     let script = "
-import sys, h5py
+import sys, zlib, h5py
 with h5py.File(sys.argv[1]) as file:
     o = file['offsets'][()]
     assert file['bytes'].chunks is None and file['bytes'].dtype == 'u1'
     assert file['bytes'][o[3]:o[4]].tobytes() == open(sys.argv[2], 'rb').read()
     assert file['labels'][()].tolist() == [0, 0, 0, 1, 1]
+    images = [file['bytes'][start:end].tobytes() for start, end in zip(o, o[1:])]
+    assert file['checksums'][()].tolist() == [zlib.crc32(image) for image in images]
+    assert file['files'][()].tobytes().split(b'\\0')[3] == b'dogs/a.png'
     assert file['class_names'].asstr()[()].tolist() == ['cats', 'dogs']
     assert file.attrs['format'].decode() == 'jepa-host packed images' and file.attrs['format_version'] == 2
     assert file.attrs['source'].decode() == 'photos'
@@ -412,7 +421,7 @@ fn names_that_are_damaged_are_an_error() {
     let out = directory.path().join("photos.h5");
     pack(&class_folders(directory.path()), &out, &PackOptions::default()).unwrap();
     let mut bytes = fs::read(&out).unwrap();
-    let at = bytes.windows(4).rposition(|name| name == b"cats").unwrap();
+    let at = bytes.windows(5).rposition(|name| name == b"cats\0").unwrap();
     bytes[at] = 0xe3;
     fs::write(&out, bytes).unwrap();
     let error = Dataset::open(&out).unwrap_err().to_string();
@@ -503,4 +512,93 @@ fn inspect_and_verify_tell_what_is_there() {
     let bad = |deep| data::verify(&Dataset::open(&file).unwrap(), deep, 1, &|_, _| {}).bad;
     assert_eq!(bad(false).iter().map(|bad| bad.index).collect::<Vec<_>>(), [1]);
     assert_eq!(bad(true).len(), 2);
+}
+
+#[test]
+fn a_bit_that_flips_in_an_image_is_seen_whether_or_not_it_decodes() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let out = directory.path().join("photos.h5");
+    pack(&root, &out, &PackOptions::default()).unwrap();
+    let offset = {
+        let file = hdf5::File::open(&out).unwrap();
+        let offsets: Vec<u64> = file.dataset("offsets").unwrap().read_raw().unwrap();
+        // In the middle of the pixels of dogs/b.JPG, which still decodes.
+        file.dataset("bytes").unwrap().offset().unwrap() + (offsets[4] + offsets[5]) / 2
+    };
+    let sound = data::verify(&Dataset::open(&out).unwrap(), false, 1, &|_, _| {});
+    assert!(sound.checksums && sound.bad.is_empty(), "{:?}", sound.bad);
+
+    let mut bytes = fs::read(&out).unwrap();
+    bytes[offset as usize] ^= 1;
+    fs::write(&out, &bytes).unwrap();
+    let dataset = Dataset::open(&out).unwrap();
+    let report = data::verify(&dataset, false, 1, &|_, _| {});
+    let [bad] = report.bad.as_slice() else { panic!("{:?}", report.bad) };
+    assert_eq!((bad.index, bad.name.as_str()), (4, "image 4 (dogs/b.JPG)"));
+    assert!(bad.reason.contains("its checksum differs"), "{}", bad.reason);
+    let error = dataset.read(4).unwrap_err().to_string();
+    assert!(
+        error.contains("photos.h5: image 4 (dogs/b.JPG) is corrupt: it is not what was packed"),
+        "{error}"
+    );
+
+    // Packed again, images keep their names, and their damage is not taken over.
+    let again = directory.path().join("again.h5");
+    let report = pack(&out, &again, &PackOptions { skip_bad: true, ..PackOptions::default() }).unwrap();
+    assert_eq!((report.images, report.skipped.len()), (4, 1));
+    assert_eq!(Dataset::open(&again).unwrap().file_name(3), Some("dogs/a.png"));
+}
+
+#[test]
+fn held_out_images_get_the_labels_of_the_training_images() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let [train, val] = ["train.h5", "val.h5"].map(|name| directory.path().join(name));
+    pack(&root, &train, &PackOptions::default()).unwrap();
+    // Without cats, dogs would be class 0.
+    let held_out = directory.path().join("held_out");
+    fs::create_dir_all(&held_out).unwrap();
+    fs::rename(root.join("dogs"), held_out.join("dogs")).unwrap();
+    pack(&held_out, &val, &PackOptions::default()).unwrap();
+    let train_set = Dataset::open(&train).unwrap();
+    let error =
+        Dataset::open(&val).unwrap().require_same_classes(&train_set, "data.train").unwrap_err().to_string();
+    assert!(error.contains("val.h5: class 0 is `dogs`, and in data.train it is `cats`"), "{error}");
+    assert!(error.contains("--classes-of") && error.contains("train.h5"), "{error}");
+
+    let classes = train_set.class_names().map(<[_]>::to_vec);
+    let options = PackOptions { classes: classes.clone(), force: true, ..PackOptions::default() };
+    pack(&held_out, &val, &options).unwrap();
+    let val_set = Dataset::open(&val).unwrap();
+    assert_eq!(val_set.labels(), Some(&[1i64, 1][..]));
+    val_set.require_same_classes(&train_set, "data.train").unwrap();
+
+    fs::rename(held_out.join("dogs"), held_out.join("dog")).unwrap();
+    let error = pack(&held_out, &val, &options).unwrap_err().to_string();
+    assert!(error.contains("`dog` is none of the 2") && error.contains("did you mean `dogs`?"), "{error}");
+    let unnamed = PackOptions { classes, force: true, ..PackOptions::default() };
+    let error = pack(&path("reference_layout.h5"), &val, &unnamed).unwrap_err().to_string();
+    assert!(error.contains("its classes have no names"), "{error}");
+}
+
+#[test]
+fn who_breaks_off_goes_on_where_it_was() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = class_folders(directory.path());
+    let [whole, broken] = ["whole.h5", "broken.h5"].map(|name| directory.path().join(name));
+    let options = PackOptions { threads: 1, ..PackOptions::default() };
+    pack(&root, &whole, &options).unwrap();
+    for at in [PackProgress::Checked(2, 5), PackProgress::Written(3, 5)] {
+        let until =
+            |progress| if progress == at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        let error = data::pack(&root, &broken, &options, &until).unwrap_err();
+        assert!(matches!(error, DataError::Interrupted), "{error}");
+        let mut left: Vec<_> =
+            fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["broken.h5.packing", "photos", "whole.h5"]);
+    }
+    pack(&root, &broken, &options).unwrap();
+    assert_eq!(fs::read(&broken).unwrap(), fs::read(&whole).unwrap());
 }

@@ -37,11 +37,11 @@ pub(in crate::cli) struct BenchArgs {
     /// Configuration in TOML
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Seconds for each number of threads
+    /// Seconds for each number of threads: 1, and data.threads
     #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
     /// Training steps that are timed to compare with, behind one that is not; 0: none
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 10)]
     steps: u32,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
@@ -56,6 +56,13 @@ impl BenchArgs {
         let signals = Signals::install("ending").context("cannot take over signals")?;
         if let Some(other) = self.overrides.iter().find(|setting| setting.starts_with("data.train=")) {
             return Err(Usage(format!("FILE is what is timed: leave {other} out")).into());
+        }
+        if self.file.to_string_lossy().contains('=') && !self.file.exists() {
+            let setting = self.file.display();
+            return Err(Usage(format!(
+                "`{setting}` stands where FILE belongs: jepa-host data bench FILE {setting}"
+            ))
+            .into());
         }
         // Before anything that may be wrong with the method.
         drop(Dataset::open(&self.file)?);
@@ -190,8 +197,9 @@ impl Report {
         let Report { file, images, method, views, size, .. } = self;
         let views = if *views == 1 { "1 view".to_owned() } else { format!("{views} views") };
         writeln!(out, "{}: {images} images; {method}: {views} of {size} px\n", file.display())?;
-        let head =
-            ["threads", "images/s", "a thread", "read", "decode", "augment"].map(str::to_owned).to_vec();
+        let head = ["threads", "images/s", "a thread", "read an image", "decode it", "augment it"]
+            .map(str::to_owned)
+            .to_vec();
         let cells = |row: &Row| {
             let each = row.images_per_s / row.threads as f64;
             let rates = [row.images_per_s, each].map(|rate| format!("{rate:.0}"));

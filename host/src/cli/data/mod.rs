@@ -3,18 +3,22 @@
 mod bench;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
+use crate::cli::exit::Usage;
 use crate::cli::output::{Format, print};
 use crate::data::{
     self, DataError, Dataset, Layout, PackOptions, PackProgress, PackReport, Provenance, Smaller, Split,
     Summary, VerifyReport,
 };
 use crate::plugin::PluginSources;
+use crate::train::{Signals, TrainError};
 
 /// Make, look at, check, and time data sets.
 #[derive(Debug, Subcommand)]
@@ -29,7 +33,8 @@ pub(super) enum DataCommand {
     Pack(PackArgs),
     /// Show what is in a data set: images, classes, sizes, formats, fingerprint, where it comes from.
     Inspect(InspectArgs),
-    /// Decode every image and list those that are corrupt. Exits with 4 if there are any.
+    /// Read every image and list those that are damaged: cut off, without a header, or not what was packed, by its checksum; with
+    /// --deep, also those that do not decode. Exits with 4 if there are any.
     Verify(VerifyArgs),
     /// Time how fast a method's views of a file are made, and say whether a step would wait for them.
     Bench(bench::BenchArgs),
@@ -51,6 +56,9 @@ pub(super) struct PackArgs {
     /// Names of classes 0, 1, …, separated by commas, where the source has none
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     class_names: Option<Vec<String>>,
+    /// Give classes the labels that they have in the data set FILE: for held-out images, that of the training images
+    #[arg(long, value_name = "FILE", conflicts_with = "class_names")]
+    classes_of: Option<PathBuf>,
     /// Make images smaller whose shorter side is longer than N pixels, and store those as JPEG: faster to read and
     /// decode. Takes twice the space of the result while it works
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -95,7 +103,7 @@ pub(super) struct InspectArgs {
 pub(super) struct VerifyArgs {
     /// The data set
     file: PathBuf,
-    /// Decode every image too, which finds those that are damaged inside
+    /// Decode every image too, which finds damage inside of images that have no checksum, or were packed with it
     #[arg(long)]
     deep: bool,
     /// Threads that do it; 0 for one per core
@@ -123,6 +131,8 @@ impl DataCommand {
 
 impl PackArgs {
     fn run(self) -> anyhow::Result<()> {
+        let signals = Signals::install("ending").context("cannot take over signals")?;
+        let classes = self.classes_of.as_deref().map(classes_of).transpose()?;
         let options = PackOptions {
             split: self.split.map(|split| match split {
                 SplitArg::Train => Split::Train,
@@ -130,18 +140,33 @@ impl PackArgs {
             }),
             limit: self.limit.map(|limit| limit as usize),
             class_names: self.class_names,
+            classes,
             skip_bad: self.skip_bad,
             smaller: self.shorter_side.map(|shorter_side| Smaller { shorter_side, quality: self.quality }),
             force: self.force,
             threads: self.threads,
         };
         let bar = Bar::new();
-        let report = data::pack(&self.source, &self.out, &options, &|progress| match progress {
-            PackProgress::Checked(done, of) => bar.show("check", done, of),
-            PackProgress::Written(done, of) => bar.show("write", done, of),
-        })?;
+        let packed = data::pack(&self.source, &self.out, &options, &|progress| {
+            match progress {
+                PackProgress::Checked(done, of) => bar.show("check", done, of),
+                PackProgress::Written(done, of) => bar.show("write", done, of),
+            }
+            if signals.pending().is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
         drop(bar);
-        print(self.format, &report, print_pack)
+        match (packed, signals.pending()) {
+            (Err(DataError::Interrupted), Some(signal)) => Err(TrainError::Stopped { signal }.into()),
+            (packed, _) => print(self.format, &packed?, print_pack),
+        }
+    }
+}
+
+/// The names of the classes of a data set.
+fn classes_of(path: &Path) -> anyhow::Result<Vec<String>> {
+    match Dataset::open(path)?.class_names() {
+        Some(names) => Ok(names.to_vec()),
+        None => Err(Usage(format!("--classes-of: {} names no classes", path.display())).into()),
     }
 }
 
@@ -159,11 +184,11 @@ impl VerifyArgs {
         let report = data::verify(&dataset, self.deep, self.threads, &|done, of| bar.show(what, done, of));
         drop(bar);
         print(self.format, &report, print_verify)?;
-        let VerifyReport { path, images, bad, .. } = report;
+        let VerifyReport { path, images, deep, bad, .. } = report;
         if bad.is_empty() {
             Ok(())
         } else {
-            Err(DataError::BadImages { path, bad: bad.len(), images }.into())
+            Err(DataError::BadImages { path, bad: bad.len(), images, deep }.into())
         }
     }
 }
@@ -175,7 +200,7 @@ impl Bar {
     fn new() -> Bar {
         let bar = ProgressBar::new(0);
         if let Ok(style) =
-            ProgressStyle::with_template("{msg:6} {bar:30} {human_pos}/{human_len} {per_sec} {eta}")
+            ProgressStyle::with_template("{msg:6} {bar:30} {human_pos}/{human_len} {per_sec:.0} {eta}")
         {
             bar.set_style(style);
         }
@@ -213,9 +238,14 @@ fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
     for bad in &report.skipped {
         writeln!(out, "left out {}: {}", bad.name, bad.reason)?;
     }
-    if report.ignored_files > 0 {
-        let files = count(report.ignored_files as u64, "file");
-        writeln!(out, "ignored {files} whose name does not end in .jpg, .jpeg or .png")?;
+    let ignored: usize = report.ignored_files.values().sum();
+    if ignored > 0 {
+        let named = report.ignored_files.iter().map(|(extension, count)| match extension.as_str() {
+            "" => format!("{count} without an extension"),
+            extension => format!("{count} {extension}"),
+        });
+        let (files, named) = (count(ignored as u64, "file"), named.collect::<Vec<_>>().join(", "));
+        writeln!(out, "ignored {files} that are no JPEG or PNG by their names: {named}")?;
     }
     if report.made_smaller > 0 {
         writeln!(out, "made {} smaller", count(report.made_smaller as u64, "image"))?;
@@ -269,10 +299,10 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
         formats => writeln!(out, "sample       {formats}: {width} × {height} pixels")?,
     }
     if sample.unreadable > 0 {
-        let hint = "run `jepa-host data verify --deep`";
+        let hint = "run `jepa-host data verify`";
         writeln!(out, "             unreadable: {} of {}; {hint}", sample.unreadable, sample.images)?;
     }
-    writeln!(out, "fingerprint  {}", summary.fingerprint)?;
+    writeln!(out, "fingerprint  {}, of lengths, labels and a sample", summary.fingerprint)?;
     match &summary.classes {
         None => writeln!(out, "classes      no labels"),
         Some(classes) => {
@@ -295,13 +325,19 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
 
 fn print_verify(report: &VerifyReport, out: &mut dyn Write) -> io::Result<()> {
     for bad in &report.bad {
-        writeln!(out, "{:>9}  {}", bad.index, bad.reason)?;
+        writeln!(out, "{}: {}", bad.name, bad.reason)?;
     }
     if report.bad.is_empty() {
         let images = count(report.images as u64, "image");
-        let sound = match report.deep {
-            true => "and all of them decode",
-            false => "all have a header that can be read, and none is cut off; --deep decodes them as well",
+        let sound = match (report.deep, report.checksums) {
+            (true, true) => "all of them decode, and each is what was packed, by its checksum",
+            (true, false) => {
+                "all of them decode; there are no checksums that would show other damage: packing the original again makes them"
+            }
+            (false, true) => "each of them is what was packed, by its checksum; --deep decodes them as well",
+            (false, false) => {
+                "all have a header that can be read, and none is cut off; --deep decodes them as well"
+            }
         };
         writeln!(out, "{}: {images}, {sound}", report.path.display())?;
     }

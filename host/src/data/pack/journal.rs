@@ -61,12 +61,12 @@ impl Journal {
     pub fn open(out: &Path) -> Result<Journal, DataError> {
         let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty());
         if let Some(directory) = directory {
-            fs::create_dir_all(directory).map_err(DataError::io("create", directory))?;
+            fs::create_dir_all(directory).map_err(DataError::write(directory))?;
         }
         let mut path = out.as_os_str().to_owned();
         path.push(".packing");
         let path = PathBuf::from(path);
-        let file = hold(&path).map_err(DataError::io("write", &path))?.ok_or_else(|| {
+        let file = hold(&path).map_err(DataError::write(&path))?.ok_or_else(|| {
             DataError::Options(format!(
                 "another process is packing {}: wait for it, or give another name",
                 out.display()
@@ -78,11 +78,9 @@ impl Journal {
                 path.display()
             ))
         })?;
-        file.set_len(end)
-            .and_then(|()| file.write_all_at(&MAGIC, 0))
-            .map_err(DataError::io("write", &path))?;
+        file.set_len(end).and_then(|()| file.write_all_at(&MAGIC, 0)).map_err(DataError::write(&path))?;
         if !found.is_empty() {
-            tracing::info!("{}: going on, with what is done of {} images", path.display(), found.len());
+            tracing::info!("{}: going on, {} images are done already", path.display(), found.len());
         }
         Ok(Journal { path, file, found, end: Mutex::new(end.max(START)) })
     }
@@ -120,7 +118,7 @@ impl Journal {
         entry.extend(made.unwrap_or_default());
 
         let mut end = self.end();
-        self.file.write_all_at(&entry, *end).map_err(DataError::io("write", &self.path))?;
+        self.file.write_all_at(&entry, *end).map_err(DataError::write(&self.path))?;
         let smaller = made_digest.map(|digest| (*end + ENTRY as u64, digest));
         *end += entry.len() as u64;
         Ok(Packable { source_digest, packed_len, smaller })

@@ -7,8 +7,11 @@
 mod journal;
 mod write;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use jepa_plugin_api::{Interpolation, Rng};
 use libjpeg_turbo_rs::{PixelFormat, Subsampling};
@@ -42,6 +45,8 @@ pub struct PackOptions {
     pub limit: Option<usize>,
     /// Names of the classes, where the source has none or others are wanted.
     pub class_names: Option<Vec<String>>,
+    /// The classes that labels are to count: each of the source's gets its place in this list.
+    pub classes: Option<Vec<String>>,
     /// Leave unreadable images out instead of refusing the source.
     pub skip_bad: bool,
     /// Overwrite an existing file.
@@ -69,6 +74,9 @@ pub enum PackProgress {
     /// So many of so many images are written.
     Written(usize, usize),
 }
+
+/// Is told how far it is, and says whether to go on.
+pub type Progress<'a> = dyn Fn(PackProgress) -> ControlFlow<()> + Sync + 'a;
 
 /// An image that does not decode.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -98,23 +106,23 @@ pub struct PackReport {
     pub made_smaller: usize,
     /// Images that were left out because they are unreadable.
     pub skipped: Vec<BadImage>,
-    /// Files in the source that are neither JPEG nor PNG.
-    pub ignored_files: usize,
+    /// Files in the source that are neither JPEG nor PNG by their names: how many of each extension.
+    pub ignored_files: BTreeMap<String, usize>,
 }
 
 /// Packs `source` (a tree of class folders, a data set in HDF5, or IDX) into `out`.
 ///
-/// The same source gives the same bytes. When it fails or is killed, `OUT.packing` stays, and the same call goes on from
-/// there.
+/// The same source gives the same bytes. When it fails or is killed, or `progress` breaks it off, `OUT.packing` stays, and the same
+/// call goes on from there.
 ///
 /// # Errors
 /// When the source is none of these or has no image, when images are unreadable and not to be skipped, when `out`
-/// exists and is not to be overwritten, or when reading or writing fails.
+/// exists and is not to be overwritten, or when reading or writing fails; [`DataError::Interrupted`].
 pub fn pack(
     source: &Path,
     out: &Path,
     options: &PackOptions,
-    progress: &(dyn Fn(PackProgress) + Sync),
+    progress: &Progress,
 ) -> Result<PackReport, DataError> {
     // A link is not replaced, but what it leads to.
     let led_to =
@@ -137,7 +145,10 @@ pub fn pack(
             "images cannot be stored with a shorter side of {shorter_side} and a quality of {quality}: give at least 1, and 1 to 100"
         )));
     }
-    let source = Source::open(source, options.split)?;
+    let mut source = Source::open(source, options.split)?;
+    if let Some(classes) = &options.classes {
+        source.relabel(classes.clone())?;
+    }
     if source.len() == 0 {
         return Err(DataError::Source {
             path: source.path.clone(),
@@ -164,14 +175,20 @@ fn pack_with(
     class_names: Option<&[Text]>,
     out: &Path,
     options: &PackOptions,
-    progress: &(dyn Fn(PackProgress) + Sync),
+    progress: &Progress,
 ) -> Result<PackReport, DataError> {
     let total = chosen.len();
+    let interrupted = AtomicBool::new(false);
     let checked = parallel::try_map(
         total,
         options.threads,
-        &|done| progress(PackProgress::Checked(done, total)),
-        |position| check(source, chosen[position], options.smaller, journal),
+        &|done| {
+            interrupted.fetch_or(progress(PackProgress::Checked(done, total)).is_break(), Ordering::Relaxed);
+        },
+        |position| match interrupted.load(Ordering::Relaxed) {
+            false => check(source, chosen[position], options.smaller, journal),
+            true => Err(DataError::Interrupted),
+        },
     )?;
     let mut images = Vec::with_capacity(total);
     let mut bad = Vec::new();
@@ -182,19 +199,14 @@ fn pack_with(
         }
     }
     if !bad.is_empty() && (!options.skip_bad || images.is_empty()) {
-        let examples: Vec<_> =
-            bad.iter().take(3).map(|bad| format!("{} ({})", bad.name, bad.reason)).collect();
-        let more = if bad.len() > examples.len() { ", …" } else { "" };
+        let (path, examples) = (source.path.clone(), listed(&bad));
         if options.skip_bad {
-            let reason = format!("none of its images can be read: {}", examples.join(", ") + more);
-            return Err(DataError::Source { path: source.path.clone(), reason });
+            let reason = format!("none of its images can be read: {examples}");
+            return Err(DataError::Source { path, reason });
         }
-        return Err(DataError::BadSource {
-            path: source.path.clone(),
-            count: bad.len(),
-            examples: examples.join(", ") + more,
-        });
+        return Err(DataError::BadSource { path, count: bad.len(), examples });
     }
+    warn_of_lost_classes(source, class_names, chosen, &bad);
 
     let labels: Option<Vec<i64>> =
         source.labels.as_ref().map(|labels| images.iter().map(|(index, _)| labels[*index]).collect());
@@ -213,8 +225,41 @@ fn pack_with(
         image_bytes: images.iter().map(|(_, image)| image.packed_len).sum(),
         made_smaller: images.iter().filter(|(_, image)| image.smaller.is_some()).count(),
         skipped: bad,
-        ignored_files: source.ignored,
+        ignored_files: source.ignored.clone(),
     })
+}
+
+/// One in the same line, several in lines of their own.
+fn listed(bad: &[BadImage]) -> String {
+    const MOST: usize = 20;
+    let one = |bad: &BadImage| format!("{} ({})", bad.name, bad.reason);
+    if let [only] = bad {
+        return one(only);
+    }
+    let lines = bad
+        .iter()
+        .take(MOST)
+        .map(one)
+        .chain((bad.len() > MOST).then(|| format!("and {} more", bad.len() - MOST)));
+    lines.map(|line| format!("\n  {line}")).collect::<String>() + "\n"
+}
+
+/// Says which classes have no image left.
+fn warn_of_lost_classes(source: &Source, names: Option<&[Text]>, chosen: &[usize], bad: &[BadImage]) {
+    let Some(labels) = &source.labels else { return };
+    let left_out: BTreeSet<usize> = bad.iter().map(|bad| bad.index).collect();
+    let left: BTreeSet<i64> =
+        chosen.iter().filter(|index| !left_out.contains(index)).map(|index| labels[*index]).collect();
+    let lost: BTreeSet<i64> =
+        left_out.iter().map(|index| labels[*index]).filter(|label| !left.contains(label)).collect();
+    for label in lost {
+        let name =
+            names.and_then(|names| names.get(label as usize)).map(|name| format!(", {}", name.as_str()));
+        tracing::warn!(
+            "class {label}{}: none of its images can be read, and none is packed",
+            name.unwrap_or_default()
+        );
+    }
 }
 
 /// Raised when something else is made of the same image.
@@ -282,7 +327,7 @@ fn make_smaller(image: &Rgb, Smaller { shorter_side, quality }: Smaller) -> Resu
 fn choose(count: usize, labels: Option<&[i64]>, limit: Option<usize>) -> Vec<usize> {
     const PURPOSE: u64 = 0x6461_7461_0004_0000;
     let Some(limit) = limit.filter(|&limit| limit < count) else { return (0..count).collect() };
-    let mut classes = std::collections::BTreeMap::<i64, Vec<usize>>::new();
+    let mut classes = BTreeMap::<i64, Vec<usize>>::new();
     for index in 0..count {
         classes.entry(labels.map_or(0, |labels| labels[index])).or_default().push(index);
     }

@@ -1,13 +1,14 @@
 //! The packed file itself, of which [`packed`] says what is in it.
 
 use std::fs::{self, File};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use hdf5::dataset::{AllocTime, FillTime};
 use sha2::{Digest, Sha256};
 
 use super::journal::{Journal, Packable};
-use super::{PackProgress, Smaller};
+use super::{PackProgress, Progress, Smaller};
 use crate::data::error::DataError;
 use crate::data::packed::{self, Text, text};
 use crate::data::source::Source;
@@ -27,7 +28,7 @@ pub(super) fn write(
     journal: &Journal,
     images: &[(usize, Packable)],
     tables: &Tables,
-    progress: &(dyn Fn(PackProgress) + Sync),
+    progress: &Progress,
 ) -> Result<(), DataError> {
     let mut offsets = vec![0];
     offsets.extend(images.iter().scan(0, |end, (_, image)| {
@@ -46,6 +47,7 @@ pub(super) fn write(
         ("source_sha256", text(&source_hash)?),
     ];
 
+    require_space(out, offsets.last().copied().unwrap_or_default())?;
     let temporary = Temporary { path: files::temporary_beside(out) };
     let path = &temporary.path;
     // The journal is locked, so nobody else writes there. No times are kept in it, so that the same images give the same
@@ -54,10 +56,10 @@ pub(super) fn write(
         .with_fapl(|access| access.file_locking(false))
         .with_fcpl(|create| create.obj_track_times(false))
         .create(path)
-        .map_err(DataError::hdf5(path, "create it"))?;
-    let bytes = write_tables(&file, &attributes, &offsets, tables)
-        .map_err(DataError::hdf5(path, "write its tables"))?;
+        .map_err(DataError::write_hdf5(out))?;
+    let bytes = write_tables(&file, &attributes, &offsets, tables).map_err(DataError::write_hdf5(out))?;
 
+    let mut checksums: Vec<u32> = Vec::with_capacity(images.len());
     const BLOCK: usize = 8 << 20;
     let mut block = Vec::with_capacity(BLOCK);
     let mut written = 0;
@@ -66,19 +68,35 @@ pub(super) fn write(
             Some((at, digest)) => journal.read(at, image.packed_len, digest)?,
             None => read_again(source, *index, image)?,
         };
+        checksums.push(packed::checksum(&encoded));
         block.extend(encoded);
         if block.len() >= BLOCK || position + 1 == images.len() {
-            bytes
-                .write_slice(&block, written..written + block.len())
-                .map_err(DataError::hdf5(path, "write images"))?;
+            bytes.write_slice(&block, written..written + block.len()).map_err(DataError::write_hdf5(out))?;
             written += block.len();
             block.clear();
         }
-        progress(PackProgress::Written(position + 1, images.len()));
+        if progress(PackProgress::Written(position + 1, images.len())).is_break() {
+            return Err(DataError::Interrupted);
+        }
     }
     drop(bytes);
-    file.close().map_err(DataError::hdf5(path, "close it"))?;
+    write_about_files(&file, &checksums, source, images).map_err(DataError::write_hdf5(out))?;
+    file.close().map_err(DataError::write_hdf5(out))?;
     temporary.rename(out)
+}
+
+/// Refuses to begin on a disk that is too small for it.
+fn require_space(out: &Path, needed: u64) -> Result<(), DataError> {
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Where it cannot be asked, writing tells.
+    let Ok(disk) = rustix::fs::statvfs(folder) else { return Ok(()) };
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if free > needed {
+        return Ok(());
+    }
+    let [needed, free] = [needed, free].map(|bytes| bytes.div_ceil(1 << 20));
+    let full = format!("{needed} MiB are needed and {free} MiB are free");
+    Err(DataError::write(out)(io::Error::new(ErrorKind::StorageFull, full)))
 }
 
 /// An image of the source, which has to be the one that was decoded.
@@ -92,7 +110,24 @@ fn read_again(source: &Source, index: usize, image: &Packable) -> Result<Vec<u8>
     Err(DataError::Source { path: source.path.clone(), reason })
 }
 
-/// Writes everything but the images, and makes the data set that they go to.
+/// Writes what belongs to each image: its checksum, and the name of its file, where all have one.
+fn write_about_files(
+    file: &hdf5::File,
+    checksums: &[u32],
+    source: &Source,
+    images: &[(usize, Packable)],
+) -> hdf5::Result<()> {
+    let build = || file.new_dataset_builder().obj_track_times(false);
+    build().with_data(checksums).create(packed::CHECKSUMS)?;
+    let mut names = Vec::new();
+    for (index, _) in images {
+        let Some(name) = source.file(*index) else { return Ok(()) };
+        names.extend(name.bytes().chain([0]));
+    }
+    build().with_data(&names).create(packed::FILES).map(drop)
+}
+
+/// Writes everything but that and the images, and makes the data set that they go to.
 fn write_tables(
     file: &hdf5::File,
     attributes: &[(&str, Text)],
@@ -131,8 +166,8 @@ struct Temporary {
 impl Temporary {
     fn rename(self, out: &Path) -> Result<(), DataError> {
         let synced = File::open(&self.path).and_then(|file| file.sync_all());
-        synced.map_err(DataError::io("sync", &self.path))?;
-        fs::rename(&self.path, out).map_err(DataError::io("write", out))?;
+        synced.map_err(DataError::write(&self.path))?;
+        fs::rename(&self.path, out).map_err(DataError::write(out))?;
         // It is there now, whatever follows.
         if let Err(error) = files::sync_folder(out.parent().unwrap_or(Path::new(""))) {
             tracing::warn!(
