@@ -227,7 +227,7 @@ pub enum DataError {
     },
     /// Some images to pack do not decode.
     #[error(
-        "cannot pack {}: {} unreadable: {examples}; repair or remove {}, or leave {2} out with --skip-bad",
+        "cannot pack {}: {} unreadable:{examples}repair or remove {}, or leave {2} out with --skip-bad",
         path.display(), of_images(*count), if *count == 1 { "it" } else { "them" }
     )]
     BadSource {
@@ -235,7 +235,7 @@ pub enum DataError {
         path: PathBuf,
         /// How many.
         count: usize,
-        /// The first few, with reasons.
+        /// The first of them, with reasons, and what stands between them and the advice.
         examples: String,
     },
     /// A check of all images found damaged ones, which have been listed.

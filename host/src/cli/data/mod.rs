@@ -30,6 +30,10 @@ pub(super) enum DataCommand {
     /// IDX files as MNIST has them (gzipped or not, stored as PNG). Every image is decoded once before anything is
     /// written, and an existing file is replaced only with --force and only when all went well. A pack that was ended
     /// half-way leaves OUT.packing, from which the same command goes on.
+    ///
+    /// Training sees 8-bit RGB: of 16 bits the upper 8, transparency is dropped, and the orientation that a camera notes
+    /// in EXIF is not applied, as in torchvision's ImageFolder. Beside each image lie its checksum and, from folders, its
+    /// file's name.
     Pack(PackArgs),
     /// Show what is in a data set: images, classes, sizes, formats, fingerprint, where it comes from.
     Inspect(InspectArgs),
@@ -284,7 +288,7 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
             }
         }
         if !source_sha256.is_empty() {
-            writeln!(out, "source       {source_sha256}")?;
+            writeln!(out, "source       SHA-256 {source_sha256}")?;
         }
         if let (Some(side), Some(quality)) = (provenance.shorter_side, provenance.jpeg_quality) {
             writeln!(out, "made smaller to a shorter side of {side} pixels, as JPEG of quality {quality}")?;

@@ -201,7 +201,7 @@ fn pack_with(
     if !bad.is_empty() && (!options.skip_bad || images.is_empty()) {
         let (path, examples) = (source.path.clone(), listed(&bad));
         if options.skip_bad {
-            let reason = format!("none of its images can be read: {examples}");
+            let reason = format!("none of its images can be read:{examples}put others there");
             return Err(DataError::Source { path, reason });
         }
         return Err(DataError::BadSource { path, count: bad.len(), examples });
@@ -229,12 +229,12 @@ fn pack_with(
     })
 }
 
-/// One in the same line, several in lines of their own.
+/// Images with what is wrong with them, to stand behind a colon and before advice: one in the same line, several in lines of their own.
 fn listed(bad: &[BadImage]) -> String {
     const MOST: usize = 20;
     let one = |bad: &BadImage| format!("{} ({})", bad.name, bad.reason);
     if let [only] = bad {
-        return one(only);
+        return format!(" {}; ", one(only));
     }
     let lines = bad
         .iter()
