@@ -3,10 +3,11 @@
 // libtorch's graph knows nothing of Rust, and tch binds no way to add a node to it. Here a node holds a callback and
 // the data that it needs; the engine calls it like any other node.
 
+#include "guarded.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -97,7 +98,7 @@ extern "C" {
 bool jepa_autograd_record(const char* name, std::size_t input_count, const at::Tensor* const* inputs,
                           std::size_t output_count, at::Tensor* const* outputs, jepa_backward backward, void* data,
                           jepa_drop drop, char** error) {
-    try {
+    return guarded(error, [&] {
         // Owns the data from here on, also when something throws.
         std::shared_ptr<Callback> node(new Callback(name, input_count, backward, data, drop),
                                        torch::autograd::deleteNode);
@@ -109,21 +110,13 @@ bool jepa_autograd_record(const char* name, std::size_t input_count, const at::T
             edges.push_back(torch::autograd::impl::gradient_edge(*inputs[i]));
         }
         if (!needed || !at::GradMode::is_enabled()) {
-            return true;
+            return;
         }
         node->set_next_edges(std::move(edges));
         for (std::size_t i = 0; i < output_count; ++i) {
             torch::autograd::set_history(*outputs[i], node);
         }
-        return true;
-    } catch (const c10::Error& caught) {
-        *error = strdup(caught.what_without_backtrace());
-    } catch (const std::exception& caught) {
-        *error = strdup(caught.what());
-    } catch (...) {
-        *error = strdup("an unknown C++ exception");
-    }
-    return false;
+    });
 }
 
 // The c10::ScalarType that autocast gives matrix products on CPU (0) or CUDA (1) on this thread; -1 where it is off.

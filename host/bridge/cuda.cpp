@@ -3,10 +3,10 @@
 // The compiler is NVRTC, which comes with the CUDA libtorch, and the launcher is the driver. Both are opened when somebody asks,
 // so that this library builds and loads without CUDA. What is declared here are the few of their functions that are used.
 
+#include "guarded.h"
+
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
-#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -152,20 +152,6 @@ std::vector<char> compiled(const char* source, const std::string& architecture) 
 // Of each source and device, and of each kernel in it: compiled once, whichever plugin asks.
 std::mutex mutex;
 std::map<std::pair<std::string, int>, void*> modules;
-
-bool guarded(char** error, const std::function<void()>& body) {
-    try {
-        body();
-        return true;
-    } catch (const c10::Error& caught) {
-        *error = strdup(caught.what_without_backtrace());
-    } catch (const std::exception& caught) {
-        *error = strdup(caught.what());
-    } catch (...) {
-        *error = strdup("an unknown C++ exception");
-    }
-    return false;
-}
 
 }  // namespace
 

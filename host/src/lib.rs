@@ -12,6 +12,7 @@ pub mod device;
 pub mod dist;
 pub mod eval;
 mod files;
+mod hex;
 mod linker;
 pub mod plugin;
 pub mod provenance;

@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use super::chunked::Chunks;
 use super::error::DataError;
 use super::{decode, index_file, packed, reference};
+use crate::hex::hex;
 
 /// No encoded image is longer, in bytes: all pixels of the largest, of 16-bit colours with alpha, fit.
 pub(super) const MAX_ENCODED: u64 = 1 << 30;
@@ -408,7 +409,7 @@ impl Dataset {
             }
             hash.update(&bytes[..bytes.len().min(BYTES_PER_SAMPLE)]);
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(&hash.finalize()))
     }
 }
 

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::dataset::{Contents, Layout, NO_ADDRESS, Slot};
+use crate::hex::hex;
 
 /// Below this many images, asking again is as fast.
 pub(super) const WORTHWHILE: usize = 20_000;
@@ -30,10 +31,6 @@ fn places(path: &Path) -> impl Iterator<Item = PathBuf> {
         cache.join("jepa-host").join(format!("{name}.index"))
     });
     [PathBuf::from(beside)].into_iter().chain(of_user)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What an index begins with: which file it was made from. Of its bytes, 64 blocks spread evenly go into a hash.

@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Admission, PluginError};
 use crate::device::libtorch;
+use crate::hex::hex;
 
 /// Tells one plugin file from another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,7 +81,7 @@ impl PluginFile {
         file.read_to_end(&mut bytes).map_err(unreadable)?;
         let manifest = read_manifest(path.to_owned(), &bytes)?;
         admission.check_owner(path, &metadata)?;
-        let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hex(&Sha256::digest(bytes));
         let identity = Identity::of(&metadata);
         let file = PluginFile { path: path.to_owned(), manifest, sha256, identity };
         admission.check_lock(&file)?;

@@ -13,6 +13,7 @@ use crate::data::error::DataError;
 use crate::data::packed::{self, Text, text};
 use crate::data::source::Source;
 use crate::files;
+use crate::hex::hex;
 
 /// What stands beside the images.
 pub(super) struct Tables<'a> {
@@ -38,13 +39,12 @@ pub(super) fn write(
     let source_name = source.path.file_name().unwrap_or_default().to_string_lossy();
     let mut source_hash = Sha256::new();
     images.iter().for_each(|(_, image)| source_hash.update(image.source_digest));
-    let source_hash: String = source_hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let attributes = [
         ("format", text(packed::FORMAT)?),
         ("tool", text(concat!("jepa-host ", env!("CARGO_PKG_VERSION")))?),
         ("source", text(&source_name)?),
         ("source_kind", text(source.kind())?),
-        ("source_sha256", text(&source_hash)?),
+        ("source_sha256", text(&hex(&source_hash.finalize()))?),
     ];
 
     require_space(out, offsets.last().copied().unwrap_or_default())?;

@@ -35,6 +35,7 @@ pub use self::settings::{WandbRun, mode};
 use super::console::CONSOLE_FILE;
 use super::{Record, Tracker, lower_is_better};
 use crate::config::WandbResume;
+use crate::hex::hex;
 
 /// How long the engine may take for what needs no server.
 const LOCAL: Duration = Duration::from_secs(30);
@@ -483,8 +484,4 @@ fn steps_in_file(program: &Path, file: &Path) -> anyhow::Result<u64> {
 
 fn host_name() -> String {
     fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
