@@ -221,14 +221,14 @@ install_wandb() {
     echo "$pin" >"$deps/lib/.wandb.pin"
 }
 
-# build NAME FOLDER TIME: runs FOLDER/build.sh unless the library was made from the same sources, by the same
-# compiler, against the same libtorch, in the same place.
+# build NAME FOLDER TIME FILE...: runs FOLDER/build.sh unless the library was made from the same sources (those of the folder, and
+# these files), by the same compiler, against the same libtorch, in the same place.
 build() {
     local name=$1 folder=$2 time=$3 stamp=$deps/lib/.$1.made_from
     local made_from
     made_from=$(
         echo "$root ${CXX:-c++} $(realpath "$deps/site/torch") $(version_of "$deps/site/torch")"
-        find "$folder" -type f -print0 | sort -z | xargs -0 cat
+        find "$folder" "${@:4}" -type f -print0 | sort -z | xargs -0 cat
     )
     made_from=$(sha256sum <<<"$made_from")
     [[ -f $deps/lib/$name && -f $stamp && $(<"$stamp") == "$made_from" ]] && return
@@ -262,6 +262,8 @@ build libjepa_torch_0_24.so host/bridge "80 s on two cores"
 build libjepa_native.so host/native "25 s"
 if has_cuda; then
     install_cuda_headers
-    build libjepa_cuda.so host/native/cuda "40 s"
+    build libjepa_cuda.so host/native/cuda "40 s" host/native/{guarded.h,native.h,exports.map}
+    # What it was called before it had CUDA graphs.
+    rm -f "$deps"/lib/{libjepa_nccl.so,.libjepa_nccl.so.made_from}
 fi
 say "ready"

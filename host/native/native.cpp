@@ -226,9 +226,13 @@ bool jepa_set_grads(size_t count, const jepa_tensor* params, const jepa_tensor* 
         const auto list = all("params", count, params);
         for (size_t i = 0; i < count; ++i) {
             const auto grad = grads[i] == nullptr ? at::Tensor() : tensor(grads[i]);
-            TORCH_CHECK(!grad.defined() || grad.sizes() == list[i].sizes(), "grads[", i, "] has sizes ", grad.sizes(),
-                        " where the parameter has ", list[i].sizes());
-            list[i].mutable_grad() = grad;
+            const auto& param = list[i];
+            TORCH_CHECK(!grad.defined() || grad.sizes() == param.sizes(), "grads[", i, "] has sizes ", grad.sizes(),
+                        " where the parameter has ", param.sizes());
+            TORCH_CHECK(!grad.defined() || (grad.dtype() == param.dtype() && grad.device() == param.device()), "grads[", i,
+                        "] is ", grad.dtype(), " on ", grad.device(), " and the parameter ", param.dtype(), " on ",
+                        param.device());
+            param.mutable_grad() = grad;
         }
     });
 }

@@ -85,7 +85,7 @@ bool jepa_clip(size_t count, const jepa_tensor* tensors, jepa_tensor norm, doubl
 /* Stores in out[i] a handle of params[i].grad, or NULL where there is no gradient. */
 bool jepa_grads(size_t count, const jepa_tensor* params, jepa_tensor* out, char** error);
 
-/* params[i].grad becomes grads[i], of the same size, or undefined where that is NULL. */
+/* params[i].grad becomes grads[i], of the same size, dtype and device, or undefined where that is NULL. */
 bool jepa_set_grads(size_t count, const jepa_tensor* params, const jepa_tensor* grads, char** error);
 
 /* Drops the gradients: .grad becomes undefined. */
@@ -123,7 +123,7 @@ bool jepa_pinned(size_t dimensions, const int64_t* sizes, int32_t dtype, jepa_te
 bool jepa_to_gpu(size_t count, const jepa_tensor* tensors, int32_t device, jepa_tensor* out, char** error);
 
 /* From now on this thread computes on a stream of its own on a GPU, behind what it has queued there, and not on the default one,
- * which cannot be recorded (cuda/graph.cpp). */
+ * which cannot be captured (cuda/graph.cpp). */
 bool jepa_own_stream(int32_t device, char** error);
 
 /* The most bytes of a GPU that tensors have had at any moment so far. */

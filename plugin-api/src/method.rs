@@ -79,11 +79,12 @@ pub trait Method: Send + Sized + 'static {
     const NEEDS_LABELS: bool = false;
 
     /// Whether [`step`](Method::step) queues the same operations on a GPU for every training batch of one size, so that the
-    /// host may record them once as a CUDA graph (`trainer.cuda_graphs`). It computes with [`Batch::views`] and
-    /// [`Batch::labels`] on the device, and may draw there by libtorch's generator; it looks at no number of a tensor, which
-    /// would wait for the GPU, draws nothing on the CPU, and uses nothing else of the batch that changes. Masks
-    /// whose visible cells are counted do not keep to that. The host compares a replayed step with a computed one before it
-    /// goes on. Since API 1.1; hosts of 1.0 record nothing.
+    /// host may capture them once as a CUDA graph and replay them (`trainer.cuda_graphs`). It computes loss and metrics on the
+    /// device, of [`Batch::views`], [`Batch::labels`], parameters and registered buffers, which it changes in place; it may draw there
+    /// by libtorch's generator. It looks at no number of a tensor, which would wait for the GPU, draws nothing on the CPU,
+    /// keeps no tensor from step to step but registered ones, and uses nothing else of the batch that changes. Masks whose
+    /// visible cells are counted do not keep to that. Any backbone is tried: the host compares the loss and gradients
+    /// of a replayed step with those of a computed one before it goes on. Since API 1.1; hosts of 1.0 capture nothing.
     const CAPTURABLE: bool = false;
 
     /// The keys under `method.`: a struct with a serde default for every field. Its schema, its defaults and its doc

@@ -10,7 +10,7 @@ use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions};
 use jepa_plugin_api::{Params, tch};
 use jepa_tests::draw::Draw;
 use jepa_tests::ranks::free_port;
-use jepa_tests::real::{Room, TINY_BACKBONE, TINY_SIMCLR, demo_images, records, say_not_tried, setting};
+use jepa_tests::real::{Room, Running, TINY_BACKBONE, demo_images, records, say_not_tried, setting};
 use sparse_conv::FeatureMap;
 use tch::{Device, Kind, Tensor};
 
@@ -196,37 +196,92 @@ fn one_rank_talks_to_itself_over_nccl() {
     assert_eq!((traffic.times, traffic.parts_of_gradients), (3, 9));
 }
 
-/// Of 12 steps of SimCLR, the first two are computed in both runs, and the others come out of a CUDA graph in one of them. Its kernels
-/// are the same, with other memory: what differs is what sums in another order make.
-#[test]
-fn steps_out_of_a_cuda_graph_are_the_same() {
-    let Some(_) = gpu("CUDA graphs") else { return };
-    if !has_cuda_library() {
-        return say_not_tried("libjepa_cuda.so is not there");
+/// 12 steps of a method on the GPU.
+fn train(room: &Room, plugin: &str, settings: &[&str]) -> Running {
+    let fixed = [
+        "trainer.max_steps=12",
+        "trainer.log_every_steps=1",
+        "trainer.device=cuda",
+        "data.size=16",
+        "eval.every_epochs=0",
+    ];
+    let images = setting("data.train", &demo_images());
+    let arguments = ["--plugin", plugin, &images].into_iter().chain(TINY_BACKBONE).chain(fixed);
+    room.start(arguments.chain(settings.iter().copied()))
+}
+
+/// Whether this machine captures CUDA graphs.
+fn captures(test: &str) -> bool {
+    let captures = gpu(test).is_some();
+    if captures && !has_cuda_library() {
+        say_not_tried("libjepa_cuda.so is not there");
     }
-    let losses = |more: &[&str]| {
+    captures && has_cuda_library()
+}
+
+/// The first three steps are computed in both runs, and those from the fifth on are replayed in one of them. Their kernels are the
+/// same: what differs is what sums in another order make.
+#[test]
+fn replayed_steps_are_the_computed_ones() {
+    if !captures("CUDA graphs") {
+        return;
+    }
+    for (precision, tolerance) in [("fp32", 0.01), ("bf16", 0.05)] {
+        let figures = |more: &[&str]| {
+            let room = Room::new();
+            let precision = format!("trainer.precision={precision}");
+            let settings = [
+                "method.hidden=16",
+                "method.output=8",
+                "optimizer.batch_size=32",
+                "trainer.clip=1.0",
+                &precision,
+            ];
+            let all: Vec<&str> = settings.into_iter().chain(more.iter().copied()).collect();
+            let ended = train(&room, "simclr", &all).wait().expect(0);
+            let records = records(&room.file("runs/simclr/version_0"));
+            let of_steps =
+                |name: &str| records.iter().filter_map(|record| record[name].as_f64()).collect::<Vec<_>>();
+            (
+                ["train/loss", "train/grad_norm"].map(of_steps),
+                ended.stderr.contains("replayed as a CUDA graph"),
+            )
+        };
+        let (computed, _) = figures(&[]);
+        let (replayed, by_graph) = figures(&["trainer.cuda_graphs=true"]);
+        assert!(by_graph);
+        for (name, (computed, replayed)) in ["loss", "norm"].iter().zip(computed.iter().zip(&replayed)) {
+            assert_eq!((computed.len(), replayed.len()), (12, 12));
+            for (step, (computed, replayed)) in computed.iter().zip(replayed).enumerate() {
+                let off = (computed - replayed).abs();
+                assert!(
+                    off <= tolerance * computed,
+                    "{precision}, step {step}, {name}: {replayed}, not {computed}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn methods_that_are_not_capturable_are_found_out() {
+    if !captures("methods that cannot be captured") {
+        return;
+    }
+    let cases = [
+        ("method.hidden_state=true", "the method or the backbone does something else in each step"),
+        ("method.panic_at_pass=99", "no step can be captured: use trainer.cuda_graphs=false"),
+    ];
+    for (fault, says) in cases {
         let room = Room::new();
-        let settings =
-            ["optimizer.warmup_epochs=0", "trainer.max_steps=12", "trainer.clip=1.0", "eval.every_epochs=0"];
-        let arguments =
-            ["--plugin", "simclr"].iter().chain(&TINY_BACKBONE).chain(&TINY_SIMCLR).chain(&settings);
-        let images = setting("data.train", &demo_images());
-        let all =
-            arguments.copied().chain([images.as_str(), "trainer.device=cuda"]).chain(more.iter().copied());
-        let ended = room.run(all).expect(0);
-        let of_step =
-            |record: &serde_json::Value| record.get("train/loss").and_then(serde_json::Value::as_f64);
-        let losses: Vec<f64> =
-            records(&room.file("runs/simclr/version_0")).iter().filter_map(of_step).collect();
-        (losses, ended.stderr.contains("CUDA graph from here on"))
-    };
-    let ((computed, _), (replayed, recorded)) = (losses(&[]), losses(&["trainer.cuda_graphs=true"]));
-    assert!(recorded);
-    assert_eq!((computed.len(), &computed[..2]), (12, &replayed[..2]));
-    for (step, (computed, replayed)) in computed.iter().zip(&replayed).enumerate() {
-        assert!(
-            (computed - replayed).abs() < 1e-3 * computed,
-            "step {step}: {replayed} instead of {computed}"
-        );
+        let settings = [fault, "optimizer.batch_size=32"];
+        train(&room, "faulty_plugin", &[&settings[..], &["trainer.cuda_graphs=true"]].concat())
+            .wait()
+            .expect(6)
+            .error_says(&[says]);
+        // Nothing is lost.
+        let again = [&settings[..], &["--resume", "auto"]].concat();
+        let ended = train(&room, "faulty_plugin", &again).wait().expect(0);
+        assert!(ended.stderr.contains("going on at step"), "{}", ended.stderr);
     }
 }

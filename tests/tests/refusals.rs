@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use jepa_tests::real::{
-    Ended, Room, TINY_BACKBONE, binary, demo_images, fixture, held_out_images, plugin, setting,
+    Ended, Room, TINY_BACKBONE, TINY_SIMCLR, binary, demo_images, fixture, held_out_images, plugin, setting,
 };
 
 const PLUGIN_REFUSED: i32 = 3;
@@ -388,6 +388,42 @@ fn held_out_images_are_held_out_and_of_the_same_classes() {
     let settings = images(&demo_images()).into_iter().chain(["eval.every_epochs=0".to_owned()]);
     let ended = train(&room, &settings.collect::<Vec<_>>()).expect(0);
     assert!(ended.stderr.contains("it judges by what was trained on"), "{}", ended.stderr);
+}
+
+#[test]
+fn cuda_graphs_are_for_single_batches_and_change_nothing_on_a_cpu() {
+    let room = Room::new();
+    let images = setting("data.train", &demo_images());
+    let simclr = |more: &str| {
+        let fixed =
+            ["--plugin", "simclr", "trainer.cuda_graphs=true", "trainer.max_steps=6", "eval.every_epochs=0"];
+        let settings = fixed.into_iter().chain(TINY_BACKBONE).chain(TINY_SIMCLR);
+        room.run(settings.chain([images.as_str(), more]))
+    };
+    let words = "steps of one batch, and trainer.accumulate is 2; use trainer.cuda_graphs=false";
+    simclr("trainer.accumulate=2").expect(USAGE).error_says(&[words]);
+    let ended = simclr("trainer.accumulate=1").expect(0);
+    assert!(ended.stderr.contains("it changes nothing on a CPU"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_no_bad_data() {
+    let room = Room::new();
+    let out = ["data", "pack", held_out_images().to_str().unwrap(), "out.h5"].map(str::to_owned);
+    // In blocks of 512 bytes: the journal fits, and the images do not.
+    let ended = room.run_behind("ulimit -f 1000; trap '' XFSZ", &out).expect(1);
+    ended.error_says(&["cannot write out.h5: File too large"]);
+    assert!(!room.file("out.h5").exists());
+    room.run(&out).expect(0);
+}
+
+#[test]
+fn a_setting_is_no_file() {
+    let room = Room::new();
+    let images = setting("data.train", &demo_images());
+    let ended = room.run(["data", "bench", "--method", "simclr", &images]).expect(USAGE);
+    ended.error_says(&["stands where FILE belongs"]);
+    train(&room, &["data.train=".to_owned()]).expect(USAGE).error_says(&["data.train is not set"]);
 }
 
 #[test]

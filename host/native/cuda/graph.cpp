@@ -1,5 +1,5 @@
-// What a GPU is given to do, recorded once and then queued as a whole: CUDA graphs, by way of libtorch, whose allocator keeps
-// the memory of a recording for it. device/graph.rs opens this library where it is there.
+// What a GPU is given to do, captured once and then queued as a whole: CUDA graphs, by way of libtorch, whose allocator keeps
+// the memory of a capture for it. device/graph.rs opens this library where it is there.
 
 #include "../guarded.h"
 
@@ -21,16 +21,16 @@ c10::Device gpu(std::int32_t number) { return {c10::DeviceType::CUDA, static_cas
 extern "C" {
 
 // From now on until jepa_graph_end, what this thread queues on its stream of the device, which is not the default one, is
-// recorded into *graph and not done. What else the thread asks of CUDA, to wait for one, fails; other threads may go on. Free
-// memory is given back before, for what is recorded gets memory of its own. False, here and below: *error holds a message from
+// captured into *graph and not done. What else the thread asks of CUDA, to wait for one, fails; other threads may go on. Free
+// memory is given back before, for what is captured gets memory of its own. False, here and below: *error holds a message from
 // malloc.
 bool jepa_graph_begin(std::int32_t device, void** graph, char** error) {
     return guarded(error, [&] {
         const c10::DeviceGuard guard(gpu(device));
-        auto recording = std::make_unique<at::cuda::CUDAGraph>();
+        auto begun = std::make_unique<at::cuda::CUDAGraph>();
         c10::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache();
-        recording->capture_begin(/*pool=*/{0, 0}, cudaStreamCaptureModeThreadLocal);
-        *graph = recording.release();
+        begun->capture_begin(/*pool=*/{0, 0}, cudaStreamCaptureModeThreadLocal);
+        *graph = begun.release();
     });
 }
 
@@ -41,7 +41,7 @@ bool jepa_graph_end(std::int32_t device, void* graph, char** error) {
     });
 }
 
-// Queues all that was recorded, on the stream of this thread. libtorch's generator stands where it would after doing it.
+// Queues all that was captured, on the stream of this thread. libtorch's generator stands where it would after doing it.
 bool jepa_graph_replay(void* graph, char** error) {
     return guarded(error, [&] { graph_of(graph).replay(); });
 }

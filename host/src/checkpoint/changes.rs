@@ -7,7 +7,8 @@ use serde_json::Value;
 use super::state::State;
 use crate::plugin::PluginRecord;
 
-/// Settings that may differ, because the weights do not depend on them. One that ends in a point is a whole section.
+/// Settings that may differ, because the weights do not depend on them, or as `data.on_error`, because nobody gets past a corrupt
+/// image otherwise. One that ends in a point is a whole section.
 const FREE: [&str; 13] = [
     "run.",
     "track.",

@@ -111,7 +111,7 @@ impl EvalArgs {
         };
         let train_set = saved.session.open_images("data.train", config.train_file()?)?;
         let val_set = saved.session.open_images("data.val", val)?;
-        judge_by(&val_set, &train_set)?;
+        judge_by(&val_set, &train_set, true)?;
         let view = evaluation_view(config, saved.model.method.views());
         let evaluation = Evaluation::new(config, view, &train_set, &val_set, probes, Share::Whole)?;
 

@@ -94,7 +94,8 @@ impl Session {
     pub fn offer(&self) -> anyhow::Result<&MethodOffer> {
         let (plugin, _) = self.registry.find(Kind::Method, &self.method)?;
         let of_name = |offer: &&MethodOffer| offer.name == self.method;
-        plugin.plugin.offer().methods.iter().find(of_name).context("the method is on no offer")
+        let offer = plugin.plugin.offer().methods.iter().find(of_name);
+        offer.with_context(|| format!("plugin {} does not offer the method {}", plugin.name(), self.method))
     }
 
     /// Builds the method on `device` for a training set of so many `classes`, images without a label, and steps an

@@ -303,24 +303,27 @@ pub(super) struct Prepared {
     pub state: State,
 }
 
-/// Sees to it that steps can be recorded.
+/// Sees to it that steps can be captured as CUDA graphs.
 fn prepare_graphs(session: &Session, device: tch::Device, comm: Option<&Comm>) -> anyhow::Result<()> {
-    let of = "trainer.cuda_graphs is for";
+    let method = &session.method;
+    let refuse = |what: String| {
+        Err(Usage(format!("trainer.cuda_graphs is for {what}; use trainer.cuda_graphs=false")).into())
+    };
     if !session.offer()?.capturable {
-        let method = &session.method;
-        return Err(Usage(format!(
-            "{of} methods whose every step is the same to a GPU, and {method} does not say that its steps are; use \
-             trainer.cuda_graphs=false"
-        ))
-        .into());
+        return refuse(format!(
+            "methods whose every step is the same to a GPU, and {method} does not say that its steps are"
+        ));
     }
-    if session.config().trainer.accumulate > 1 || comm.is_some() {
-        return Err(Usage(format!("{of} runs of one process with trainer.accumulate=1")).into());
+    if let accumulate @ 2.. = session.config().trainer.accumulate {
+        return refuse(format!("steps of one batch, and trainer.accumulate is {accumulate}"));
+    }
+    if let Some(comm) = comm {
+        return refuse(format!("runs of one process, and this one has {} ranks", comm.size()));
     }
     match device {
-        tch::Device::Cuda(number) => Ok(Graph::prepare(number)?),
+        tch::Device::Cuda(gpu) => Ok(Graph::prepare(gpu)?),
         _ => {
-            tracing::warn!("{of} GPUs: it changes nothing on a CPU");
+            tracing::warn!("trainer.cuda_graphs is for GPUs: it changes nothing on a CPU");
             Ok(())
         }
     }
@@ -360,7 +363,8 @@ pub(super) fn prepare(
         require_labels(&session.method, &train_set, val_set.as_deref())?;
     }
     if let Some(val_set) = &val_set {
-        judge_by(val_set, &train_set)?;
+        let labels_matter = session.offer()?.needs_labels || config.eval.every_epochs > 0;
+        judge_by(val_set, &train_set, labels_matter)?;
     }
 
     let steps_per_epoch =
@@ -510,9 +514,11 @@ fn resumed(saved: Checkpoint, now: State) -> State {
     }
 }
 
-/// Refuses held-out images whose labels mean other classes, and says when they are not held out.
-pub(super) fn judge_by(val: &Dataset, train: &Dataset) -> anyhow::Result<()> {
-    val.require_same_classes(train, "data.train").context("data.val")?;
+/// Refuses held-out images whose labels mean other classes, where that matters, and says when they are not held out.
+pub(super) fn judge_by(val: &Dataset, train: &Dataset, labels_matter: bool) -> anyhow::Result<()> {
+    if labels_matter {
+        val.require_same_classes(train, "data.train").context("data.val")?;
+    }
     if val.len() == train.len() && val.fingerprint()? == train.fingerprint()? {
         tracing::warn!("data.val has the images of data.train: it judges by what was trained on");
     }

@@ -196,10 +196,10 @@ pub struct Trainer {
     /// Gradients are scaled down to this L2 norm over all parameters. Default: no clipping.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub clip: Option<f64>,
-    /// On a GPU, record the forward and backward pass of a step as a CUDA graph and queue it whole from then on: small networks
-    /// and small batches, which are bound by the host's queueing, gain. Of methods whose every step is the same to a GPU (byol,
-    /// simclr, supervised, vicreg), in one process, without `accumulate`. The recording keeps the memory of a step for
-    /// itself. Default false.
+    /// On a GPU, capture the forward and backward pass of a step as a CUDA graph and queue it whole from then on: small networks
+    /// and small batches, which are bound by the host's queueing, gain. For methods that say that their every step is the
+    /// same to a GPU, in one process, without `accumulate`. The graph keeps the memory of a step for itself; a replayed
+    /// step has all of its time in `time/forward`. Default false.
     pub cuda_graphs: bool,
     /// Optimizer steps between two records of training metrics. Default 10.
     #[schemars(range(min = 1))]

@@ -214,7 +214,7 @@ impl Dataset {
     }
 
     /// Refuses a data set whose classes have other names than those of `other`, which is there for `of`: where both have names, one
-    /// begins with the other.
+    /// list begins with the other.
     ///
     /// # Errors
     /// [`DataError::Classes`].
@@ -292,7 +292,7 @@ impl Dataset {
     /// The file that an image was packed from, relative to what was packed, where that is kept.
     pub fn file_name(&self, index: usize) -> Option<&str> {
         let read = || match self.layout {
-            Layout::Packed => packed::file_names(&self.path, self.len()),
+            Layout::Packed => packed::file_names(&self.file, self.len()),
             Layout::Reference => None,
         };
         self.file_names.get_or_init(read).as_ref()?.get(index).map(String::as_str)
@@ -331,16 +331,16 @@ impl Dataset {
         })?;
         if slot.offset == NO_ADDRESS {
             *bytes = self.read_through_library(index)?;
-            return Ok(());
+        } else {
+            bytes.resize(slot.len as usize, 0);
+            self.file.read_exact_at(bytes, slot.offset).map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof => {
+                    let reason = "it has become shorter since it was opened".to_owned();
+                    DataError::Truncated { path: self.path.clone(), reason }
+                }
+                _ => DataError::io("read", &self.path)(error),
+            })?;
         }
-        bytes.resize(slot.len as usize, 0);
-        self.file.read_exact_at(bytes, slot.offset).map_err(|error| match error.kind() {
-            ErrorKind::UnexpectedEof => {
-                let reason = "it has become shorter since it was opened".to_owned();
-                DataError::Truncated { path: self.path.clone(), reason }
-            }
-            _ => DataError::io("read", &self.path)(error),
-        })?;
         match &self.checksums {
             Some(checksums) if checksums[index] != packed::checksum(bytes) => {
                 Err(self.corrupt(index as u64, "it is not what was packed: its checksum differs".to_owned()))

@@ -119,8 +119,9 @@ pub enum DataError {
     },
     /// The same label is another class in another data set.
     #[error(
-        "{0}: class {label} is `{name}`, and in {of} it is `{name_there}`: labels would be compared that mean different things. \
-         Pack it again from its class folders, with the classes of the other: `jepa-host data pack DIR OUT.h5 --classes-of {1}`",
+        "{0}: class {label} is `{name}`, and in {of} it is `{name_there}`, so the same label means another class. Pack it again from its \
+         class folders, by the classes of the other: `jepa-host data pack DIR OUT.h5 --classes-of {1}`; or, where they are but \
+         spelt in another way, with the names of the other: `jepa-host data pack {0} OUT.h5 --class-names …`",
         path.display(), there.display()
     )]
     Classes {
@@ -163,7 +164,7 @@ pub enum DataError {
     },
     /// One image does not decode, and the policy is to stop.
     #[error(
-        "{}: {image} is corrupt: {reason}; `jepa-host data verify --deep` lists every bad image, and \
+        "{}: {image} is corrupt: {reason}; `jepa-host data verify --deep` lists all that are, and \
          data.on_error=\"replace\" trains on another one instead",
         path.display()
     )]
@@ -179,7 +180,7 @@ pub enum DataError {
     },
     /// Replacing corrupt images found only more corrupt images.
     #[error(
-        "{}: image {index} is corrupt ({reason}), and so are the {tries} others drawn to replace it; run \
+        "{}: {image} is corrupt ({reason}), and so are the {tries} others drawn to replace it; run \
          `jepa-host data verify --deep` on the file",
         path.display()
     )]
@@ -187,7 +188,7 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
         /// The first image of the chain.
-        index: u64,
+        image: String,
         /// Why that one does not decode.
         reason: String,
         /// How many others were tried.
@@ -206,14 +207,14 @@ pub enum DataError {
     Options(String),
     /// A worker thread panicked: a fault of this program.
     #[error(
-        "the loader panicked on image {index} of {}: {message}; this is a fault of jepa-host, please report it",
+        "the loader panicked on {image} of {}: {message}; this is a fault of jepa-host, please report it",
         path.display()
     )]
     Panic {
         /// The file.
         path: PathBuf,
         /// The image.
-        index: u64,
+        image: String,
         /// The panic's message.
         message: String,
     },
@@ -242,7 +243,7 @@ pub enum DataError {
     #[error(
         "{0}: {bad} of {images} images are damaged{1}; train with data.on_error=\"replace\", or pack the file again \
          without them: `jepa-host data pack {0} OUT.h5 --skip-bad`",
-        path.display(), if *deep { "" } else { " (--deep decodes them as well, and may find more)" }
+        path.display(), if *deep { "" } else { " (--deep decodes them too)" }
     )]
     BadImages {
         /// The file.

@@ -717,8 +717,9 @@ impl Worker {
                 // What the panic left behind is not trusted with the next image.
                 self.image = Rgb::default();
                 self.scratch = Scratch::default();
-                let path = self.shared.dataset.path().to_owned();
-                Err(DataError::Panic { path, index, message: panic_message(payload.as_ref()) })
+                let dataset = &self.shared.dataset;
+                let (path, image) = (dataset.path().to_owned(), dataset.image_name(index as usize));
+                Err(DataError::Panic { path, image, message: panic_message(payload.as_ref()) })
             });
             batch.finish(position, made);
         }
@@ -796,7 +797,6 @@ impl Worker {
     /// Applies the policy to a corrupt image: an error, or another image in its place.
     fn fetch_replacement(&mut self, index: u64, reason: String) -> Result<(u64, Decoded), DataError> {
         let shared = self.shared.clone();
-        let path = || shared.dataset.path().to_owned();
         if shared.on_error == OnError::Fail {
             return Err(shared.dataset.corrupt(index, reason));
         }
@@ -809,7 +809,8 @@ impl Worker {
                 Err(reason) => shared.warn_once(other, &reason),
             }
         }
-        Err(DataError::TooManyCorrupt { path: path(), index, reason, tries: REPLACEMENT_TRIES })
+        let (path, image) = (shared.dataset.path().to_owned(), shared.dataset.image_name(index as usize));
+        Err(DataError::TooManyCorrupt { path, image, reason, tries: REPLACEMENT_TRIES })
     }
 }
 

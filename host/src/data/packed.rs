@@ -16,7 +16,9 @@
 //! Strings have a fixed length of 256 bytes. Those of variable length, as version 1 has them, are not read: they lie in a heap
 //! in which the library looks for ever, where a bit of it has flipped.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use hdf5::types::{FixedAscii, FixedUnicode, TypeDescriptor};
@@ -88,10 +90,12 @@ pub(super) fn checksum(encoded: &[u8]) -> u32 {
     crc32fast::hash(encoded)
 }
 
-/// The names of the files that the images were packed from, where the packed file at `path` has one for each of `images`.
-pub(super) fn file_names(path: &Path, images: usize) -> Option<Vec<String>> {
-    let file = hdf5::File::with_options().with_fapl(|access| access.file_locking(false)).open(path).ok()?;
-    let bytes: Vec<u8> = file.link_exists(FILES).then(|| table(path, &file, FILES).ok()).flatten()?;
+/// The names of the files that the images were packed from, where the packed file that is open has one for each of `images`.
+pub(super) fn file_names(open: &File, images: usize) -> Option<Vec<String>> {
+    // Another file may have its name by now.
+    let path = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+    let file = hdf5::File::with_options().with_fapl(|access| access.file_locking(false)).open(&path).ok()?;
+    let bytes: Vec<u8> = file.link_exists(FILES).then(|| table(&path, &file, FILES).ok()).flatten()?;
     let names = bytes.strip_suffix(&[0])?.split(|byte| *byte == 0);
     let names: Vec<String> = names.map(|name| String::from_utf8_lossy(name).into_owned()).collect();
     (names.len() == images).then_some(names)

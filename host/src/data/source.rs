@@ -35,6 +35,7 @@ pub(super) type Ignored = BTreeMap<String, usize>;
 /// Extensions of images that are not packed.
 const OTHER_IMAGES: [&str; 9] = [".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"];
 
+#[expect(clippy::large_enum_variant, reason = "there is one source")]
 enum Kind {
     Folder(Vec<PathBuf>),
     Hdf5(Dataset),
@@ -197,9 +198,15 @@ impl Source {
                 DataError::Source { path: self.path.clone(), reason }
             })
         };
-        let places: Vec<usize> = own.iter().map(place).collect::<Result<_, _>>()?;
+        // Only of classes that have images.
+        let mut places = BTreeMap::new();
         for label in labels.iter_mut().filter(|label| **label >= 0) {
-            *label = places[*label as usize] as i64;
+            let there = match places.get(label) {
+                Some(there) => *there,
+                None => place(&own[*label as usize])? as i64,
+            };
+            places.insert(*label, there);
+            *label = there;
         }
         self.class_names = Some(names);
         Ok(())

@@ -1,4 +1,4 @@
-//! CUDA graphs: what a GPU is given to do, recorded once and then queued as a whole. Bindings to `host/native/cuda/graph.cpp`.
+//! CUDA graphs: what a GPU is given to do, captured once and then queued as a whole. Bindings to `host/native/cuda/graph.cpp`.
 
 use std::sync::OnceLock;
 
@@ -18,42 +18,47 @@ struct Functions {
 
 static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
 
-/// Work of a GPU, recorded. Tensors that were made in it lie in memory that is its own: each replay writes them anew.
+/// Work of a GPU, captured. Tensors that were made in it lie in memory that is its own: each replay writes them anew.
 #[derive(Debug)]
 pub struct Graph(Handle);
 
 impl Graph {
-    /// Gets the calling thread ready to record on a GPU, which libtorch has opened: from here on it computes there on a stream of its own.
+    /// Gets the calling thread ready to capture on a GPU that libtorch has opened: from here on it computes there on a stream of
+    /// its own.
     ///
     /// # Errors
-    /// When the library that records is missing.
-    pub fn prepare(device_number: usize) -> Result<(), DeviceError> {
+    /// When the library that captures is missing.
+    pub fn prepare(gpu: usize) -> Result<(), DeviceError> {
         functions()?;
-        own_stream(device_number)
+        own_stream(gpu)
     }
 
-    /// Records what `work` queues on a GPU, which does nothing of it yet. Whoever looks at a number there, and so waits for it,
+    /// Captures what `work` queues on a GPU, which does nothing of it yet. Whoever looks at a number there, and so waits for it,
     /// gets an error; libraries have to be past what they do in their first call.
     ///
     /// # Errors
     /// Whatever libtorch reports, and that of `work`.
-    pub fn record<T, E: From<DeviceError>>(
-        device_number: usize,
+    pub fn capture<T, E: From<DeviceError>>(
+        gpu: usize,
         work: impl FnOnce() -> Result<T, E>,
     ) -> Result<(Graph, T), E> {
-        let (functions, device) = (functions()?, device_number as i32);
-        let native = library()?;
+        let (functions, native, device) = (functions()?, library()?, gpu as i32);
         let mut handle = std::ptr::null_mut();
         // SAFETY: the place for a handle lives through the call.
         native.checked(|_, error| unsafe { (functions.begin)(device, &mut handle, error) })?;
         let graph = Graph(handle);
         let worked = work();
-        // SAFETY: the handle is that of a recording that has begun.
+        // SAFETY: the handle is that of a capture that has begun.
         let ended = native.checked(|_, error| unsafe { (functions.end)(device, graph.0, error) });
-        // What went wrong within says more than that the recording is no good.
-        let made = worked?;
-        ended?;
-        Ok((graph, made))
+        // What went wrong within says more than that the capture is no good.
+        match worked.and_then(|made| Ok(ended.map(|()| made)?)) {
+            Ok(made) => Ok((graph, made)),
+            Err(error) => {
+                // libtorch's allocators may still ask it whether they are within.
+                std::mem::forget(graph);
+                Err(error)
+            }
+        }
     }
 
     /// Queues all of it again.
@@ -62,7 +67,7 @@ impl Graph {
     /// Whatever libtorch reports.
     pub fn replay(&self) -> Result<(), DeviceError> {
         let functions = functions()?;
-        // SAFETY: the handle is that of a complete recording.
+        // SAFETY: the handle is that of a complete capture.
         library()?.checked(|_, error| unsafe { (functions.replay)(self.0, error) })
     }
 }

@@ -391,7 +391,7 @@ pub fn gradients(params: &[Tensor]) -> Result<Vec<Option<Tensor>>, DeviceError> 
     Ok(out.into_iter().map(own).collect())
 }
 
-/// Gives each parameter this gradient, of its size, or none.
+/// Gives each parameter this gradient, of its size, kind and device, or none.
 ///
 /// # Errors
 /// Whatever libtorch reports.

@@ -48,7 +48,7 @@ pub enum TrainError {
         /// The run directory.
         run: PathBuf,
     },
-    /// A signal asked for the end of what leaves nothing to go on with. Exit code 128 + signal.
+    /// A signal asked for the end of what is no run. Exit code 128 + signal.
     #[error("interrupted by {}", signal_name(*signal))]
     Stopped {
         /// SIGINT, SIGTERM or SIGUSR1.
@@ -64,14 +64,16 @@ pub enum TrainError {
     },
     /// What a CUDA graph does is not what the plugins do. Exit code 6.
     #[error(
-        "trainer.cuda_graphs: of the same batch, the loss is {replayed} by the graph and {computed} as it is computed, so the \
-         method or the backbone does something else in each step. Go on with trainer.cuda_graphs=false and --resume"
+        "trainer.cuda_graphs: of one batch, the replayed loss is {loss} and the computed one {computed}, and the gradients differ by \
+         {gradients_off:.1e} of their norm: the method or the backbone does something else in each step. Use trainer.cuda_graphs=false"
     )]
     NotCapturable {
         /// The loss out of the graph.
-        replayed: f64,
+        loss: f64,
         /// The loss.
         computed: f64,
+        /// The norm of the difference of all gradients, of theirs.
+        gradients_off: f64,
     },
     /// The data set is smaller than a batch.
     #[error(

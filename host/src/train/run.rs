@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use jepa_plugin_api::tch::{self, Cuda, Device, Kind, no_grad};
-use jepa_plugin_api::{Batch, Rng, Step};
+use jepa_plugin_api::tch::{self, Cuda, Device, no_grad};
+use jepa_plugin_api::{Batch, Rng};
 
 use super::ledger::{Ledger, Part, Seconds};
 use super::meter::Meters;
 use super::optimizer::Gradients;
-use super::replay::{self, Recording, Replay};
+use super::replay::{Passes, Replay};
 use super::schedule::{Progress, learning_rate, weight_decay};
 use super::unread::Unread;
 use super::{Model, Optimizer, Ranks, Signals, StepSettings, TrainError};
@@ -412,16 +412,24 @@ impl<'t> Run<'t> {
                 self.show_examples(&batch)?;
                 self.ledger.lap(Part::Log);
             }
-            seed_torch(self.state.seed, step, i * self.ranks.size() + self.ranks.rank());
-            let (output, replayed) = match self.replay(&batch)? {
-                Some(output) => (output, true),
-                None => (self.forward(batch)?, false),
+            let of_rank = i * self.ranks.size() + self.ranks.rank();
+            let seed = || seed_torch(self.state.seed, step, of_rank);
+            let bf16 = self.config.trainer.precision == Precision::Bf16;
+            let mut passes = Passes { model: &mut self.model, bf16, seed: &seed, batches: accumulate };
+            let replayed = match self.device {
+                Device::Cuda(gpu) => self.replay.step(gpu, &batch, &mut passes)?,
+                _ => None,
+            };
+            let has_gradients = replayed.is_some();
+            let output = match replayed {
+                Some(output) => output,
+                None => passes.forward(batch)?,
             };
             measured.push(step, "train/loss".to_owned(), &output.loss)?;
-            for (name, value) in output.metrics {
+            for (name, value) in &output.metrics {
                 let name = format!("train/{}/{name}", self.state.method);
                 measured
-                    .push(step, name.clone(), &value)
+                    .push(step, name.clone(), value)
                     .with_context(|| format!("{name} is no single number"))?;
             }
             self.ledger.lap(Part::Forward);
@@ -431,8 +439,8 @@ impl<'t> Run<'t> {
                 // Gradients are on their way to the other ranks while others are still computed.
                 self.ranks.begin_exchange(&measured)?;
             }
-            if !replayed {
-                backward(&output.loss, accumulate)?;
+            if !has_gradients {
+                passes.backward(&output)?;
             }
             self.ledger.lap(Part::Backward);
         }
@@ -476,56 +484,6 @@ impl<'t> Run<'t> {
         self.report_step(lr);
         self.ledger.lap(Part::Log);
         Ok(())
-    }
-
-    /// The loss and metrics of a batch, in the run's precision.
-    fn forward(&mut self, batch: Batch) -> anyhow::Result<Step> {
-        let bf16 = self.config.trainer.precision == Precision::Bf16;
-        Ok(autocast_bf16(bf16, self.device, || self.model.method.step(batch))??)
-    }
-
-    /// Both passes of a batch out of a CUDA graph, if the run records one and the batch is of its size. The first graph is
-    /// compared with what is computed, of the first batch that it was not made from.
-    fn replay(&mut self, batch: &Batch) -> anyhow::Result<Option<Step>> {
-        let Device::Cuda(number) = self.device else { return Ok(None) };
-        match std::mem::replace(&mut self.replay, Replay::Never) {
-            Replay::After(0) => {
-                let trained = self.model.trained().iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-                let passes = |batch| {
-                    let output = self.forward(batch)?;
-                    backward(&output.loss, 1)?;
-                    Ok(output)
-                };
-                let recording = Recording::new(number, batch, trained, passes)
-                    .context("no step can be recorded: go on with trainer.cuda_graphs=false and --resume")?;
-                let output = recording.run(batch)?;
-                self.replay = Replay::Untried(recording);
-                Ok(Some(output))
-            }
-            Replay::Untried(recording) if recording.fits(batch) => {
-                let computed = no_grad(|| self.forward(replay::same(batch)))?.loss;
-                self.model.restore_buffers()?;
-                seed_torch(self.state.seed, self.state.step, 0);
-                let output = recording.run(batch)?;
-                replay::compare(&output.loss, &computed)?;
-                tracing::info!("steps come out of a CUDA graph from here on");
-                self.replay = Replay::Of(recording);
-                Ok(Some(output))
-            }
-            Replay::Of(recording) if recording.fits(batch) => {
-                let output = recording.run(batch)?;
-                self.replay = Replay::Of(recording);
-                Ok(Some(output))
-            }
-            Replay::After(steps) => {
-                self.replay = Replay::After(steps - 1);
-                Ok(None)
-            }
-            as_it_was => {
-                self.replay = as_it_was;
-                Ok(None)
-            }
-        }
     }
 
     /// Waits for what steps have measured, and ends the run when any of it is no number.
@@ -795,11 +753,6 @@ impl<'t> Run<'t> {
             train,
         }
     }
-}
-
-/// Gradients of the loss of a step that has so many batches.
-fn backward(loss: &tch::Tensor, batches: usize) -> Result<(), tch::TchError> {
-    (loss.f_to_kind(Kind::Float)? / batches as f64).f_backward()
 }
 
 /// Puts libtorch's own generator where batch `i` of a step draws from.

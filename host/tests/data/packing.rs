@@ -5,6 +5,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -13,10 +14,11 @@ use flate2::write::GzEncoder;
 use jepa_host::data::decode::Region;
 use jepa_host::data::resample::{CropBox, Resampler};
 use jepa_host::data::{
-    self, DataError, Dataset, FeatureFile, Layout, PackOptions, PackProgress, PackReport, Smaller, Split,
-    decode,
+    self, DataError, Dataset, FeatureFile, Layout, Loader, LoaderOptions, OnError, PackOptions, PackProgress,
+    PackReport, Smaller, Split, decode,
 };
-use jepa_plugin_api::Interpolation;
+use jepa_plugin_api::tch::Device;
+use jepa_plugin_api::{Interpolation, ViewSpec};
 
 use crate::fixtures::{jpeg, path, picture, png, small_set, write_reference};
 
@@ -71,7 +73,7 @@ fn class_folders_are_packed_sorted_with_the_files_bytes_as_they_are() {
     let root = class_folders(directory.path());
     let out = directory.path().join("new/photos.h5");
     let report = pack(&root, &out, &PackOptions::default()).unwrap();
-    assert_eq!((report.images, report.classes, report.ignored_files.values().sum::<usize>()), (5, 2, 2));
+    assert_eq!((report.images, report.classes, report.ignored_files), (5, 2, 2));
 
     let dataset = Dataset::open(&out).unwrap();
     assert_eq!(dataset.layout(), Layout::Packed);
@@ -568,7 +570,7 @@ fn held_out_images_get_the_labels_of_the_training_images() {
     assert!(error.contains("--classes-of") && error.contains("train.h5"), "{error}");
 
     let classes = train_set.class_names().map(<[_]>::to_vec);
-    let options = PackOptions { classes: classes.clone(), force: true, ..PackOptions::default() };
+    let options = PackOptions { label_by: classes.clone(), force: true, ..PackOptions::default() };
     pack(&held_out, &val, &options).unwrap();
     let val_set = Dataset::open(&val).unwrap();
     assert_eq!(val_set.labels(), Some(&[1i64, 1][..]));
@@ -577,7 +579,7 @@ fn held_out_images_get_the_labels_of_the_training_images() {
     fs::rename(held_out.join("dogs"), held_out.join("dog")).unwrap();
     let error = pack(&held_out, &val, &options).unwrap_err().to_string();
     assert!(error.contains("`dog` is none of the 2") && error.contains("did you mean `dogs`?"), "{error}");
-    let unnamed = PackOptions { classes, force: true, ..PackOptions::default() };
+    let unnamed = PackOptions { label_by: classes, force: true, ..PackOptions::default() };
     let error = pack(&path("reference_layout.h5"), &val, &unnamed).unwrap_err().to_string();
     assert!(error.contains("its classes have no names"), "{error}");
 }
@@ -601,4 +603,69 @@ fn who_breaks_off_goes_on_where_it_was() {
     }
     pack(&root, &broken, &options).unwrap();
     assert_eq!(fs::read(&broken).unwrap(), fs::read(&whole).unwrap());
+}
+
+/// The packed file with its images stored by the library, in chunks, as `h5repack` may leave it.
+fn in_chunks(packed: &Path, flipped: Option<usize>) {
+    let file = hdf5::File::open_rw(packed).unwrap();
+    let mut bytes: Vec<u8> = file.dataset("bytes").unwrap().read_raw().unwrap();
+    if let Some(at) = flipped {
+        bytes[at] ^= 1;
+    }
+    file.unlink("bytes").unwrap();
+    file.new_dataset_builder().with_data(&bytes).chunk(512).create("bytes").unwrap();
+}
+
+#[test]
+fn checksums_are_compared_however_the_images_are_stored() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("photos.h5");
+    for (flipped, bad) in [(None, 0), (Some(700), 1)] {
+        let options = PackOptions { force: true, ..PackOptions::default() };
+        pack(&class_folders(directory.path()), &out, &options).unwrap();
+        in_chunks(&out, flipped);
+        let report = data::verify(&Dataset::open(&out).unwrap(), false, 1, &|_, _| {});
+        assert_eq!((report.checksums, report.bad.len()), (true, bad), "{:?}", report.bad);
+    }
+}
+
+#[test]
+fn a_file_without_checksums_and_names_is_read_as_before() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("photos.h5");
+    pack(&class_folders(directory.path()), &out, &PackOptions::default()).unwrap();
+    let checksums: Vec<u32> = {
+        let file = hdf5::File::open_rw(&out).unwrap();
+        let checksums = file.dataset("checksums").unwrap().read_raw().unwrap();
+        file.unlink("checksums").unwrap();
+        file.unlink("files").unwrap();
+        checksums
+    };
+    let dataset = Dataset::open(&out).unwrap();
+    let report = data::verify(&dataset, true, 1, &|_, _| {});
+    assert!(!report.checksums && report.bad.is_empty(), "{:?}", report.bad);
+    assert_eq!(dataset.image_name(2), "image 2");
+
+    let file = hdf5::File::open_rw(&out).unwrap();
+    file.new_dataset_builder().with_data(&checksums[1..]).create("checksums").unwrap();
+    file.close().unwrap();
+    let error = Dataset::open(&out).unwrap_err().to_string();
+    assert!(error.contains("it has 5 images and 4 checksums"), "{error}");
+}
+
+#[test]
+fn training_goes_on_without_an_image_whose_checksum_differs() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("photos.h5");
+    pack(&class_folders(directory.path()), &out, &PackOptions::default()).unwrap();
+    in_chunks(&out, Some(700));
+    let batches = |on_error| {
+        let views = vec![ViewSpec::new("whole").resize_center_crop(1.0, Interpolation::Bilinear)];
+        let options = LoaderOptions { batch_size: 5, on_error, ..LoaderOptions::new(views, 8) };
+        let loader = Loader::new(Arc::new(Dataset::open(&out).unwrap()), options).unwrap();
+        let batch = loader.batches(0, 0).next().unwrap();
+        batch.map(|batch| batch.finish(Device::Cpu).unwrap())
+    };
+    assert!(matches!(batches(OnError::Fail).unwrap_err(), DataError::Corrupt { .. }));
+    assert_eq!(batches(OnError::Replace).unwrap().replaced, 1);
 }

@@ -32,8 +32,8 @@ pub use module::{BackboneOffer, MethodOffer, Offer, ProbeOffer};
 ///
 /// History
 /// - 1.0: methods and backbones.
-/// - 1.1: probes; example images; methods say whether they need labels; failures of the kind `Unfit`; bits of features that a host must
-///   know; functions with their own gradient and work on libtorch's threads, which the bridge has.
+/// - 1.1: probes; example images; methods say whether they need labels, and whether their steps can be captured; failures of
+///   the kind `Unfit`; bits of features that a host must know; functions with their own gradient and work on libtorch's threads, which the bridge has.
 pub const API_MAJOR: u16 = number(env!("CARGO_PKG_VERSION_MAJOR"));
 
 /// Minor version: grows when something is appended, with a default for plugins that do not have it.

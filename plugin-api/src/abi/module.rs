@@ -42,7 +42,7 @@ pub struct MethodOffer {
     /// Whether it learns from labels. Since 1.1.
     #[serde(default)]
     pub needs_labels: bool,
-    /// Whether its steps may be recorded. Since 1.1.
+    /// Whether its steps may be captured and replayed. Since 1.1.
     #[serde(default)]
     pub capturable: bool,
     /// JSON Schema of its options.

@@ -40,7 +40,7 @@ pub(in crate::cli) struct BenchArgs {
     /// Seconds for each number of threads: 1, and data.threads
     #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
-    /// Training steps that are timed to compare with, behind one that is not; 0: none
+    /// Training steps that are timed to compare with, behind the first; 0: none
     #[arg(long, value_name = "N", default_value_t = 10)]
     steps: u32,
     /// How to print
@@ -92,8 +92,10 @@ impl BenchArgs {
         let step_images_per_s = match self.steps {
             0 => None,
             steps => {
-                tracing::info!("timing {steps} steps of {} behind one", config.optimizer.batch_size);
-                Some(time_steps(session, prepared, None, None, signals, (1, steps), true)?.images_per_s)
+                tracing::info!("timing {steps} steps of {} images", config.optimizer.batch_size);
+                // Steps that are to be replayed are captured in the first few.
+                let warmup = if config.trainer.cuda_graphs { 5 } else { 1 };
+                Some(time_steps(session, prepared, None, None, signals, (warmup, steps), true)?.images_per_s)
             }
         };
         let report = Report {

@@ -36,6 +36,9 @@ pub(super) enum DataCommand {
     /// file's name.
     Pack(PackArgs),
     /// Show what is in a data set: images, classes, sizes, formats, fingerprint, where it comes from.
+    ///
+    /// The fingerprint is that of all labels and lengths and of some of the bytes: it tells data sets apart, and a run goes on
+    /// with the one that it began with. That no byte has changed is for `data verify` to say.
     Inspect(InspectArgs),
     /// Read every image and list those that are damaged: cut off, without a header, or not what was packed, by its checksum; with
     /// --deep, also those that do not decode. Exits with 4 if there are any.
@@ -135,7 +138,8 @@ impl DataCommand {
 
 impl PackArgs {
     fn run(self) -> anyhow::Result<()> {
-        let signals = Signals::install("ending").context("cannot take over signals")?;
+        let signals =
+            Signals::install("ending; a second signal ends at once").context("cannot take over signals")?;
         let classes = self.classes_of.as_deref().map(classes_of).transpose()?;
         let options = PackOptions {
             split: self.split.map(|split| match split {
@@ -144,7 +148,7 @@ impl PackArgs {
             }),
             limit: self.limit.map(|limit| limit as usize),
             class_names: self.class_names,
-            classes,
+            label_by: classes,
             skip_bad: self.skip_bad,
             smaller: self.shorter_side.map(|shorter_side| Smaller { shorter_side, quality: self.quality }),
             force: self.force,
@@ -242,13 +246,13 @@ fn print_pack(report: &PackReport, out: &mut dyn Write) -> io::Result<()> {
     for bad in &report.skipped {
         writeln!(out, "left out {}: {}", bad.name, bad.reason)?;
     }
-    let ignored: usize = report.ignored_files.values().sum();
-    if ignored > 0 {
-        let named = report.ignored_files.iter().map(|(extension, count)| match extension.as_str() {
+    if report.ignored_files > 0 {
+        let named = report.ignored_by_extension.iter().map(|(extension, count)| match extension.as_str() {
             "" => format!("{count} without an extension"),
             extension => format!("{count} {extension}"),
         });
-        let (files, named) = (count(ignored as u64, "file"), named.collect::<Vec<_>>().join(", "));
+        let (files, named) =
+            (count(report.ignored_files as u64, "file"), named.collect::<Vec<_>>().join(", "));
         writeln!(out, "ignored {files} that are no JPEG or PNG by their names: {named}")?;
     }
     if report.made_smaller > 0 {
@@ -306,7 +310,7 @@ fn print_summary(summary: &Summary, out: &mut dyn Write) -> io::Result<()> {
         let hint = "run `jepa-host data verify`";
         writeln!(out, "             unreadable: {} of {}; {hint}", sample.unreadable, sample.images)?;
     }
-    writeln!(out, "fingerprint  {}, of lengths, labels and a sample", summary.fingerprint)?;
+    writeln!(out, "fingerprint  {}", summary.fingerprint)?;
     match &summary.classes {
         None => writeln!(out, "classes      no labels"),
         Some(classes) => {

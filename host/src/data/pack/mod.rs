@@ -45,8 +45,8 @@ pub struct PackOptions {
     pub limit: Option<usize>,
     /// Names of the classes, where the source has none or others are wanted.
     pub class_names: Option<Vec<String>>,
-    /// The classes that labels are to count: each of the source's gets its place in this list.
-    pub classes: Option<Vec<String>>,
+    /// Classes by whose places in this list the source's are labelled, as in another data set.
+    pub label_by: Option<Vec<String>>,
     /// Leave unreadable images out instead of refusing the source.
     pub skip_bad: bool,
     /// Overwrite an existing file.
@@ -106,8 +106,10 @@ pub struct PackReport {
     pub made_smaller: usize,
     /// Images that were left out because they are unreadable.
     pub skipped: Vec<BadImage>,
-    /// Files in the source that are neither JPEG nor PNG by their names: how many of each extension.
-    pub ignored_files: BTreeMap<String, usize>,
+    /// Files in the source that are neither JPEG nor PNG by their names.
+    pub ignored_files: usize,
+    /// How many of these have each extension, in lower case and with its point.
+    pub ignored_by_extension: BTreeMap<String, usize>,
 }
 
 /// Packs `source` (a tree of class folders, a data set in HDF5, or IDX) into `out`.
@@ -146,8 +148,8 @@ pub fn pack(
         )));
     }
     let mut source = Source::open(source, options.split)?;
-    if let Some(classes) = &options.classes {
-        source.relabel(classes.clone())?;
+    if let Some(names) = &options.label_by {
+        source.relabel(names.clone())?;
     }
     if source.len() == 0 {
         return Err(DataError::Source {
@@ -201,7 +203,7 @@ fn pack_with(
     if !bad.is_empty() && (!options.skip_bad || images.is_empty()) {
         let (path, examples) = (source.path.clone(), listed(&bad));
         if options.skip_bad {
-            let reason = format!("none of its images can be read:{examples}put others there");
+            let reason = format!("none of its images can be read:{examples}see whether it is the right one");
             return Err(DataError::Source { path, reason });
         }
         return Err(DataError::BadSource { path, count: bad.len(), examples });
@@ -225,7 +227,8 @@ fn pack_with(
         image_bytes: images.iter().map(|(_, image)| image.packed_len).sum(),
         made_smaller: images.iter().filter(|(_, image)| image.smaller.is_some()).count(),
         skipped: bad,
-        ignored_files: source.ignored.clone(),
+        ignored_files: source.ignored.values().sum(),
+        ignored_by_extension: source.ignored.clone(),
     })
 }
 

@@ -88,14 +88,14 @@ pub(super) fn write(
 /// Refuses to begin on a disk that is too small for it.
 fn require_space(out: &Path, needed: u64) -> Result<(), DataError> {
     let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Where it cannot be asked, writing tells.
-    let Ok(disk) = rustix::fs::statvfs(folder) else { return Ok(()) };
+    // Where it cannot be asked, or has no answer, writing tells.
+    let Some(disk) = rustix::fs::statvfs(folder).ok().filter(|disk| disk.f_blocks > 0) else { return Ok(()) };
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if free > needed {
         return Ok(());
     }
     let [needed, free] = [needed, free].map(|bytes| bytes.div_ceil(1 << 20));
-    let full = format!("{needed} MiB are needed and {free} MiB are free");
+    let full = format!("{needed} MiB are needed and {free} MiB are free: make room, or give another folder");
     Err(DataError::write(out)(io::Error::new(ErrorKind::StorageFull, full)))
 }
 
