@@ -172,6 +172,7 @@ pub fn name_of(metric: &str) -> String {
         "time/backward" => "backward",
         "time/optimizer" => "optimizer",
         "time/ema" => "EMA",
+        "time/exchange" => "exchange gradients",
         "time/sync" => "wait for device",
         "time/log" => "log",
         "time/read" => "read, beside the step",

@@ -16,7 +16,7 @@ use super::format::{count, date, in_figures, name_of, number, percent, plural, s
 use super::html::{self, Cell, Table, letter, text};
 use super::run::{SavedRun, Status};
 use super::step_time::step_time;
-use super::verdict::{Tone, findings};
+use super::verdict::{Tone, findings, settled_waits};
 use super::views::views;
 
 const PAGE: &str = include_str!("page.html");
@@ -255,7 +255,7 @@ impl Report {
     fn speed(&self) -> String {
         let row = |(place, run): (usize, &SavedRun)| {
             let of = |metric: &str| run.series(metric).map(|(_, value)| value).collect::<Vec<f64>>();
-            let (mut speeds, waits) = (of("train/images_per_s"), of("train/data_wait"));
+            let (mut speeds, waits) = (of("train/images_per_s"), settled_waits(run));
             speeds.sort_by(f64::total_cmp);
             let figure = |value: Option<f64>, write: fn(f64) -> String| {
                 Cell::Number(value.map_or(NOTHING.to_owned(), write))

@@ -93,7 +93,8 @@ fn table(means: &[Option<Seconds>]) -> Table {
         let head = Cell::Part(place, name_of(part.metric()));
         [head].into_iter().chain(cells(&|seconds| seconds[place])).collect()
     };
-    let rows = Part::ALL.into_iter().enumerate().map(row).collect();
+    let took_time = |(place, _): &(usize, Part)| means.iter().flatten().any(|seconds| seconds[*place] > 1e-6);
+    let rows = Part::ALL.into_iter().enumerate().filter(took_time).map(row).collect();
     let whole = [Cell::Head("whole step".to_owned())].into_iter();
     table.groups = vec![rows, vec![whole.chain(cells(&|seconds| seconds.iter().sum())).collect()]];
     table

@@ -246,10 +246,17 @@ fn collapse(run: &SavedRun, all: &mut Vec<Finding>) {
     }
 }
 
-/// Whether training waits for data, once there has been time to fill the pipeline.
+/// The shares of time that steps have waited for data, by log line, once there has been time to fill the pipeline.
+pub fn settled_waits(run: &SavedRun) -> Vec<f64> {
+    run.series("train/data_wait").map(|(_, value)| value).skip(1).collect()
+}
+
+/// Whether training waits for data.
 pub fn wait_for_data(run: &SavedRun) -> Option<Finding> {
-    let waits: Vec<f64> = run.series("train/data_wait").map(|(_, value)| value).collect();
-    let settled = waits.get(1..).filter(|settled| !settled.is_empty())?;
+    let settled = settled_waits(run);
+    if settled.is_empty() {
+        return None;
+    }
     let wait = settled.iter().sum::<f64>() / settled.len() as f64;
     let share = percent(wait);
     let hint = "More data.threads, a packed file (`jepa-host data pack`) or smaller images would help.";
