@@ -14,6 +14,7 @@ pub mod eval;
 mod files;
 mod hex;
 mod linker;
+mod nearest;
 pub mod plugin;
 pub mod provenance;
 pub mod report;

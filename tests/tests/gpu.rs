@@ -219,7 +219,7 @@ fn captures(test: &str) -> bool {
     captures && has_cuda_library()
 }
 
-/// The first three steps are computed in both runs, and those from the fifth on are replayed in one of them. Their kernels are the
+/// The first four steps are computed in both runs, and those from the fifth on are replayed in one of them. Their kernels are the
 /// same: what differs is what sums in another order make.
 #[test]
 fn replayed_steps_are_the_computed_ones() {

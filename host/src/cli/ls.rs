@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::exit::Usage;
 use super::output::{Format, NOTHING, print, print_columns};
-use crate::config::nearest;
+use crate::nearest::nearest;
 use crate::report::format::{ago, count, value_of};
 use crate::report::{SavedRun, Status, find_runs};
 use crate::track::lower_is_better;

@@ -6,7 +6,8 @@ use clap::Args;
 
 use super::exit::Usage;
 use super::output::print_text;
-use crate::config::{Config, SchemaOption, nearest, schema_options};
+use crate::config::{Config, SchemaOption, schema_options};
+use crate::nearest::nearest;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\

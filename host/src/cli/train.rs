@@ -20,11 +20,12 @@ use crate::checkpoint::{
     self, Checkpoint, FORMAT, Resume, RunDir, State, adapt, encoder_of, find_run, read_encoder,
     resolve_resume, restore,
 };
-use crate::config::{Base, Config, Data, Layers, LrScale, nearest};
+use crate::config::{Base, Config, Data, Layers, LrScale};
 use crate::data::{Augment, Dataset, Loader, LoaderOptions, Share, cuts_on};
 use crate::device::{Graph, cpu_capability, libtorch};
 use crate::dist::{Comm, DistError, Launch, Launcher};
 use crate::eval::{Evaluation, evaluation_view};
+use crate::nearest::nearest;
 use crate::plugin::{Kind, LoadedPlugin, PluginSources};
 use crate::provenance::{self, is_of_this_job};
 use crate::trace::Trace;

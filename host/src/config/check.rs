@@ -6,10 +6,11 @@
 
 use serde_json::{Map, Number, Value, json};
 
+use super::advice::advice;
 use super::error::{ConfigError, Problem};
 use super::json_schema::{JsonSchema, forms_of, join, properties, types};
-use super::nearest::{advice, nearest};
 use super::resolve::Sources;
+use crate::nearest::nearest;
 
 /// What stands for "not set" where a value may be left out, because TOML has no null.
 const UNSET: &str = "none";

@@ -6,11 +6,11 @@
 //! Paths that a setting holds are relative to the current directory, as on a command line; the entries of `groups`
 //! alone are relative to the file that lists them.
 
+mod advice;
 mod check;
 mod error;
 mod json_schema;
 mod layers;
-mod nearest;
 mod print;
 mod resolve;
 mod schema;
@@ -19,7 +19,6 @@ pub use check::validate_plugin_options;
 pub use error::{ConfigError, Problem};
 pub use json_schema::{SchemaOption, schema_options};
 pub use layers::RESERVED_VARIABLES;
-pub use nearest::nearest;
 pub use resolve::{Base, Layers, ResolvedConfig, Source, Sources};
 pub use schema::{
     Algorithm, Backbone, Checkpoint, Collapse, Config, Data, Device, Eval, Init, Knn, LinearProbe, LrScale,

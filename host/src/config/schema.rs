@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::error::ConfigError;
-use super::nearest::nearest;
 use crate::data::{Augment, Decode, OnError};
 use crate::eval::FIGURES;
+use crate::nearest::nearest;
 
 /// A whole configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -76,6 +76,14 @@ pub(super) struct Contents {
     pub checksums: Option<Vec<u32>>,
 }
 
+impl Contents {
+    /// Those of the reference layout, which has nothing else.
+    pub fn of_reference(slots: Vec<Slot>, labels: Option<Vec<i64>>) -> Self {
+        let layout = Layout::Reference;
+        Contents { layout, slots, labels, class_names: None, provenance: None, checksums: None }
+    }
+}
+
 /// An open data set. Shared between threads in an `Arc`; every method takes `&self`.
 #[derive(Debug)]
 pub struct Dataset {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::dataset::{Contents, Layout, NO_ADDRESS, Slot};
+use super::dataset::{Contents, NO_ADDRESS, Slot};
 use crate::hex::hex;
 
 /// Below this many images, asking again is as fast.
@@ -82,14 +82,7 @@ fn read(index: &[u8], header: &[u8]) -> Option<Contents> {
         .map(|(&offset, &len)| Slot { offset: u64::from_le_bytes(offset), len: u64::from_le_bytes(len) })
         .collect();
     let labels = (labelled == 1).then(|| labels.iter().map(|&label| i64::from_le_bytes(label)).collect());
-    Some(Contents {
-        layout: Layout::Reference,
-        slots,
-        labels,
-        class_names: None,
-        provenance: None,
-        checksums: None,
-    })
+    Some(Contents::of_reference(slots, labels))
 }
 
 /// Keeps the contents where that is worth a file and every image has an address.
@@ -141,14 +134,7 @@ mod tests {
     fn contents(labels: bool) -> Contents {
         let slots = (0..WORTHWHILE as u64).map(|i| Slot { offset: 100 + 3 * i, len: 3 }).collect();
         let labels = labels.then(|| (0..WORTHWHILE as i64).map(|i| i % 7).collect());
-        Contents {
-            layout: Layout::Reference,
-            slots,
-            labels,
-            class_names: None,
-            provenance: None,
-            checksums: None,
-        }
+        Contents::of_reference(slots, labels)
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use hdf5::types::TypeDescriptor;
 
-use super::dataset::{Contents, Layout, NO_ADDRESS, Slot};
+use super::dataset::{Contents, NO_ADDRESS, Slot};
 use super::error::DataError;
 use super::index_file;
 
@@ -39,14 +39,7 @@ pub(super) fn read_contents(path: &Path, file: &hdf5::File) -> Result<Contents, 
     } else {
         None
     };
-    Ok(Contents {
-        layout: Layout::Reference,
-        slots,
-        labels,
-        class_names: None,
-        provenance: None,
-        checksums: None,
-    })
+    Ok(Contents::of_reference(slots, labels))
 }
 
 /// Opens the data set of one image.

@@ -11,7 +11,7 @@ use super::dataset::Dataset;
 use super::error::DataError;
 use super::idx::{self, Idx};
 use super::pack::Split;
-use crate::config::nearest;
+use crate::nearest::nearest;
 
 /// Folders that hold the class folders of one part of a data set, and are no classes.
 const PARTS: [&str; 5] = ["train", "val", "valid", "validation", "test"];

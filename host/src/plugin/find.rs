@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::{Admission, LoadedPlugin, PluginError, open};
-use crate::config::nearest;
+use crate::nearest::nearest;
 
 /// The environment variable with further folders, separated by colons.
 pub const PATH_VARIABLE: &str = "JEPA_PLUGIN_PATH";

@@ -6,7 +6,7 @@ use jepa_plugin_api::abi::Offer;
 use jepa_plugin_api::schemars::Schema;
 
 use super::{Admission, LoadedPlugin, PluginError, PluginSources, open, plugin_files};
-use crate::config::nearest;
+use crate::nearest::nearest;
 
 /// What a plugin can offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use super::distribution::Distribution;
 use super::error::SweepError;
 use super::hyperband::Hyperband;
 use super::search::Search;
-use crate::config::nearest;
+use crate::nearest::nearest;
 use crate::report::format::{Kind, kind_of};
 use crate::track::lower_is_better;
 

@@ -20,7 +20,7 @@ use super::process;
 use super::rehearsal::rehearse;
 use super::search::Search;
 use super::series::{Point, Series, best, is_held, names_in};
-use crate::config::nearest;
+use crate::nearest::nearest;
 use crate::report::Setting;
 use crate::report::format::number;
 use crate::train::{Signals, TrainError};

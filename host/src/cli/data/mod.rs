@@ -110,7 +110,7 @@ pub(super) struct InspectArgs {
 pub(super) struct VerifyArgs {
     /// The data set
     file: PathBuf,
-    /// Decode every image too, which finds damage inside of images that have no checksum, or were packed with it
+    /// Decode every image too, which finds damage that no checksum shows: of images without one, or from before they were packed
     #[arg(long)]
     deep: bool,
     /// Threads that do it; 0 for one per core

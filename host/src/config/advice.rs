@@ -1,16 +1,6 @@
-//! Which known name a mistyped one probably meant.
+//! What to say of a key that nobody knows.
 
-/// The candidate that `word` most likely meant, or `None` where nothing is close.
-pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let folded = |text: &str| text.to_lowercase().replace('-', "_");
-    let word = folded(word);
-    candidates
-        .into_iter()
-        .map(|candidate| (strsim::damerau_levenshtein(&word, &folded(candidate)), candidate))
-        .filter(|(distance, candidate)| *distance <= (word.len().max(candidate.len()) / 3).max(1))
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, candidate)| candidate)
-}
+use crate::nearest::nearest;
 
 /// What to say after "unknown key": the key that was probably meant, else the keys that there are.
 pub(super) fn advice(unknown: &str, known: &[String]) -> String {
