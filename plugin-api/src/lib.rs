@@ -24,6 +24,7 @@ pub mod ranks;
 pub mod rng;
 pub mod testing;
 mod view;
+pub mod winograd;
 
 pub use anyhow::{self, Context, Error, Result, bail, ensure};
 pub use schemars;

@@ -8,13 +8,14 @@
 //! right side stays in its cache. Which numbers are added up in which order depends on K and its pieces, or for [`gradient`]
 //! on the number of rows: a result has the same bytes for any number of threads.
 
-mod tile;
+pub(crate) mod tile;
 mod weights;
 
 use pulp::{Arch, Simd, WithSimd};
 use tch::Tensor;
 
 use self::tile::{Target, Vectors, for_tile, gradient_tiles, rows_of_tiles};
+pub(crate) use self::weights::STAGED;
 pub use self::weights::{Layout, Packed};
 use crate::memory;
 use crate::parallel;
@@ -113,12 +114,12 @@ const POSITIONS: usize = 128;
 
 /// A part of K: whole runs, or a part of one.
 #[derive(Clone, Copy)]
-struct Block {
+pub(crate) struct Block {
     /// Where it begins in a row, and in K.
-    offset: usize,
-    k: usize,
-    pieces: usize,
-    length: usize,
+    pub offset: usize,
+    pub k: usize,
+    pub pieces: usize,
+    pub length: usize,
 }
 
 fn blocks(rows: Rows) -> Vec<Block> {

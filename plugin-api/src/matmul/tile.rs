@@ -6,7 +6,7 @@ use super::{Block, Rows};
 
 /// The vectors of this machine.
 #[derive(Clone, Copy)]
-pub(super) struct Vectors {
+pub(crate) struct Vectors {
     pub lanes: usize,
     /// Columns of a tile.
     pub columns: usize,
@@ -41,7 +41,7 @@ impl Vectors {
 
 /// Where a tile goes in `(rows, columns)`.
 #[derive(Clone, Copy)]
-pub(super) struct Target<'a> {
+pub(crate) struct Target<'a> {
     pub columns: usize,
     pub first: usize,
     /// Whether it is written, with the bias, or added to what is there.
@@ -62,11 +62,11 @@ macro_rules! for_tile {
         }
     };
 }
-pub(super) use for_tile;
+pub(crate) use for_tile;
 
 /// The product of some rows with a panel, for a block of K.
 #[inline(always)]
-pub(super) fn rows_of_tiles<S: Simd, const M: usize, const V: usize>(
+pub(crate) fn rows_of_tiles<S: Simd, const M: usize, const V: usize>(
     simd: S,
     rows: Rows,
     block: Block,
@@ -155,7 +155,7 @@ fn store<'a, S: Simd, const M: usize, const V: usize>(
 }
 
 #[inline(always)]
-pub(super) fn gradient_tiles<S: Simd, const M: usize, const V: usize>(
+pub(crate) fn gradient_tiles<S: Simd, const M: usize, const V: usize>(
     simd: S,
     rows: Rows,
     panel: &[f32],

@@ -62,7 +62,7 @@ impl Layout {
 
     /// The same from rows of a matrix: `row(k, n)` begins with the numbers of row k from column n on, a multiple of
     /// `together` ≤ [`STAGED`], and has that many of them, or up to the last column.
-    pub(super) fn write_rows<'a, T: Element>(
+    pub(crate) fn write_rows<'a, T: Element>(
         &self,
         together: usize,
         row: impl Fn(usize, usize) -> &'a [f32] + Sync,
@@ -171,7 +171,7 @@ impl Layout {
 }
 
 /// Columns that are staged side by side.
-pub(super) const STAGED: usize = 16;
+pub(crate) const STAGED: usize = 16;
 /// Numbers of a line of the stage: no power of two, so that those of one row do not share a line of the cache.
 const LINE: usize = 272;
 
@@ -218,8 +218,8 @@ impl Stage {
 #[derive(Debug)]
 pub struct Packed {
     /// Panel by panel, each `(K, columns)`; the last is filled up with zeros to whole vectors.
-    pub(super) values: Vec<f32>,
-    pub(super) depth: usize,
+    pub(crate) values: Vec<f32>,
+    pub(crate) depth: usize,
     pub(super) columns: usize,
 }
 

@@ -1,10 +1,15 @@
 //! Convolution.
 
-use tch::{Device, Tensor};
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
 
 use super::Init;
 use super::linear::{linear, strided};
-use crate::Params;
+use crate::matmul::Layout;
+use crate::memory::{filled, values};
+use crate::winograd::{self, Kernels, Tiles};
+use crate::{Params, autograd};
 
 /// What [`Conv2d::new`] takes beside the sizes. The default is stride 1, no padding, one group, with bias.
 ///
@@ -90,6 +95,15 @@ impl Conv2d {
             };
             return y.permute([0, 3, 1, 2]);
         }
+        if let &[batch, channels, height, width] = x.size().as_slice()
+            && self.takes_tiles(x)
+        {
+            let tiles = Tiles::of_maps(batch as usize, (height as usize, width as usize));
+            if tiles.pay(channels as usize, self.weight.size()[0] as usize) {
+                let y = self.by_tiles(&x.permute([0, 2, 3, 1]).reshape([-1, channels]), &Arc::new(tiles));
+                return y.view([batch, height, width, -1]).permute([0, 3, 1, 2]);
+            }
+        }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         x.conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], self.groups)
     }
@@ -98,6 +112,49 @@ impl Conv2d {
     /// does. Since 1.1.
     pub fn pointwise(&self, x: &Tensor) -> Tensor {
         linear(x, &self.weight, self.bias.as_ref())
+    }
+
+    /// Of a 3×3 convolution that [takes tiles](Self::takes_tiles), the same for any positions of its maps: `(N, in)` to `(N, out)`,
+    /// with zeros at all others. Since 1.1.
+    ///
+    /// # Panics
+    /// When `rows` has not a row for each position of the tiles.
+    pub fn by_tiles(&self, rows: &Tensor, tiles: &Arc<Tiles>) -> Tensor {
+        let [x, w] = [rows, &self.weight].map(|x| x.detach().contiguous());
+        let (outputs, inputs) = (w.size()[0] as usize, w.size()[1] as usize);
+        let y =
+            winograd::convolution(values(&x), tiles, &Kernels::new(values(&w), &forward(outputs, inputs)));
+        let wanted = [rows, &self.weight].map(autograd::is_recorded);
+        let tiles = Arc::clone(tiles);
+        let y = autograd::record("WinogradConv", &[rows, &self.weight], y, move |grad| {
+            let grad = grad.contiguous();
+            let of_x = || {
+                let kernels = Kernels::new(values(&w), &backward(outputs, inputs));
+                winograd::convolution(values(&grad), &tiles, &kernels)
+            };
+            let of_weight = || {
+                filled(&w.size(), |out| {
+                    winograd::gradient(values(&x), values(&grad), &tiles, &forward(outputs, inputs), out);
+                })
+            };
+            vec![wanted[0].then(of_x), wanted[1].then(of_weight)]
+        });
+        match &self.bias {
+            None => y,
+            Some(bias) => y + bias,
+        }
+    }
+
+    /// Whether it is one that [`winograd`](crate::winograd) computes of `x`: a 3×3 kernel with a stride and padding of 1, on the CPU
+    /// and in fp32. Since 1.1.
+    pub fn takes_tiles(&self, x: &Tensor) -> bool {
+        let shape = self.weight.size();
+        (self.kernel(), self.stride, self.padding, self.groups) == (3, 1, 1, 1)
+            && shape[..2]
+                .iter()
+                .all(|channels| *channels > 0 && (*channels as usize).is_multiple_of(winograd::CHANNELS))
+            && [x, &self.weight].iter().all(|x| x.device() == Device::Cpu && x.kind() == Kind::Float)
+            && autograd::autocast_kind(x) == Kind::Float
     }
 
     /// Whether an output is made of a single position: a kernel of 1, without padding and groups.
@@ -109,4 +166,14 @@ impl Conv2d {
     pub fn kernel(&self) -> i64 {
         self.weight.size()[3]
     }
+}
+
+/// Where the weights `(out, in, 3, 3)` are in the product with what is seen.
+fn forward(outputs: usize, inputs: usize) -> Layout {
+    Layout { taps: (0..9).collect(), inner: (inputs, 9), columns: (outputs, 9 * inputs) }
+}
+
+/// The same for the way back, which is the convolution with the kernel turned round.
+fn backward(outputs: usize, inputs: usize) -> Layout {
+    Layout { taps: (0..9).rev().collect(), inner: (outputs, 9 * inputs), columns: (inputs, 9) }
 }

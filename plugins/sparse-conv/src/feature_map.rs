@@ -100,8 +100,9 @@ impl FeatureMap {
         self.conv_by(conv, None)
     }
 
-    /// The same in one of the two ways, or in the cheaper one: for tests and benchmarks, as the results are equal but for
-    /// rounding. A 1×1 convolution and a dense map have one way only, and so has a device without kernels.
+    /// The same in one of the ways if it takes this convolution, or else in the cheapest: for tests and benchmarks, as the
+    /// results are equal but for rounding. A 1×1 convolution and a dense map have one way only, and so has a device without
+    /// kernels.
     ///
     /// # Panics
     /// As [`conv`](Self::conv).
@@ -132,11 +133,9 @@ impl FeatureMap {
         if let Some(map) = from.cells().filter(|_| cuda::sees_images(conv)).and_then(of_images) {
             return FeatureMap(Sparse(gather(&channels_last(&map), &to), next, Rc::clone(visible)));
         }
-        let way = match has_kernels(rows) && Way::Gathered.takes(conv) {
-            true => way.unwrap_or_else(|| Way::cheaper(conv, &to)),
-            false => Way::WholeMap,
-        };
+        let way = way.filter(|way| way.takes(rows, conv)).unwrap_or_else(|| Way::cheaper(rows, conv, &to));
         let rows = match way {
+            Way::Tiled => conv.by_tiles(rows, &to.tiles()),
             Way::Gathered => conv::conv(rows, conv, &from, &to),
             Way::WholeMap => gather(&conv.forward(&scatter(rows, &from)), &to),
         };

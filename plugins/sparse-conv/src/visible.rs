@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use jepa_plugin_api::winograd::Tiles;
 use jepa_plugin_api::{Result, ensure, ranks};
 use tch::{Device, Kind, Tensor};
 
@@ -71,6 +72,7 @@ pub(crate) struct Level {
     cells: Option<Cells>,
     count: i64,
     positions: OnceCell<Tensor>,
+    tiles: OnceCell<Arc<Tiles>>,
 }
 
 /// Where the N visible positions of a batch of maps are; empty for maps on another device.
@@ -174,14 +176,15 @@ impl Level {
             cells: None,
             count: positions.size()[0],
             positions: positions.into(),
+            tiles: OnceCell::new(),
         }
     }
 
     fn of_cells(cells: &Cells, batch: i64, size: Size) -> Self {
         let [lines, columns] = cells.grid;
         let count = cells.visible.size()[0] * (size.0 / lines) * (size.1 / columns);
-        let (places, positions) = (Arc::default(), OnceCell::new());
-        Level { batch, size, places, cells: Some(cells.clone()), count, positions }
+        let (places, positions, tiles) = (Arc::default(), OnceCell::new(), OnceCell::new());
+        Level { batch, size, places, cells: Some(cells.clone()), count, positions, tiles }
     }
 
     /// N.
@@ -216,6 +219,16 @@ impl Level {
             let within = along(high).unsqueeze(1) * width + along(wide);
             (first.view([-1, 1, 1]) + within).flatten(0, -1)
         })
+    }
+
+    /// On the CPU: the visible positions two by two.
+    pub fn tiles(&self) -> Arc<Tiles> {
+        let build = || {
+            let Places { height, width, at, starts } = &*self.places;
+            let images = starts.windows(2).map(|ends| &at[ends[0]..ends[1]]);
+            Arc::new(Tiles::of_positions((*height, *width), images))
+        };
+        Arc::clone(self.tiles.get_or_init(build))
     }
 
     /// The share of all positions that is visible.

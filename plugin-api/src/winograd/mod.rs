@@ -1,0 +1,560 @@
+//! 3×3 convolutions with less arithmetic, in f32: F(2 × 2, 3 × 3) of Winograd's minimal filtering (Lavin and Gray, arXiv
+//! 1509.09308). Since 1.1.
+//!
+//! Four outputs of a 3×3 kernel of stride 1, two by two, see a window of 4 × 4. Windows and kernels are transformed, so that
+//! of each pair of channels 16 products make these four outputs, where a convolution has 36. What is left is 16 matrix
+//! products, with the channels as K: those of [`matmul`](crate::matmul). The transforms are sums and halves of neighbours, and
+//! rounding is about that of the convolution.
+//!
+//! Positions are rows `(N, C)`. [`Tiles`] says which rows a window sees, so that whole maps and visible positions are the same
+//! to it, and neither borders nor hidden neighbours have to be written. The gradient of the input is a convolution of the same
+//! tiles with the kernel turned round, and that of the weights the transposed product of the same windows. A result has the
+//! same bytes for any number of threads.
+
+mod transform;
+
+use std::array;
+use std::ops::Range;
+
+use pulp::{Arch, Simd, WithSimd};
+use tch::Tensor;
+
+use self::transform::{AREA, SIDE, both_ways};
+use crate::matmul::tile::{Target, Vectors, for_tile, gradient_tiles, rows_of_tiles};
+use crate::matmul::{Block, Layout, Packed, Rows};
+use crate::memory;
+use crate::parallel;
+
+/// The channels of an input and of an output come in groups of so many.
+pub const CHANNELS: usize = 16;
+
+/// No position: zeros are seen there, and nothing is made.
+const NOWHERE: u32 = u32::MAX;
+/// Where the outputs of a window are among what it sees.
+const INNER: [usize; 4] = [SIDE + 1, SIDE + 2, 2 * SIDE + 1, 2 * SIDE + 2];
+
+/// Squares of 2 × 2 positions that cover all N positions of a batch, and what is around them.
+#[derive(Debug)]
+pub struct Tiles {
+    /// The number of each row that a window sees, or [`NOWHERE`].
+    windows: Vec<[u32; AREA]>,
+    /// Behind each line of tiles side by side: how many tiles and rows there are. A line makes rows that lie together.
+    lines: Vec<(usize, usize)>,
+    /// How often that repeats, every time behind as many rows.
+    times: usize,
+}
+
+impl Tiles {
+    /// Of whole maps: rows are numbered in the order (B, H, W).
+    pub fn of_maps(images: usize, size: (usize, usize)) -> Self {
+        let positions = (0..size.0 as u32).flat_map(|y| (0..size.1 as u32).map(move |x| (y, x)));
+        let mut tiles = Tiles { windows: Vec::new(), lines: Vec::new(), times: images };
+        tiles.push(size, positions);
+        tiles
+    }
+
+    /// Of some positions (line, column) of each image, in the order (H, W): rows are numbered as they come.
+    ///
+    /// # Panics
+    /// When a position is not on the map, or comes twice.
+    pub fn of_positions<'a>(
+        size: (usize, usize),
+        images: impl IntoIterator<Item = &'a [(u32, u32)]>,
+    ) -> Self {
+        let mut tiles = Tiles { windows: Vec::new(), lines: Vec::new(), times: 1 };
+        images.into_iter().for_each(|image| tiles.push(size, image.iter().copied()));
+        tiles
+    }
+
+    /// N.
+    pub fn rows(&self) -> usize {
+        self.times * self.rows_at_a_time()
+    }
+
+    /// How many tiles there are: a quarter of N or more.
+    pub fn count(&self) -> usize {
+        self.times * self.windows.len()
+    }
+
+    /// Whether they take less time than the windows of single positions do, for convolutions of so many channels: by a model of
+    /// what `cargo bench -p jepa-tests --bench sparse_conv` has measured, so that a run makes the same choices when it is
+    /// resumed.
+    pub fn pay(&self, inputs: usize, outputs: usize) -> bool {
+        // In products of a pair of channels: of a tile, with its transforms; and of the kernels' own.
+        let of_tile = AREA as f64 + 160.0 / inputs as f64 + 160.0 / outputs as f64;
+        1.2 * (self.count() as f64 * of_tile + 1500.0) < 9.0 * self.rows() as f64
+    }
+
+    fn rows_at_a_time(&self) -> usize {
+        self.lines.last().map_or(0, |(_, rows)| *rows)
+    }
+
+    /// One more image.
+    fn push(&mut self, (height, width): (usize, usize), positions: impl Iterator<Item = (u32, u32)>) {
+        // With a border, and whole tiles.
+        let (lines, pitch) = (height.next_multiple_of(2) + 2, width.next_multiple_of(2) + 2);
+        let mut grid = vec![NOWHERE; lines * pitch];
+        let mut next = self.rows_at_a_time();
+        for (y, x) in positions {
+            assert!((y as usize) < height && (x as usize) < width, "a position is not on its map");
+            grid[(y as usize + 1) * pitch + x as usize + 1] = next as u32;
+            next += 1;
+        }
+        let mut rows = self.rows_at_a_time();
+        for y in (0..height).step_by(2) {
+            let before = rows;
+            for x in (0..width).step_by(2) {
+                let seen = |i: usize| grid[(y + i / SIDE) * pitch + x + i % SIDE];
+                let window: [u32; AREA] = array::from_fn(seen);
+                let made = INNER.into_iter().filter(|inner| window[*inner] != NOWHERE).count();
+                if made > 0 {
+                    self.windows.push(window);
+                    rows += made;
+                }
+            }
+            if rows > before {
+                self.lines.push((self.windows.len(), rows));
+            }
+        }
+        assert_eq!(rows, next, "a position comes twice");
+    }
+
+    /// What a tile sees: the numbers of rows, and what is added to them.
+    #[inline(always)]
+    fn window(&self, tile: usize) -> (&[u32; AREA], usize) {
+        let (time, tile) = (tile / self.windows.len(), tile % self.windows.len());
+        (&self.windows[tile], time * self.rows_at_a_time())
+    }
+
+    /// Lines of tiles in groups of about so many tiles, with the rows that they make.
+    fn groups(&self, tiles: usize) -> Vec<(Range<usize>, Range<usize>)> {
+        let ends = (0..self.times).flat_map(|time| {
+            let (tiles, rows) = (time * self.windows.len(), time * self.rows_at_a_time());
+            self.lines.iter().map(move |line| (tiles + line.0, rows + line.1))
+        });
+        let mut groups: Vec<(Range<usize>, Range<usize>)> = Vec::new();
+        for (tile, row) in ends {
+            match groups.last_mut() {
+                Some((of_tiles, of_rows)) if tile - of_tiles.start <= tiles => {
+                    (of_tiles.end, of_rows.end) = (tile, row);
+                }
+                last => {
+                    let (tiles, rows) = last.map_or((0, 0), |(tiles, rows)| (tiles.end, rows.end));
+                    groups.push((tiles..tile, rows..row));
+                }
+            }
+        }
+        groups
+    }
+}
+
+/// Kernels `(C', C, 3, 3)`, transformed.
+#[derive(Debug)]
+pub struct Kernels {
+    /// Panel by panel of output channels, each `(16, C, columns)`.
+    values: Vec<f32>,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Kernels {
+    /// Those whose matrix `(9 · C, C')` lies in `weights` like this, with the taps of a kernel line by line.
+    ///
+    /// # Panics
+    /// When there are not nine taps, channels do not come in [`CHANNELS`], or the matrix reaches beyond the weights.
+    pub fn new(weights: &[f32], layout: &Layout) -> Self {
+        let (inputs, outputs) = channels(layout);
+        let taps = Packed::new(weights, layout);
+        let mut values = vec![0.0; AREA * inputs * outputs];
+        let mut rest = values.as_mut_slice();
+        let panels = Vectors::here().panels(outputs).map(|(first, width)| {
+            let (made, behind) = std::mem::take(&mut rest).split_at_mut(AREA * inputs * width);
+            rest = behind;
+            (&taps.values[first * taps.depth..][..width * taps.depth], made)
+        });
+        parallel::for_each(panels, |(taps, made)| Arch::new().dispatch(Transform { taps, made }));
+        Kernels { values, inputs, outputs }
+    }
+}
+
+/// C and C' of a matrix of 3×3 kernels.
+fn channels(layout: &Layout) -> (usize, usize) {
+    let (inputs, outputs) = (layout.inner.0, layout.columns.0);
+    assert_eq!(layout.taps.len(), 9, "a 3×3 kernel has nine taps");
+    assert!(
+        inputs % CHANNELS == 0 && outputs % CHANNELS == 0,
+        "channels come in groups of {CHANNELS}, not {inputs} and {outputs}"
+    );
+    (inputs, outputs)
+}
+
+/// `(9, n)` to `(16, n)`.
+struct Transform<'a> {
+    taps: &'a [f32],
+    made: &'a mut [f32],
+}
+
+impl WithSimd for Transform<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Transform { taps, made } = self;
+        let count = taps.len() / 9;
+        let zero = simd.splat_f32s(0.0);
+        let taps: [&[S::f32s]; 9] = array::from_fn(|tap| S::as_simd_f32s(&taps[tap * count..][..count]).0);
+        let mut made = planes::<S>(made, count, 0..count);
+        for v in 0..count / S::F32_LANES {
+            let mut kernel = [[zero; 3]; 3];
+            for (tap, from) in taps.iter().enumerate() {
+                kernel[tap / 3][tap % 3] = from[v];
+            }
+            let kernel = both_ways(simd, &kernel, transform::kernel);
+            for (i, to) in made.iter_mut().enumerate() {
+                to[v] = kernel[i / SIDE][i % SIDE];
+            }
+        }
+    }
+}
+
+/// The same numbers of each of the 16 planes.
+#[inline(always)]
+fn planes<S: Simd>(values: &mut [f32], plane: usize, part: Range<usize>) -> [&mut [S::f32s]; AREA] {
+    let mut planes = values.chunks_mut(plane);
+    array::from_fn(|_| {
+        let plane = planes.next().expect("there are 16 planes");
+        S::as_mut_simd_f32s(&mut plane[part.clone()]).0
+    })
+}
+
+/// Numbers of a plane with so many: a little more, or the same numbers of all planes would share lines of the cache.
+fn plane(numbers: usize) -> usize {
+    numbers + CHANNELS
+}
+
+/// The windows of some tiles, transformed: for each the channels `part` of all, in planes of `(tiles, part)`.
+#[inline(always)]
+fn see<S: Simd>(
+    simd: S,
+    (x, channels): (&[f32], usize),
+    part: Range<usize>,
+    (tiles, range): (&Tiles, Range<usize>),
+    zeros: &[f32],
+    (seen, plane): (&mut [f32], usize),
+) {
+    let length = part.len();
+    let zero = simd.splat_f32s(0.0);
+    for (t, tile) in range.enumerate() {
+        let (window, offset) = tiles.window(tile);
+        let rows: [&[S::f32s]; AREA] = array::from_fn(|i| {
+            let row = match window[i] {
+                NOWHERE => &zeros[..length],
+                row => &x[(offset + row as usize) * channels + part.start..][..length],
+            };
+            S::as_simd_f32s(row).0
+        });
+        let mut to = planes::<S>(seen, plane, t * length..(t + 1) * length);
+        for v in 0..length / S::F32_LANES {
+            let mut window = [[zero; SIDE]; SIDE];
+            for (i, row) in rows.iter().enumerate() {
+                window[i / SIDE][i % SIDE] = row[v];
+            }
+            let window = both_ways(simd, &window, transform::seen);
+            for (i, to) in to.iter_mut().enumerate() {
+                to[v] = window[i / SIDE][i % SIDE];
+            }
+        }
+    }
+}
+
+/// `x` `(N, C)` convolved: `(N, C')`.
+///
+/// # Panics
+/// When `x` has not C numbers for each of the tiles' rows.
+pub fn convolution(x: &[f32], tiles: &Tiles, kernels: &Kernels) -> Tensor {
+    let Kernels { inputs, outputs, .. } = *kernels;
+    assert_eq!(x.len(), tiles.rows() * inputs, "a convolution's input has a row for each position");
+    let zeros = vec![0.0; inputs];
+    memory::filled(&[tiles.rows() as i64, outputs as i64], |mut out: &mut [f32]| {
+        let groups = tiles.groups(share(tiles.count()));
+        let parts = groups.into_iter().map(|(range, rows)| {
+            let (made, rest) = std::mem::take(&mut out).split_at_mut(rows.len() * outputs);
+            out = rest;
+            Convolution { x, tiles, range, first: rows.start, kernels, zeros: &zeros, out: made }
+        });
+        parallel::for_each(parts, |part| Arch::new().dispatch(part));
+    })
+}
+
+/// Tiles for each thread at a time: for a few turns each.
+fn share(tiles: usize) -> usize {
+    let turns = 4 * tch::get_num_threads().max(1) as usize;
+    tiles.div_ceil(turns).clamp(24, 1024)
+}
+
+/// Tiles whose transformed windows stay in a core's cache.
+fn at_once(channels: usize) -> usize {
+    const NUMBERS: usize = 1 << 17;
+    (NUMBERS / (AREA * channels)).next_multiple_of(6).clamp(24, 96)
+}
+
+struct Convolution<'a> {
+    x: &'a [f32],
+    tiles: &'a Tiles,
+    range: Range<usize>,
+    /// The first row of `out` among all.
+    first: usize,
+    kernels: &'a Kernels,
+    zeros: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Convolution<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Convolution { x, tiles, range, first, kernels, zeros, out } = self;
+        let Kernels { ref values, inputs, outputs } = *kernels;
+        let some = at_once(inputs).min(range.len());
+        let vectors = Vectors::of::<S>();
+        let (seen_plane, made_plane) = (plane(some * inputs), plane(some * vectors.columns));
+        let (mut seen, mut made) = (vec![0.0; AREA * seen_plane], vec![0.0; AREA * made_plane]);
+        let starts: Vec<usize> = (0..some).map(|t| t * inputs).collect();
+        let block = Block { offset: 0, k: 0, pieces: 1, length: inputs };
+        for from in range.clone().step_by(some) {
+            let range = from..range.end.min(from + some);
+            see(simd, (x, inputs), 0..inputs, (tiles, range.clone()), zeros, (&mut seen, seen_plane));
+            for (column, width) in vectors.panels(outputs) {
+                let panel = &values[AREA * inputs * column..][..AREA * inputs * width];
+                let planes = seen.chunks(seen_plane).zip(made.chunks_mut(made_plane));
+                for ((seen, made), panel) in planes.zip(panel.chunks_exact(inputs * width)) {
+                    let rows = Rows {
+                        values: seen,
+                        starts: &starts[..range.len()],
+                        pieces: 1,
+                        length: inputs,
+                        pitch: 0,
+                    };
+                    let target = Target { columns: width, first: 0, begins: true, bias: None };
+                    let made = &mut made[..range.len() * width];
+                    for_tile!(S, width / S::F32_LANES, rows_of_tiles(simd, rows, block, panel, target, made));
+                }
+                let tiles = range.clone().map(|tile| tiles.window(tile));
+                make(simd, tiles, (&made, made_plane, width), first, (out, column, outputs));
+            }
+        }
+    }
+}
+
+/// Takes products of some tiles and a panel of channels to the rows that they make.
+#[inline(always)]
+fn make<'a, S: Simd>(
+    simd: S,
+    tiles: impl Iterator<Item = (&'a [u32; AREA], usize)>,
+    (made, plane, width): (&[f32], usize, usize),
+    first: usize,
+    (out, column, outputs): (&mut [f32], usize, usize),
+) {
+    let zero = simd.splat_f32s(0.0);
+    for (t, (window, offset)) in tiles.enumerate() {
+        let from: [&[S::f32s]; AREA] =
+            array::from_fn(|i| S::as_simd_f32s(&made[i * plane + t * width..][..width]).0);
+        for v in 0..width / S::F32_LANES {
+            let mut products = [[zero; SIDE]; SIDE];
+            for (i, from) in from.iter().enumerate() {
+                products[i / SIDE][i % SIDE] = from[v];
+            }
+            let values = both_ways(simd, &products, transform::outputs);
+            for (i, inner) in INNER.into_iter().enumerate() {
+                if window[inner] != NOWHERE {
+                    let row = offset + window[inner] as usize - first;
+                    let at = row * outputs + column + v * S::F32_LANES;
+                    S::as_mut_simd_f32s(&mut out[at..][..S::F32_LANES]).0[0] = values[i / 2][i % 2];
+                }
+            }
+        }
+    }
+}
+
+/// The gradient of the kernels, from `x` `(N, C)` and the gradient `grad` `(N, C')` of their convolution, written as by
+/// [`Layout::write`].
+///
+/// # Panics
+/// As [`Kernels::new`], and when `x` or `grad` has another size, or there is another number of weights.
+pub fn gradient(x: &[f32], grad: &[f32], tiles: &Tiles, layout: &Layout, weights: &mut [f32]) {
+    let (inputs, outputs) = channels(layout);
+    assert_eq!(x.len(), tiles.rows() * inputs, "a convolution's input has a row for each position");
+    assert_eq!(grad.len(), tiles.rows() * outputs, "a gradient has a row for each position");
+    let vectors = Vectors::here();
+    let panels: Vec<(usize, usize)> = vectors.panels(outputs).collect();
+    let blocks: Vec<Range<usize>> =
+        (0..inputs).step_by(INPUTS).map(|first| first..inputs.min(first + INPUTS)).collect();
+    // Where there are few blocks of channels, tiles are divided too, in the same way for any number of threads.
+    let divided = (32 / (panels.len() * blocks.len())).clamp(1, tiles.count().div_ceil(512).max(1));
+    let some = tiles.count().div_ceil(divided);
+    let zeros = vec![0.0; INPUTS.max(vectors.columns)];
+
+    let mut sums = vec![0.0; divided * AREA * inputs * outputs];
+    let mut rest = sums.as_mut_slice();
+    let mut parts = Vec::new();
+    for &(column, width) in &panels {
+        for block in &blocks {
+            for i in 0..divided {
+                let (sums, behind) = std::mem::take(&mut rest).split_at_mut(AREA * block.len() * width);
+                rest = behind;
+                let range = tiles.count().min(i * some)..tiles.count().min((i + 1) * some);
+                parts.push(Gradient {
+                    x: (x, inputs, block.clone()),
+                    grad: (grad, outputs, column..column + width),
+                    tiles,
+                    range,
+                    zeros: &zeros,
+                    sums,
+                });
+            }
+        }
+    }
+    parallel::for_each(parts, |part| Arch::new().dispatch(part));
+
+    // In panels `(9, C, width)`.
+    let depth = 9 * inputs;
+    let mut taps = vec![0.0; depth * outputs];
+    let mut rest = taps.as_mut_slice();
+    let of_panels = panels.iter().map(|&(column, width)| {
+        let (taps, behind) = std::mem::take(&mut rest).split_at_mut(depth * width);
+        rest = behind;
+        (&sums[divided * AREA * inputs * column..][..divided * AREA * inputs * width], taps, width)
+    });
+    parallel::for_each(of_panels, |(sums, taps, width)| {
+        let mut rest = sums;
+        for block in &blocks {
+            let (sums, behind) = rest.split_at(divided * AREA * block.len() * width);
+            rest = behind;
+            let part = block.start * width..block.end * width;
+            Arch::new().dispatch(Sum { sums, taps, plane: inputs * width, part });
+        }
+    });
+    let row = |k: usize, n: usize| {
+        let (column, width) = panels[n / vectors.columns];
+        &taps[column * depth + k * width + (n - column)..]
+    };
+    layout.write_rows(vectors.columns.min(crate::matmul::STAGED), row, weights);
+}
+
+/// Input channels of a part of the gradient.
+const INPUTS: usize = 64;
+/// Tiles whose products are added up in registers.
+const TILES: usize = 64;
+
+/// The sums `(16, part of C, part of C')` over some tiles.
+struct Gradient<'a> {
+    x: (&'a [f32], usize, Range<usize>),
+    grad: (&'a [f32], usize, Range<usize>),
+    tiles: &'a Tiles,
+    range: Range<usize>,
+    zeros: &'a [f32],
+    sums: &'a mut [f32],
+}
+
+impl WithSimd for Gradient<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Gradient { x: (x, inputs, block), grad: (grad, outputs, columns), tiles, range, zeros, sums } =
+            self;
+        let (length, width) = (block.len(), columns.len());
+        let (seen_plane, grad_plane) = (plane(TILES * length), plane(TILES * width));
+        let (mut seen, mut made) = (vec![0.0; AREA * seen_plane], vec![0.0; AREA * grad_plane]);
+        let starts: Vec<usize> = (0..TILES).map(|t| t * length).collect();
+        for from in range.clone().step_by(TILES) {
+            let some = from..range.end.min(from + TILES);
+            see(simd, (x, inputs), block.clone(), (tiles, some.clone()), zeros, (&mut seen, seen_plane));
+            let windows = some.clone().map(|tile| tiles.window(tile));
+            unmake(simd, windows, (grad, outputs), columns.clone(), zeros, (&mut made, grad_plane));
+            let planes = seen.chunks(seen_plane).zip(made.chunks(grad_plane));
+            for ((seen, made), sums) in planes.zip(sums.chunks_exact_mut(length * width)) {
+                let starts = &starts[..some.len()];
+                let rows = Rows { values: seen, starts, pieces: 1, length, pitch: 0 };
+                let target = Target { columns: width, first: 0, begins: from == range.start, bias: None };
+                let panel = &made[..some.len() * width];
+                for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, rows, panel, 0, target, sums));
+            }
+        }
+    }
+}
+
+/// The gradients of what some tiles make, as gradients of their products: for each the channels `part` of all, in planes of
+/// `(tiles, part)`.
+#[inline(always)]
+fn unmake<'a, S: Simd>(
+    simd: S,
+    tiles: impl Iterator<Item = (&'a [u32; AREA], usize)>,
+    (grad, channels): (&[f32], usize),
+    part: Range<usize>,
+    zeros: &[f32],
+    (made, plane): (&mut [f32], usize),
+) {
+    let length = part.len();
+    let zero = simd.splat_f32s(0.0);
+    for (t, (window, offset)) in tiles.enumerate() {
+        let rows: [&[S::f32s]; INNER.len()] = array::from_fn(|i| {
+            let row = match window[INNER[i]] {
+                NOWHERE => &zeros[..length],
+                row => &grad[(offset + row as usize) * channels + part.start..][..length],
+            };
+            S::as_simd_f32s(row).0
+        });
+        let mut to = planes::<S>(made, plane, t * length..(t + 1) * length);
+        for v in 0..length / S::F32_LANES {
+            let mut outputs = [[zero; 2]; 2];
+            for (i, row) in rows.iter().enumerate() {
+                outputs[i / 2][i % 2] = row[v];
+            }
+            let products = both_ways(simd, &outputs, transform::outputs_gradient);
+            for (i, to) in to.iter_mut().enumerate() {
+                to[v] = products[i / SIDE][i % SIDE];
+            }
+        }
+    }
+}
+
+/// Adds up the parts `(16, n)` of a gradient, and takes them to taps: the numbers `part` of nine planes.
+struct Sum<'a> {
+    sums: &'a [f32],
+    taps: &'a mut [f32],
+    plane: usize,
+    part: Range<usize>,
+}
+
+impl WithSimd for Sum<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Sum { sums, taps, plane, part } = self;
+        let zero = simd.splat_f32s(0.0);
+        let length = part.len();
+        let mut planes = taps.chunks_exact_mut(plane);
+        let mut taps: [&mut [S::f32s]; 9] = array::from_fn(|_| {
+            let plane = planes.next().expect("a kernel has nine taps");
+            S::as_mut_simd_f32s(&mut plane[part.clone()]).0
+        });
+        let sums = S::as_simd_f32s(sums).0;
+        let count = length / S::F32_LANES;
+        for v in 0..count {
+            let mut sum = [[zero; SIDE]; SIDE];
+            for part in sums.chunks_exact(AREA * count) {
+                for i in 0..AREA {
+                    let sum = &mut sum[i / SIDE][i % SIDE];
+                    *sum = simd.add_f32s(*sum, part[i * count + v]);
+                }
+            }
+            let kernel = both_ways(simd, &sum, transform::kernel_gradient);
+            for (i, to) in taps.iter_mut().enumerate() {
+                to[v] = kernel[i / 3][i % 3];
+            }
+        }
+    }
+}
