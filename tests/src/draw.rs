@@ -1,5 +1,7 @@
 //! A small generator of cases, so that a failure names the seed that shows it again.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 /// From a seed.
 pub struct Draw(pub u64);
 
@@ -14,4 +16,12 @@ impl Draw {
     pub fn of<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len() as i64) as usize]
     }
+}
+
+/// What follows is of `seed` alone: libtorch has one generator for all tests of a process, which take turns therefore.
+pub fn alone(seed: u64) -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed as i64);
+    turn
 }

@@ -2,24 +2,15 @@
 //! hidden: over random masks, sizes, kernels, strides, and channels.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jepa_host::device::autocast_bf16;
 use jepa_plugin_api::nn::{BatchNorm, Conv2d, ConvOptions, LayerNorm2d};
 use jepa_plugin_api::{Params, tch};
-use jepa_tests::draw::Draw;
+use jepa_tests::draw::{Draw, alone};
 use sparse_conv::{FeatureMap, Way};
 use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
-
-/// What follows is of `seed` alone: libtorch has one generator for all tests of a process, which take turns therefore.
-fn alone(seed: u64) -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    tch::manual_seed(seed as i64);
-    turn
-}
 
 fn worst(name: &str, seed: u64, ours: &Tensor, expected: &Tensor, tolerance: f64) {
     worst_of(name, seed, ours, expected, tolerance, 1e-3);
