@@ -11,6 +11,8 @@
 pub(crate) mod tile;
 mod weights;
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 use tch::Tensor;
 
@@ -65,34 +67,56 @@ pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) 
     assert!(rows.pieces > 0 && rows.length > 0, "a row has no numbers");
     assert_eq!(rows.pieces * rows.length, depth, "the sides of a matrix product do not match");
     assert_eq!(rows.starts.len() * columns, grad.len(), "a gradient has a row for each output");
-    // In panels, like a packed matrix, each in parts of some rows: a part reads all of its columns of `grad` once.
+    // In chunks of K and groups of columns, each in panels like a packed matrix. Where these are few, positions are divided too,
+    // in the same way for any number of threads.
     let vectors = Vectors::here();
     let panels: Vec<(usize, usize)> = vectors.panels(columns).collect();
-    let some = gradient_rows(depth, panels.len());
-    let mut sums = vec![0.0; depth * columns.next_multiple_of(vectors.lanes)];
+    let padded = columns.next_multiple_of(vectors.lanes);
+    let chunks = ranges(depth, CHUNK);
+    let groups = ranges(columns, GROUP);
+    let positions = rows.starts.len();
+    let divided = (32 / (chunks.len() * groups.len()).max(1)).clamp(1, (positions / 512).max(1));
+    let some = positions.div_ceil(divided);
+
+    let mut sums = vec![0.0; divided * depth * padded];
     let mut rest = sums.as_mut_slice();
     let mut parts = Vec::new();
-    for &(column, width) in &panels {
-        let (panel, behind) = std::mem::take(&mut rest).split_at_mut(depth * width);
-        rest = behind;
-        let chunks = panel.chunks_mut(some * width).enumerate();
-        parts.extend(chunks.map(|(i, out)| Gradient {
-            rows,
-            grad,
-            columns,
-            column,
-            width,
-            first: i * some,
-            out,
-        }));
+    for chunk in &chunks {
+        for i in 0..divided {
+            let range = positions.min(i * some)..positions.min((i + 1) * some);
+            let grad = &grad[range.start * columns..range.end * columns];
+            let starts = &rows.starts[range];
+            for group in &groups {
+                let width = group.len().next_multiple_of(vectors.lanes);
+                let (out, behind) = std::mem::take(&mut rest).split_at_mut(chunk.len() * width);
+                rest = behind;
+                let (chunk, group) = (chunk.clone(), group.clone());
+                parts.push(Gradient { rows: Rows { starts, ..rows }, grad, columns, chunk, group, out });
+            }
+        }
     }
     parallel::for_each(parts, |part| Arch::new().dispatch(part));
+    if divided > 1 {
+        let of_chunks = sums.chunks_mut((divided * CHUNK * padded).max(1));
+        parallel::for_each(of_chunks, |sums| {
+            let (sum, others) = sums.split_at_mut(sums.len() / divided);
+            for other in others.chunks_exact(sum.len()) {
+                sum.iter_mut().zip(other).for_each(|(sum, x)| *sum += x);
+            }
+        });
+    }
     let row = |k: usize, n: usize| {
-        let (column, width) = panels[n / vectors.columns];
-        &sums[column * depth + k * width + (n - column)..]
+        let (chunk, (column, width)) = (&chunks[k / CHUNK], panels[n / vectors.columns]);
+        let panel = divided * chunk.start * padded + chunk.len() * column;
+        &sums[panel + (k - chunk.start) * width + (n - column)..]
     };
     // Within a panel, whose width is a power of two.
     layout.write_rows(vectors.columns.min(weights::STAGED), row, weights);
+}
+
+/// `0..end` in parts of so many.
+fn ranges(end: usize, some: usize) -> Vec<Range<usize>> {
+    (0..end).step_by(some).map(|first| first..end.min(first + some)).collect()
 }
 
 /// Rows for each thread at a time: for a few turns each, and whole tiles.
@@ -101,16 +125,17 @@ fn share(rows: usize) -> usize {
     rows.div_ceil(turns).next_multiple_of(24).clamp(24, 192)
 }
 
-/// Rows of a gradient for each thread at a time: many, as all of them use what a panel's columns are copied for.
-fn gradient_rows(depth: usize, panels: usize) -> usize {
-    let parts = (2 * tch::get_num_threads().max(1) as usize).div_ceil(panels.max(1));
-    depth.div_ceil(parts).next_multiple_of(24).min(192)
-}
-
 /// Numbers of K in a block.
 const DEPTH: usize = 256;
-/// Rows that a gradient adds up in registers before it adds them to memory.
+/// Numbers of K in a part of a gradient.
+const CHUNK: usize = 192;
+/// Positions that a gradient adds up in registers before it adds them to memory. With a chunk and a panel of each, copied side
+/// by side, it stays in a core's first cache as far as possible.
 const POSITIONS: usize = 128;
+/// Numbers from a row to the next up to which rows are read where they lie.
+const APART: usize = 256;
+/// Columns in a part of a gradient: some panels.
+const GROUP: usize = 512;
 
 /// A part of K: whole runs, or a part of one.
 #[derive(Clone, Copy)]
@@ -165,16 +190,13 @@ impl WithSimd for Product<'_> {
     }
 }
 
-/// Some rows of a panel of the gradient.
+/// The sum over some positions of a chunk of K and a group of columns, panel by panel.
 struct Gradient<'a> {
     rows: Rows<'a>,
     grad: &'a [f32],
     columns: usize,
-    /// The panel's first column, and how wide it is.
-    column: usize,
-    width: usize,
-    /// The first row in K.
-    first: usize,
+    chunk: Range<usize>,
+    group: Range<usize>,
     out: &'a mut [f32],
 }
 
@@ -183,22 +205,72 @@ impl WithSimd for Gradient<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Gradient { rows, grad, columns, column, width, first, out } = self;
-        let present = width.min(columns - column);
-        let mut copied = vec![0.0; if width == columns { 0 } else { POSITIONS * width }];
+        let Gradient { rows, grad, columns, chunk, group, out } = self;
+        let vectors = Vectors::of::<S>();
+        // Lines that lie far apart share few lines of the cache, so they are copied side by side.
+        let runs = rows.runs(&chunk);
+        let apart = rows.starts.windows(2).next().map_or(0, |starts| starts[1].abs_diff(starts[0]));
+        let in_place = runs.len() == 1 && apart <= APART;
+        let pitch = chunk.len() + 16;
+        let mut seen = vec![0.0; if in_place { 0 } else { POSITIONS * pitch }];
+        let of_seen: Vec<usize> = (0..POSITIONS).map(|i| i * pitch).collect();
+        // A panel of all columns needs no copy.
+        let is_panel = vectors.panels(columns).eq([(0, columns)]);
+        let padded = group.len().next_multiple_of(vectors.lanes);
+        let mut copied = vec![0.0; if is_panel { 0 } else { POSITIONS * padded }];
         let positions = rows.starts.chunks(POSITIONS).zip(grad.chunks(POSITIONS * columns));
-        for (i, (starts, grad)) in positions.enumerate() {
-            let panel = if copied.is_empty() {
-                grad
+        for (i, (positions, grad)) in positions.enumerate() {
+            let count = positions.len();
+            let (values, starts) = if in_place {
+                (&rows.values[runs[0].0..], positions)
             } else {
-                let lines = copied.chunks_exact_mut(width).zip(grad.chunks_exact(columns));
-                lines.for_each(|(to, grad)| to[..present].copy_from_slice(&grad[column..][..present]));
-                &copied[..width * starts.len()]
+                for (start, to) in positions.iter().zip(seen.chunks_exact_mut(pitch)) {
+                    for &(offset, at, length) in &runs {
+                        copy::<S>(&rows.values[start + offset..][..length], &mut to[at..][..length]);
+                    }
+                }
+                (&seen[..], &of_seen[..count])
             };
-            let rows = Rows { starts, ..rows };
-            let target = Target { columns: width, first: 0, begins: i == 0, bias: None };
-            for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, rows, panel, first, target, out));
+            if !is_panel {
+                for (row, grad) in grad.chunks_exact(columns).enumerate() {
+                    let grad = &grad[group.clone()];
+                    for (column, width) in vectors.panels(grad.len()) {
+                        let from = &grad[column..][..width.min(grad.len() - column)];
+                        copy::<S>(from, &mut copied[column * count + row * width..][..from.len()]);
+                    }
+                }
+            }
+            for (column, width) in vectors.panels(group.len()) {
+                let panel = if is_panel { grad } else { &copied[column * count..][..width * count] };
+                let target = Target { columns: width, first: 0, begins: i == 0, bias: None };
+                let out = &mut out[column * chunk.len()..][..width * chunk.len()];
+                for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, values, starts, panel, target, out));
+            }
         }
+    }
+}
+
+/// What `copy_from_slice` does, without a call for these few numbers.
+#[inline(always)]
+fn copy<S: Simd>(from: &[f32], to: &mut [f32]) {
+    let (vectors, rest) = S::as_simd_f32s(from);
+    let (of_vectors, of_rest) = S::as_mut_simd_f32s(to);
+    of_vectors.iter_mut().zip(vectors).for_each(|(to, from)| *to = *from);
+    of_rest.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+}
+
+impl Rows<'_> {
+    /// The runs that some numbers of a row are in: where each begins in the row, where among these numbers, and how long it is.
+    fn runs(&self, numbers: &Range<usize>) -> Vec<(usize, usize, usize)> {
+        let mut runs = Vec::new();
+        let mut k = numbers.start;
+        while k < numbers.end {
+            let (piece, within) = (k / self.length, k % self.length);
+            let length = (self.length - within).min(numbers.end - k);
+            runs.push((piece * self.pitch + within, k - numbers.start, length));
+            k += length;
+        }
+        runs
     }
 }
 
@@ -218,11 +290,9 @@ mod tests {
         let (starts, grad) = ([0usize, 4, 9], (0..15).map(|i| i as f32 - 7.0).collect::<Vec<f32>>());
         let rows = Rows { values: &values, starts: &starts, pieces: 2, length: 3, pitch: 7 };
         let mut sums = [0.0; 6 * 5];
-        for &(column, width) in &panels {
-            let out = &mut sums[column * 6..][..width * 6];
-            let part = Gradient { rows, grad: &grad, columns: 5, column, width, first: 0, out };
-            pulp::Scalar::new().vectorize(part);
-        }
+        let out = &mut sums;
+        let part = Gradient { rows, grad: &grad, columns: 5, chunk: 0..6, group: 0..5, out };
+        pulp::Scalar::new().vectorize(part);
         let row = |k: usize, n: usize| {
             let (column, width) = panels[n / 2];
             &sums[column * 6 + k * width + (n - column)..]

@@ -130,6 +130,19 @@ fn store<'a, S: Simd, const M: usize, const V: usize>(
     out: &mut impl Iterator<Item = &'a mut [f32]>,
 ) {
     let Target { columns, first, begins, bias } = target;
+    let whole = first + V * S::F32_LANES <= columns;
+    if whole && bias.is_none() {
+        // Unrolled, so that sums stay in their registers.
+        for sums in sums {
+            let Some(out) = out.next() else { return };
+            let vectors = S::as_mut_simd_f32s(&mut out[first..]).0;
+            let vectors: &mut [S::f32s; V] = vectors.first_chunk_mut().expect("whole vectors");
+            for v in 0..V {
+                vectors[v] = if begins { sums[v] } else { simd.add_f32s(sums[v], vectors[v]) };
+            }
+        }
+        return;
+    }
     for (sums, out) in sums.iter().zip(out) {
         for (v, sum) in sums.iter().enumerate() {
             let from = first + v * S::F32_LANES;
@@ -154,31 +167,30 @@ fn store<'a, S: Simd, const M: usize, const V: usize>(
     }
 }
 
+/// For each number of the rows that begin at `starts`, and each column of a panel with a row for each of these, the sum of
+/// their products over the rows: as many numbers as `out` has lines.
 #[inline(always)]
 pub(crate) fn gradient_tiles<S: Simd, const M: usize, const V: usize>(
     simd: S,
-    rows: Rows,
+    values: &[f32],
+    starts: &[usize],
     panel: &[f32],
-    first: usize,
     target: Target,
     out: &mut [f32],
 ) {
-    let (from, to) = (first, first + out.len() / target.columns);
+    let length = out.len() / target.columns;
     let mut out = out.chunks_mut(target.columns);
-    let mut k = from;
-    while k < to {
-        // A tile reads neighbours, so it does not reach over the end of a run.
-        let (piece, within) = (k / rows.length, k % rows.length);
-        let left = (rows.length - within).min(to - k);
-        let values = &rows.values[piece * rows.pitch + within..];
-        if left >= M {
-            store(simd, &gradient_tile::<S, M, V>(simd, values, rows.starts, panel), target, &mut out);
+    let mut k = 0;
+    while k < length {
+        let values = &values[k..];
+        if length - k >= M {
+            store(simd, &gradient_tile::<S, M, V>(simd, values, starts, panel), target, &mut out);
             k += M;
-        } else if left >= 4 {
-            store(simd, &gradient_tile::<S, 4, V>(simd, values, rows.starts, panel), target, &mut out);
+        } else if length - k >= 4 {
+            store(simd, &gradient_tile::<S, 4, V>(simd, values, starts, panel), target, &mut out);
             k += 4;
         } else {
-            store(simd, &gradient_tile::<S, 1, V>(simd, values, rows.starts, panel), target, &mut out);
+            store(simd, &gradient_tile::<S, 1, V>(simd, values, starts, panel), target, &mut out);
             k += 1;
         }
     }

@@ -476,10 +476,9 @@ impl WithSimd for Gradient<'_> {
             let planes = seen.chunks(seen_plane).zip(made.chunks(grad_plane));
             for ((seen, made), sums) in planes.zip(sums.chunks_exact_mut(length * width)) {
                 let starts = &starts[..some.len()];
-                let rows = Rows { values: seen, starts, pieces: 1, length, pitch: 0 };
                 let target = Target { columns: width, first: 0, begins: from == range.start, bias: None };
                 let panel = &made[..some.len() * width];
-                for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, rows, panel, 0, target, sums));
+                for_tile!(S, width / S::F32_LANES, gradient_tiles(simd, seen, starts, panel, target, sums));
             }
         }
     }
@@ -554,6 +553,91 @@ impl WithSimd for Sum<'_> {
             let kernel = both_ways(simd, &sum, transform::kernel_gradient);
             for (i, to) in taps.iter_mut().enumerate() {
                 to[v] = kernel[i / 3][i % 3];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INPUTS: usize = 3;
+    const OUTPUTS: usize = 5;
+
+    fn numbers(count: usize, modulo: usize) -> Vec<f32> {
+        (0..count).map(|i| (i * i % modulo) as f32 - 7.0).collect()
+    }
+
+    /// The parts by the vectors of a machine that has none: panels of two columns. All numbers are whole, and so are halves of
+    /// sums of them that are left, so results are exact.
+    #[test]
+    fn narrow_panels_are_written_where_they_belong() {
+        let simd = pulp::Scalar::new();
+        let (height, width) = (3, 4);
+        let tiles = Tiles::of_maps(2, (height, width));
+        let (x, grad) = (numbers(tiles.rows() * INPUTS, 17), numbers(tiles.rows() * OUTPUTS, 13));
+        // (9, C, C')
+        let taps: Vec<f32> = numbers(9 * INPUTS * OUTPUTS, 11).iter().map(|x| 4.0 * x).collect();
+        let tap = |t: usize, c: usize, n: usize| taps[(t * INPUTS + c) * OUTPUTS + n];
+        let panels = [(0, 2), (2, 2), (4, 1)];
+
+        let mut values = Vec::new();
+        for (column, width) in panels {
+            let of_panel = |i: usize| tap(i / width / INPUTS, i / width % INPUTS, column + i % width);
+            let taps: Vec<f32> = (0..9 * INPUTS * width).map(of_panel).collect();
+            let mut made = vec![f32::NAN; AREA * INPUTS * width];
+            simd.vectorize(Transform { taps: &taps, made: &mut made });
+            values.extend(made);
+        }
+        let kernels = Kernels { values, inputs: INPUTS, outputs: OUTPUTS };
+        let (mut out, zeros) = (vec![f32::NAN; tiles.rows() * OUTPUTS], [0.0; INPUTS + OUTPUTS]);
+        let range = 0..tiles.count();
+        let (tiles, kernels, zeros) = (&tiles, &kernels, &zeros[..]);
+        simd.vectorize(Convolution {
+            x: &x,
+            tiles,
+            range: range.clone(),
+            first: 0,
+            kernels,
+            zeros,
+            out: &mut out,
+        });
+
+        let mut of_taps = vec![0.0; taps.len()];
+        for (row, out) in out.chunks(OUTPUTS).enumerate() {
+            let (image, y, x_at) = (row / width / height, row / width % height, row % width);
+            for (n, out) in out.iter().enumerate() {
+                let mut expected = 0.0;
+                for t in 0..9 {
+                    let (y, x_at) = ((y + t / 3).wrapping_sub(1), (x_at + t % 3).wrapping_sub(1));
+                    if y >= height || x_at >= width {
+                        continue;
+                    }
+                    for c in 0..INPUTS {
+                        let seen = x[((image * height + y) * width + x_at) * INPUTS + c];
+                        expected += seen * tap(t, c, n);
+                        of_taps[(t * INPUTS + c) * OUTPUTS + n] += seen * grad[row * OUTPUTS + n];
+                    }
+                }
+                assert_eq!(*out, expected, "row {row}, output {n}");
+            }
+        }
+
+        for (column, width) in panels {
+            // Two parts of the tiles, which are added up.
+            let mut sums = vec![f32::NAN; 2 * AREA * INPUTS * width];
+            let (first, second) = sums.split_at_mut(AREA * INPUTS * width);
+            for (range, sums) in [(0..3, first), (3..range.end, second)] {
+                let (x, grad) = ((&x[..], INPUTS, 0..INPUTS), (&grad[..], OUTPUTS, column..column + width));
+                simd.vectorize(Gradient { x, grad, tiles, range, zeros, sums });
+            }
+            let plane = INPUTS * width;
+            let mut made = vec![f32::NAN; 9 * plane];
+            simd.vectorize(Sum { sums: &sums, taps: &mut made, plane, part: 0..plane });
+            for (i, made) in made.iter().enumerate() {
+                let (t, c, n) = (i / plane, i / width % INPUTS, column + i % width);
+                assert_eq!(*made, of_taps[(t * INPUTS + c) * OUTPUTS + n], "tap {t}, {c} to {n}");
             }
         }
     }
