@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -15,6 +16,14 @@ unsafe extern "C" {
         body: extern "C" fn(*mut c_void, i64, i64),
         data: *mut c_void,
     );
+}
+
+/// `0..end` in parts of one size, which is a multiple of `unit` and at most `most`: so small that `times` as many parts are
+/// enough for all threads.
+pub(crate) fn parts(end: usize, unit: usize, most: usize, times: usize) -> Vec<Range<usize>> {
+    let wanted = (2 * tch::get_num_threads().max(1) as usize).div_ceil(times.max(1));
+    let some = end.div_ceil(wanted).next_multiple_of(unit).clamp(unit, most);
+    (0..end).step_by(some).map(|first| first..end.min(first + some)).collect()
 }
 
 struct Work<I, F> {

@@ -14,7 +14,7 @@ fn main() {
     const SHARES: [i64; 6] = [10, 20, 29, 39, 44, 49];
     let shares: Vec<String> = SHARES.iter().map(|cells| format!("{:.0} %", *cells as f64 / 0.49)).collect();
     println!(
-        "batch 8, {threads} threads: time gathered / time over the whole map; the time over the whole map\n"
+        "batch 8, {threads} threads: time gathered, and tiled / time over the whole map; the time over the whole map\n"
     );
     println!("| convolution | {} | whole map |", shares.join(" | "));
     println!("| --- |{} --- |", " --- |".repeat(SHARES.len()));

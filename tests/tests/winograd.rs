@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use jepa_host::device::autocast_bf16;
 use jepa_plugin_api::matmul::Layout;
 use jepa_plugin_api::memory::{filled, values};
 use jepa_plugin_api::nn::{Conv2d, ConvOptions};
@@ -51,7 +52,7 @@ fn any_positions_of_any_map_equal_libtorchs_convolution() {
         let mask = Tensor::rand([batch, height, width], F32).lt(share);
         let places = mask.flatten(0, -1).nonzero().flatten(0, -1);
         let tiles = match whole {
-            true => Tiles::of_maps(batch as usize, (height as usize, width as usize)),
+            true => Tiles::of_maps((height as usize, width as usize), batch as usize),
             false => {
                 let images: Vec<Vec<(u32, u32)>> = (0..batch)
                     .map(|image| {
@@ -98,6 +99,49 @@ fn any_positions_of_any_map_equal_libtorchs_convolution() {
     }
 }
 
+/// Several blocks of channels and several parts of the tiles, in a layer whose weight is channels-last, of rows that do not lie
+/// together, and backwards twice.
+#[test]
+fn tensors_may_lie_in_memory_in_any_way() {
+    let _turn = alone(5);
+    let mut conv = conv(80, 80, false);
+    let last = conv.weight.detach().permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
+    conv.weight = last.set_requires_grad(true);
+    assert!(!conv.weight.is_contiguous());
+    let tiles = Arc::new(Tiles::of_maps((32, 32), 5));
+    let wide = Tensor::randn([5 * 32 * 32, 160], F32).set_requires_grad(true);
+    let y = conv.by_tiles(&wide.slice(1, 0, 160, 2), &tiles);
+    let grad = Tensor::randn(y.size(), F32);
+    let gradients =
+        || Tensor::run_backward(&[(&y * &grad).sum(Kind::Float)], &[&wide, &conv.weight], true, false);
+    let (first, second) = (gradients(), gradients());
+    let map = |rows: &Tensor| rows.detach().view([5, 32, 32, -1]).permute([0, 3, 1, 2]);
+    let x = map(&wide).slice(1, 0, 160, 2);
+    let theirs = expected(&conv, &x, &Tensor::ones([1], F32), &map(&grad));
+    assert!(error(&map(&y), &theirs[0]) < 2e-6);
+    for ours in [first, second] {
+        assert!(error(&map(&ours[0]).slice(1, 0, 160, 2), &theirs[1]) < 2e-6);
+        assert!(error(&ours[1], &theirs[2]) < 5e-6);
+    }
+}
+
+#[test]
+fn what_is_frozen_gets_no_gradient() {
+    let _turn = alone(6);
+    let conv = conv(32, 32, true);
+    let tiles = Arc::new(Tiles::of_maps((8, 8), 2));
+    let x = Tensor::randn([128, 32], F32);
+    conv.by_tiles(&x, &tiles).sum(Kind::Float).backward();
+    assert!(conv.weight.grad().defined() && !x.grad().defined());
+    let (mut weight, x) = (conv.weight.shallow_clone(), x.set_requires_grad(true));
+    weight.zero_grad();
+    let _ = weight.set_requires_grad(false);
+    conv.by_tiles(&x, &tiles).sum(Kind::Float).backward();
+    assert!(x.grad().defined());
+    assert_eq!(weight.grad().abs().max().double_value(&[]), 0.0);
+    assert!(!tch::no_grad(|| conv.by_tiles(&x, &tiles)).requires_grad());
+}
+
 #[test]
 fn a_layer_takes_tiles_where_they_pay() {
     let _turn = alone(3);
@@ -105,7 +149,7 @@ fn a_layer_takes_tiles_where_they_pay() {
     for side in [32, 33] {
         let x = Tensor::randn([4, 32, side, side], F32).set_requires_grad(true);
         assert!(conv.takes_tiles(&x));
-        let tiles = Arc::new(Tiles::of_maps(4, (side as usize, side as usize)));
+        let tiles = Arc::new(Tiles::of_maps((side as usize, side as usize), 4));
         assert!(tiles.pay(32, 64));
         let y = conv.forward(&x);
         assert_eq!(y.size(), [4, 64, side, side]);
@@ -138,8 +182,11 @@ fn a_layer_takes_tiles_where_they_pay() {
     assert!(!other(24, 3, options));
     assert!(!other(32, 5, options));
     assert!(!conv.takes_tiles(&Tensor::zeros([1, 32, 8, 8], (Kind::Double, Device::Cpu))));
+    assert!(!conv.takes_tiles(&Tensor::zeros([1, 64, 8, 8], F32)), "it has 32 channels");
+    let x = Tensor::zeros([1, 32, 8, 8], F32);
+    assert!(conv.takes_tiles(&x) && !autocast_bf16(true, Device::Cpu, || conv.takes_tiles(&x)).unwrap());
     // And not for few positions of many channels, whose kernels are transformed for nothing.
-    assert!(!Tiles::of_maps(1, (7, 7)).pay(512, 512));
+    assert!(!Tiles::of_maps((7, 7), 1).pay(512, 512));
 }
 
 #[test]
@@ -150,6 +197,7 @@ fn visible_cells_are_tiled_where_that_pays() {
         let conv = conv(64, 64, false);
         let mask = Tensor::rand([16, 1, 8, 8], F32).lt(0.4);
         let images = Tensor::randn([16, 64, side, side], F32).set_requires_grad(true);
+        // Where it is tiled, the whole map would be too, to the same bytes: `way.rs` tests which of them is chosen.
         let y =
             |way: Option<Way>| FeatureMap::new(&images, Some(&mask)).unwrap().conv_by(&conv, way).into_map();
         let chosen = y(None);
@@ -169,8 +217,8 @@ fn the_same_bytes_come_of_any_number_of_threads() {
     let _turn = alone(1);
     let (x, w) = (Tensor::randn([3 * 46 * 46, 64], F32), Tensor::randn([80, 64, 3, 3], F32));
     let grad = Tensor::randn([3 * 46 * 46, 80], F32);
-    let layout = Layout { taps: (0..9).collect(), inner: (64, 9), columns: (80, 9 * 64) };
-    let tiles = Tiles::of_maps(3, (46, 46));
+    let layout = Layout::convolution(80, 64, 3);
+    let tiles = Tiles::of_maps((46, 46), 3);
     let all = |threads: i32| {
         tch::set_num_threads(threads);
         let y = winograd::convolution(values(&x), &tiles, &Kernels::new(values(&w), &layout));
@@ -191,12 +239,19 @@ fn the_same_bytes_come_of_any_number_of_threads() {
 #[test]
 #[should_panic(expected = "channels come in groups of 16, not 24 and 32")]
 fn other_channels_are_refused() {
-    let layout = Layout { taps: (0..9).collect(), inner: (24, 9), columns: (32, 9 * 24) };
-    let _ = Kernels::new(&[0.0; 9 * 24 * 32], &layout);
+    let _ = Kernels::new(&[0.0; 9 * 24 * 32], &Layout::convolution(32, 24, 3));
 }
 
 #[test]
-#[should_panic(expected = "a position comes twice")]
+#[should_panic(expected = "takes no tiles of")]
+fn a_stride_is_refused() {
+    let options = ConvOptions { stride: 2, padding: 1, ..ConvOptions::default() };
+    let conv = Conv2d::new(&Params::new(Device::Cpu), 16, 16, 3, options);
+    let _ = conv.by_tiles(&Tensor::zeros([16, 16], F32), &Arc::new(Tiles::of_maps((4, 4), 1)));
+}
+
+#[test]
+#[should_panic(expected = "positions come line by line, each once")]
 fn a_position_that_comes_twice_is_refused() {
     let _ = Tiles::of_positions((4, 4), [&[(1, 1), (1, 1)][..]]);
 }

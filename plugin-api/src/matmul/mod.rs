@@ -5,8 +5,8 @@
 //! a matrix are the case of a single piece. The right side, the weights, is packed once for each product: [`Packed`].
 //!
 //! A thread computes a tile of some rows by some vectors of columns in registers, and takes K in blocks whose part of the
-//! right side stays in its cache. Which numbers are added up in which order depends on K and its pieces, or for [`gradient`]
-//! on the number of rows: a result has the same bytes for any number of threads.
+//! right side stays in its cache. Which numbers are added up in which order depends on the sizes of the sides alone: a result has
+//! the same bytes for any number of threads.
 
 pub(crate) mod tile;
 mod weights;
@@ -68,15 +68,18 @@ pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) 
     assert_eq!(rows.pieces * rows.length, depth, "the sides of a matrix product do not match");
     assert_eq!(rows.starts.len() * columns, grad.len(), "a gradient has a row for each output");
     // In chunks of K and groups of columns, each in panels like a packed matrix. Where these are few, positions are divided too,
-    // in the same way for any number of threads.
+    // in the same way for any number of threads: that is what sums depend on.
     let vectors = Vectors::here();
     let panels: Vec<(usize, usize)> = vectors.panels(columns).collect();
     let padded = columns.next_multiple_of(vectors.lanes);
-    let chunks = ranges(depth, CHUNK);
-    let groups = ranges(columns, GROUP);
+    let groups: Vec<Range<usize>> =
+        (0..columns).step_by(GROUP).map(|first| first..columns.min(first + GROUP)).collect();
     let positions = rows.starts.len();
-    let divided = (32 / (chunks.len() * groups.len()).max(1)).clamp(1, (positions / 512).max(1));
+    let parts = depth.div_ceil(CHUNK) * groups.len();
+    let divided = (32 / parts.max(1)).clamp(1, (positions / 512).max(1));
     let some = positions.div_ceil(divided);
+    let chunks = parallel::parts(depth, 24, CHUNK, groups.len() * divided);
+    let of_chunk = chunks.first().map_or(1, Range::len);
 
     let mut sums = vec![0.0; divided * depth * padded];
     let mut rest = sums.as_mut_slice();
@@ -97,7 +100,7 @@ pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) 
     }
     parallel::for_each(parts, |part| Arch::new().dispatch(part));
     if divided > 1 {
-        let of_chunks = sums.chunks_mut((divided * CHUNK * padded).max(1));
+        let of_chunks = sums.chunks_mut((divided * of_chunk * padded).max(1));
         parallel::for_each(of_chunks, |sums| {
             let (sum, others) = sums.split_at_mut(sums.len() / divided);
             for other in others.chunks_exact(sum.len()) {
@@ -106,17 +109,12 @@ pub fn gradient(rows: Rows, grad: &[f32], layout: &Layout, weights: &mut [f32]) 
         });
     }
     let row = |k: usize, n: usize| {
-        let (chunk, (column, width)) = (&chunks[k / CHUNK], panels[n / vectors.columns]);
+        let (chunk, (column, width)) = (&chunks[k / of_chunk], panels[n / vectors.columns]);
         let panel = divided * chunk.start * padded + chunk.len() * column;
         &sums[panel + (k - chunk.start) * width + (n - column)..]
     };
     // Within a panel, whose width is a power of two.
     layout.write_rows(vectors.columns.min(weights::STAGED), row, weights);
-}
-
-/// `0..end` in parts of so many.
-fn ranges(end: usize, some: usize) -> Vec<Range<usize>> {
-    (0..end).step_by(some).map(|first| first..end.min(first + some)).collect()
 }
 
 /// Rows for each thread at a time: for a few turns each, and whole tiles.
@@ -127,10 +125,10 @@ fn share(rows: usize) -> usize {
 
 /// Numbers of K in a block.
 const DEPTH: usize = 256;
-/// Numbers of K in a part of a gradient.
+/// Numbers of K in a part of a gradient, at most.
 const CHUNK: usize = 192;
-/// Positions that a gradient adds up in registers before it adds them to memory. With a chunk and a panel of each, copied side
-/// by side, it stays in a core's first cache as far as possible.
+/// Positions that a gradient adds up in registers before it adds them to memory: a panel of so many stays in a core's first
+/// cache, and a chunk and a group of them in its second.
 const POSITIONS: usize = 128;
 /// Numbers from a row to the next up to which rows are read where they lie.
 const APART: usize = 256;

@@ -130,6 +130,7 @@ fn store<'a, S: Simd, const M: usize, const V: usize>(
     out: &mut impl Iterator<Item = &'a mut [f32]>,
 ) {
     let Target { columns, first, begins, bias } = target;
+    let bias = bias.filter(|_| begins);
     let whole = first + V * S::F32_LANES <= columns;
     if whole && bias.is_none() {
         // Unrolled, so that sums stay in their registers.
@@ -149,7 +150,7 @@ fn store<'a, S: Simd, const M: usize, const V: usize>(
             let here = from..columns.min(from + S::F32_LANES);
             let mut sum = *sum;
             if here.len() < S::F32_LANES {
-                if let Some(bias) = bias.filter(|_| begins) {
+                if let Some(bias) = bias {
                     sum = simd.add_f32s(sum, simd.partial_load_f32s(&bias[here.clone()]));
                 }
                 if !begins {
@@ -158,7 +159,7 @@ fn store<'a, S: Simd, const M: usize, const V: usize>(
                 simd.partial_store_f32s(&mut out[here], sum);
                 continue;
             }
-            if let Some(bias) = bias.filter(|_| begins) {
+            if let Some(bias) = bias {
                 sum = simd.add_f32s(sum, S::as_simd_f32s(&bias[here.clone()]).0[0]);
             }
             let out = &mut S::as_mut_simd_f32s(&mut out[here]).0[0];

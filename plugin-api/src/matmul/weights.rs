@@ -29,6 +29,20 @@ impl Layout {
         Layout { taps: vec![0], inner: (outputs, inputs), columns: (inputs, 1) }
     }
 
+    /// What windows `(kernel, kernel, in)` are multiplied with in a convolution whose weights are `(out, in, kernel, kernel)`,
+    /// contiguous.
+    pub fn convolution(outputs: usize, inputs: usize, kernel: usize) -> Self {
+        let taps = kernel * kernel;
+        Layout { taps: (0..taps).collect(), inner: (inputs, taps), columns: (outputs, inputs * taps) }
+    }
+
+    /// The same for the way back of one with a stride of 1: what windows `(kernel, kernel, out)` of the gradient of its output
+    /// are multiplied with, which is the kernel turned round.
+    pub fn convolution_transposed(outputs: usize, inputs: usize, kernel: usize) -> Self {
+        let taps = kernel * kernel;
+        Layout { taps: (0..taps).rev().collect(), inner: (outputs, inputs * taps), columns: (inputs, taps) }
+    }
+
     /// K.
     pub(super) fn depth(&self) -> usize {
         self.taps.len() * self.inner.0

@@ -81,9 +81,11 @@ impl Conv2d {
         Conv2d { weight, bias, stride, padding, groups }
     }
 
-    /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1. In memory the result is as libtorch
-    /// makes it, but for a [pointwise](Self::is_pointwise) one on the CPU: channels last, and then, in fp32, without a second
-    /// derivative, and `x` and the weight must not be changed in place before the backward pass.
+    /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1.
+    ///
+    /// In memory the result is as libtorch makes it, but on the CPU that of a [pointwise](Self::is_pointwise) convolution, and of a
+    /// 3×3 one that is computed [in tiles](Self::by_tiles), as those are where that pays: channels last. These have in fp32 no
+    /// second derivative, and `x` and the weight must not be changed in place before the backward pass.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         if self.is_pointwise() && x.dim() == 4 && x.device() == Device::Cpu {
             // A matrix product. Besides, oneDNN's gradient of one with a stride and few channels never returns on a CPU
@@ -98,7 +100,7 @@ impl Conv2d {
         if let &[batch, channels, height, width] = x.size().as_slice()
             && self.takes_tiles(x)
         {
-            let tiles = Tiles::of_maps(batch as usize, (height as usize, width as usize));
+            let tiles = Tiles::of_maps((height as usize, width as usize), batch as usize);
             if tiles.pay(channels as usize, self.weight.size()[0] as usize) {
                 let y = self.by_tiles(&x.permute([0, 2, 3, 1]).reshape([-1, channels]), &Arc::new(tiles));
                 return y.view([batch, height, width, -1]).permute([0, 3, 1, 2]);
@@ -118,23 +120,33 @@ impl Conv2d {
     /// with zeros at all others. Since 1.1.
     ///
     /// # Panics
-    /// When `rows` has not a row for each position of the tiles.
+    /// When it does not take `rows` in tiles, or they are not a row for each position of these.
     pub fn by_tiles(&self, rows: &Tensor, tiles: &Arc<Tiles>) -> Tensor {
+        assert!(self.takes_tiles(rows), "{self:?} takes no tiles of {rows:?}");
         let [x, w] = [rows, &self.weight].map(|x| x.detach().contiguous());
         let (outputs, inputs) = (w.size()[0] as usize, w.size()[1] as usize);
-        let y =
-            winograd::convolution(values(&x), tiles, &Kernels::new(values(&w), &forward(outputs, inputs)));
+        let y = winograd::convolution(
+            values(&x),
+            tiles,
+            &Kernels::new(values(&w), &Layout::convolution(outputs, inputs, 3)),
+        );
         let wanted = [rows, &self.weight].map(autograd::is_recorded);
         let tiles = Arc::clone(tiles);
         let y = autograd::record("WinogradConv", &[rows, &self.weight], y, move |grad| {
             let grad = grad.contiguous();
             let of_x = || {
-                let kernels = Kernels::new(values(&w), &backward(outputs, inputs));
+                let kernels = Kernels::new(values(&w), &Layout::convolution_transposed(outputs, inputs, 3));
                 winograd::convolution(values(&grad), &tiles, &kernels)
             };
             let of_weight = || {
                 filled(&w.size(), |out| {
-                    winograd::gradient(values(&x), values(&grad), &tiles, &forward(outputs, inputs), out);
+                    winograd::gradient(
+                        values(&x),
+                        values(&grad),
+                        &tiles,
+                        &Layout::convolution(outputs, inputs, 3),
+                        out,
+                    );
                 })
             };
             vec![wanted[0].then(of_x), wanted[1].then(of_weight)]
@@ -145,14 +157,16 @@ impl Conv2d {
         }
     }
 
-    /// Whether it is one that [`winograd`](crate::winograd) computes of `x`: a 3×3 kernel with a stride and padding of 1, on the CPU
-    /// and in fp32. Since 1.1.
+    /// Whether [`winograd`](crate::winograd) can compute it of `x` `(N, in)` or `(B, in, H, W)`: a 3×3 kernel with a stride and a
+    /// padding of 1 and a single group, channels that come in groups of [`winograd::CHANNELS`], on the CPU and in fp32. Since 1.1.
     pub fn takes_tiles(&self, x: &Tensor) -> bool {
-        let shape = self.weight.size();
+        let (shape, channels) = (self.weight.size(), |count: i64| {
+            count > 0 && (count as usize).is_multiple_of(winograd::CHANNELS)
+        });
         (self.kernel(), self.stride, self.padding, self.groups) == (3, 1, 1, 1)
-            && shape[..2]
-                .iter()
-                .all(|channels| *channels > 0 && (*channels as usize).is_multiple_of(winograd::CHANNELS))
+            && channels(shape[0])
+            && channels(shape[1])
+            && x.size().get(1) == Some(&shape[1])
             && [x, &self.weight].iter().all(|x| x.device() == Device::Cpu && x.kind() == Kind::Float)
             && autograd::autocast_kind(x) == Kind::Float
     }
@@ -166,14 +180,4 @@ impl Conv2d {
     pub fn kernel(&self) -> i64 {
         self.weight.size()[3]
     }
-}
-
-/// Where the weights `(out, in, 3, 3)` are in the product with what is seen.
-fn forward(outputs: usize, inputs: usize) -> Layout {
-    Layout { taps: (0..9).collect(), inner: (inputs, 9), columns: (outputs, 9 * inputs) }
-}
-
-/// The same for the way back, which is the convolution with the kernel turned round.
-fn backward(outputs: usize, inputs: usize) -> Layout {
-    Layout { taps: (0..9).rev().collect(), inner: (outputs, 9 * inputs), columns: (inputs, 9) }
 }

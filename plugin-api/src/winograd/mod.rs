@@ -3,8 +3,9 @@
 //!
 //! Four outputs of a 3×3 kernel of stride 1, two by two, see a window of 4 × 4. Windows and kernels are transformed, so that
 //! of each pair of channels 16 products make these four outputs, where a convolution has 36. What is left is 16 matrix
-//! products, with the channels as K: those of [`matmul`](crate::matmul). The transforms are sums and halves of neighbours, and
-//! rounding is about that of the convolution.
+//! products, with the channels as K: those of [`matmul`](crate::matmul), whose tiles of registers are no tiles of outputs. The
+//! transforms are sums and halves of neighbours, and rounding is about that of the convolution. Of a window with an infinite
+//! number, outputs may be NaN where a convolution's are infinite.
 //!
 //! Positions are rows `(N, C)`. [`Tiles`] says which rows a window sees, so that whole maps and visible positions are the same
 //! to it, and neither borders nor hidden neighbours have to be written. The gradient of the input is a convolution of the same
@@ -40,13 +41,13 @@ pub struct Tiles {
     windows: Vec<[u32; AREA]>,
     /// Behind each line of tiles side by side: how many tiles and rows there are. A line makes rows that lie together.
     lines: Vec<(usize, usize)>,
-    /// How often that repeats, every time behind as many rows.
+    /// How many images share these windows, each with its rows behind those of the last.
     times: usize,
 }
 
 impl Tiles {
     /// Of whole maps: rows are numbered in the order (B, H, W).
-    pub fn of_maps(images: usize, size: (usize, usize)) -> Self {
+    pub fn of_maps(size: (usize, usize), images: usize) -> Self {
         let positions = (0..size.0 as u32).flat_map(|y| (0..size.1 as u32).map(move |x| (y, x)));
         let mut tiles = Tiles { windows: Vec::new(), lines: Vec::new(), times: images };
         tiles.push(size, positions);
@@ -56,7 +57,7 @@ impl Tiles {
     /// Of some positions (line, column) of each image, in the order (H, W): rows are numbered as they come.
     ///
     /// # Panics
-    /// When a position is not on the map, or comes twice.
+    /// When a position is not on the map, or does not come behind the one before.
     pub fn of_positions<'a>(
         size: (usize, usize),
         images: impl IntoIterator<Item = &'a [(u32, u32)]>,
@@ -80,7 +81,7 @@ impl Tiles {
     /// what `cargo bench -p jepa-tests --bench sparse_conv` has measured, so that a run makes the same choices when it is
     /// resumed.
     pub fn pay(&self, inputs: usize, outputs: usize) -> bool {
-        // In products of a pair of channels: of a tile, with its transforms; and of the kernels' own.
+        // In products of a pair of channels, by figures of machines with AVX-512: of a tile, with its transforms; and of kernels.
         let of_tile = AREA as f64 + 160.0 / inputs as f64 + 160.0 / outputs as f64;
         1.2 * (self.count() as f64 * of_tile + 1500.0) < 9.0 * self.rows() as f64
     }
@@ -94,10 +95,12 @@ impl Tiles {
         // With a border, and whole tiles.
         let (lines, pitch) = (height.next_multiple_of(2) + 2, width.next_multiple_of(2) + 2);
         let mut grid = vec![NOWHERE; lines * pitch];
-        let mut next = self.rows_at_a_time();
-        for (y, x) in positions {
-            assert!((y as usize) < height && (x as usize) < width, "a position is not on its map");
-            grid[(y as usize + 1) * pitch + x as usize + 1] = next as u32;
+        let (mut next, mut last) = (self.rows_at_a_time(), None);
+        for at in positions {
+            let (y, x) = (at.0 as usize, at.1 as usize);
+            assert!(y < height && x < width, "a position is not on its map");
+            assert!(last.replace(at) < Some(at), "positions come line by line, each once");
+            grid[(y + 1) * pitch + x + 1] = u32::try_from(next).expect("rows are counted in 32 bits");
             next += 1;
         }
         let mut rows = self.rows_at_a_time();
@@ -116,7 +119,6 @@ impl Tiles {
                 self.lines.push((self.windows.len(), rows));
             }
         }
-        assert_eq!(rows, next, "a position comes twice");
     }
 
     /// What a tile sees: the numbers of rows, and what is added to them.
@@ -182,7 +184,7 @@ fn channels(layout: &Layout) -> (usize, usize) {
     let (inputs, outputs) = (layout.inner.0, layout.columns.0);
     assert_eq!(layout.taps.len(), 9, "a 3×3 kernel has nine taps");
     assert!(
-        inputs % CHANNELS == 0 && outputs % CHANNELS == 0,
+        inputs > 0 && outputs > 0 && inputs % CHANNELS == 0 && outputs % CHANNELS == 0,
         "channels come in groups of {CHANNELS}, not {inputs} and {outputs}"
     );
     (inputs, outputs)
@@ -234,7 +236,7 @@ fn plane(numbers: usize) -> usize {
 
 /// The windows of some tiles, transformed: for each the channels `part` of all, in planes of `(tiles, part)`.
 #[inline(always)]
-fn see<S: Simd>(
+fn transform_input<S: Simd>(
     simd: S,
     (x, channels): (&[f32], usize),
     part: Range<usize>,
@@ -259,7 +261,7 @@ fn see<S: Simd>(
             for (i, row) in rows.iter().enumerate() {
                 window[i / SIDE][i % SIDE] = row[v];
             }
-            let window = both_ways(simd, &window, transform::seen);
+            let window = both_ways(simd, &window, transform::input);
             for (i, to) in to.iter_mut().enumerate() {
                 to[v] = window[i / SIDE][i % SIDE];
             }
@@ -324,7 +326,14 @@ impl WithSimd for Convolution<'_> {
         let block = Block { offset: 0, k: 0, pieces: 1, length: inputs };
         for from in range.clone().step_by(some) {
             let range = from..range.end.min(from + some);
-            see(simd, (x, inputs), 0..inputs, (tiles, range.clone()), zeros, (&mut seen, seen_plane));
+            transform_input(
+                simd,
+                (x, inputs),
+                0..inputs,
+                (tiles, range.clone()),
+                zeros,
+                (&mut seen, seen_plane),
+            );
             for (column, width) in vectors.panels(outputs) {
                 let panel = &values[AREA * inputs * column..][..AREA * inputs * width];
                 let planes = seen.chunks(seen_plane).zip(made.chunks_mut(made_plane));
@@ -341,7 +350,7 @@ impl WithSimd for Convolution<'_> {
                     for_tile!(S, width / S::F32_LANES, rows_of_tiles(simd, rows, block, panel, target, made));
                 }
                 let tiles = range.clone().map(|tile| tiles.window(tile));
-                make(simd, tiles, (&made, made_plane, width), first, (out, column, outputs));
+                transform_output(simd, tiles, (&made, made_plane, width), first, (out, column, outputs));
             }
         }
     }
@@ -349,7 +358,7 @@ impl WithSimd for Convolution<'_> {
 
 /// Takes products of some tiles and a panel of channels to the rows that they make.
 #[inline(always)]
-fn make<'a, S: Simd>(
+fn transform_output<'a, S: Simd>(
     simd: S,
     tiles: impl Iterator<Item = (&'a [u32; AREA], usize)>,
     (made, plane, width): (&[f32], usize, usize),
@@ -365,7 +374,7 @@ fn make<'a, S: Simd>(
             for (i, from) in from.iter().enumerate() {
                 products[i / SIDE][i % SIDE] = from[v];
             }
-            let values = both_ways(simd, &products, transform::outputs);
+            let values = both_ways(simd, &products, transform::output);
             for (i, inner) in INNER.into_iter().enumerate() {
                 if window[inner] != NOWHERE {
                     let row = offset + window[inner] as usize - first;
@@ -388,11 +397,11 @@ pub fn gradient(x: &[f32], grad: &[f32], tiles: &Tiles, layout: &Layout, weights
     assert_eq!(grad.len(), tiles.rows() * outputs, "a gradient has a row for each position");
     let vectors = Vectors::here();
     let panels: Vec<(usize, usize)> = vectors.panels(outputs).collect();
-    let blocks: Vec<Range<usize>> =
-        (0..inputs).step_by(INPUTS).map(|first| first..inputs.min(first + INPUTS)).collect();
-    // Where there are few blocks of channels, tiles are divided too, in the same way for any number of threads.
-    let divided = (32 / (panels.len() * blocks.len())).clamp(1, tiles.count().div_ceil(512).max(1));
+    // Where there are few parts, tiles are divided too, in the same way for any number of threads: that is what sums depend on.
+    let divided =
+        (32 / (panels.len() * inputs.div_ceil(INPUTS))).clamp(1, tiles.count().div_ceil(512).max(1));
     let some = tiles.count().div_ceil(divided);
+    let blocks = parallel::parts(inputs, CHANNELS, INPUTS, panels.len() * divided);
     let zeros = vec![0.0; INPUTS.max(vectors.columns)];
 
     let mut sums = vec![0.0; divided * AREA * inputs * outputs];
@@ -442,7 +451,7 @@ pub fn gradient(x: &[f32], grad: &[f32], tiles: &Tiles, layout: &Layout, weights
     layout.write_rows(vectors.columns.min(crate::matmul::STAGED), row, weights);
 }
 
-/// Input channels of a part of the gradient.
+/// Input channels of a part of the gradient, at most.
 const INPUTS: usize = 64;
 /// Tiles whose products are added up in registers.
 const TILES: usize = 64;
@@ -470,9 +479,23 @@ impl WithSimd for Gradient<'_> {
         let starts: Vec<usize> = (0..TILES).map(|t| t * length).collect();
         for from in range.clone().step_by(TILES) {
             let some = from..range.end.min(from + TILES);
-            see(simd, (x, inputs), block.clone(), (tiles, some.clone()), zeros, (&mut seen, seen_plane));
+            transform_input(
+                simd,
+                (x, inputs),
+                block.clone(),
+                (tiles, some.clone()),
+                zeros,
+                (&mut seen, seen_plane),
+            );
             let windows = some.clone().map(|tile| tiles.window(tile));
-            unmake(simd, windows, (grad, outputs), columns.clone(), zeros, (&mut made, grad_plane));
+            transform_gradient(
+                simd,
+                windows,
+                (grad, outputs),
+                columns.clone(),
+                zeros,
+                (&mut made, grad_plane),
+            );
             let planes = seen.chunks(seen_plane).zip(made.chunks(grad_plane));
             for ((seen, made), sums) in planes.zip(sums.chunks_exact_mut(length * width)) {
                 let starts = &starts[..some.len()];
@@ -487,7 +510,7 @@ impl WithSimd for Gradient<'_> {
 /// The gradients of what some tiles make, as gradients of their products: for each the channels `part` of all, in planes of
 /// `(tiles, part)`.
 #[inline(always)]
-fn unmake<'a, S: Simd>(
+fn transform_gradient<'a, S: Simd>(
     simd: S,
     tiles: impl Iterator<Item = (&'a [u32; AREA], usize)>,
     (grad, channels): (&[f32], usize),
@@ -511,7 +534,7 @@ fn unmake<'a, S: Simd>(
             for (i, row) in rows.iter().enumerate() {
                 outputs[i / 2][i % 2] = row[v];
             }
-            let products = both_ways(simd, &outputs, transform::outputs_gradient);
+            let products = both_ways(simd, &outputs, transform::output_gradient);
             for (i, to) in to.iter_mut().enumerate() {
                 to[v] = products[i / SIDE][i % SIDE];
             }
@@ -562,8 +585,8 @@ impl WithSimd for Sum<'_> {
 mod tests {
     use super::*;
 
-    const INPUTS: usize = 3;
-    const OUTPUTS: usize = 5;
+    const IN: usize = 3;
+    const OUT: usize = 5;
 
     fn numbers(count: usize, modulo: usize) -> Vec<f32> {
         (0..count).map(|i| (i * i % modulo) as f32 - 7.0).collect()
@@ -575,23 +598,23 @@ mod tests {
     fn narrow_panels_are_written_where_they_belong() {
         let simd = pulp::Scalar::new();
         let (height, width) = (3, 4);
-        let tiles = Tiles::of_maps(2, (height, width));
-        let (x, grad) = (numbers(tiles.rows() * INPUTS, 17), numbers(tiles.rows() * OUTPUTS, 13));
+        let tiles = Tiles::of_maps((height, width), 2);
+        let (x, grad) = (numbers(tiles.rows() * IN, 17), numbers(tiles.rows() * OUT, 13));
         // (9, C, C')
-        let taps: Vec<f32> = numbers(9 * INPUTS * OUTPUTS, 11).iter().map(|x| 4.0 * x).collect();
-        let tap = |t: usize, c: usize, n: usize| taps[(t * INPUTS + c) * OUTPUTS + n];
+        let taps: Vec<f32> = numbers(9 * IN * OUT, 11).iter().map(|x| 4.0 * x).collect();
+        let tap = |t: usize, c: usize, n: usize| taps[(t * IN + c) * OUT + n];
         let panels = [(0, 2), (2, 2), (4, 1)];
 
         let mut values = Vec::new();
         for (column, width) in panels {
-            let of_panel = |i: usize| tap(i / width / INPUTS, i / width % INPUTS, column + i % width);
-            let taps: Vec<f32> = (0..9 * INPUTS * width).map(of_panel).collect();
-            let mut made = vec![f32::NAN; AREA * INPUTS * width];
+            let of_panel = |i: usize| tap(i / width / IN, i / width % IN, column + i % width);
+            let taps: Vec<f32> = (0..9 * IN * width).map(of_panel).collect();
+            let mut made = vec![f32::NAN; AREA * IN * width];
             simd.vectorize(Transform { taps: &taps, made: &mut made });
             values.extend(made);
         }
-        let kernels = Kernels { values, inputs: INPUTS, outputs: OUTPUTS };
-        let (mut out, zeros) = (vec![f32::NAN; tiles.rows() * OUTPUTS], [0.0; INPUTS + OUTPUTS]);
+        let kernels = Kernels { values, inputs: IN, outputs: OUT };
+        let (mut out, zeros) = (vec![f32::NAN; tiles.rows() * OUT], [0.0; IN + OUT]);
         let range = 0..tiles.count();
         let (tiles, kernels, zeros) = (&tiles, &kernels, &zeros[..]);
         simd.vectorize(Convolution {
@@ -605,7 +628,7 @@ mod tests {
         });
 
         let mut of_taps = vec![0.0; taps.len()];
-        for (row, out) in out.chunks(OUTPUTS).enumerate() {
+        for (row, out) in out.chunks(OUT).enumerate() {
             let (image, y, x_at) = (row / width / height, row / width % height, row % width);
             for (n, out) in out.iter().enumerate() {
                 let mut expected = 0.0;
@@ -614,10 +637,10 @@ mod tests {
                     if y >= height || x_at >= width {
                         continue;
                     }
-                    for c in 0..INPUTS {
-                        let seen = x[((image * height + y) * width + x_at) * INPUTS + c];
+                    for c in 0..IN {
+                        let seen = x[((image * height + y) * width + x_at) * IN + c];
                         expected += seen * tap(t, c, n);
-                        of_taps[(t * INPUTS + c) * OUTPUTS + n] += seen * grad[row * OUTPUTS + n];
+                        of_taps[(t * IN + c) * OUT + n] += seen * grad[row * OUT + n];
                     }
                 }
                 assert_eq!(*out, expected, "row {row}, output {n}");
@@ -626,18 +649,18 @@ mod tests {
 
         for (column, width) in panels {
             // Two parts of the tiles, which are added up.
-            let mut sums = vec![f32::NAN; 2 * AREA * INPUTS * width];
-            let (first, second) = sums.split_at_mut(AREA * INPUTS * width);
+            let mut sums = vec![f32::NAN; 2 * AREA * IN * width];
+            let (first, second) = sums.split_at_mut(AREA * IN * width);
             for (range, sums) in [(0..3, first), (3..range.end, second)] {
-                let (x, grad) = ((&x[..], INPUTS, 0..INPUTS), (&grad[..], OUTPUTS, column..column + width));
+                let (x, grad) = ((&x[..], IN, 0..IN), (&grad[..], OUT, column..column + width));
                 simd.vectorize(Gradient { x, grad, tiles, range, zeros, sums });
             }
-            let plane = INPUTS * width;
+            let plane = IN * width;
             let mut made = vec![f32::NAN; 9 * plane];
             simd.vectorize(Sum { sums: &sums, taps: &mut made, plane, part: 0..plane });
             for (i, made) in made.iter().enumerate() {
-                let (t, c, n) = (i / plane, i / width % INPUTS, column + i % width);
-                assert_eq!(*made, of_taps[(t * INPUTS + c) * OUTPUTS + n], "tap {t}, {c} to {n}");
+                let (t, c, n) = (i / plane, i / width % IN, column + i % width);
+                assert_eq!(*made, of_taps[(t * IN + c) * OUT + n], "tap {t}, {c} to {n}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Convolution at visible positions only.
+//! Convolution at visible positions only, by windows.
 //!
 //! Visible inputs are painted on a canvas, and the windows of visible outputs are multiplied with the weights: all that is
 //! computed is visible. In fp32 the product reads the windows where they lie on the canvas
@@ -168,8 +168,7 @@ fn sides(weight: &Tensor) -> [usize; 3] {
 /// Where the weights `(C', C, k, k)` are in the product with windows `(k, k, C)`.
 fn layout(weight: &Tensor) -> Layout {
     let [outputs, inputs, kernel] = sides(weight);
-    let taps = kernel * kernel;
-    Layout { taps: (0..taps).collect(), inner: (inputs, taps), columns: (outputs, inputs * taps) }
+    Layout::convolution(outputs, inputs, kernel)
 }
 
 fn forward<T: Product>(x: &Tensor, weight: &Tensor, geometry: &Geometry) -> Tensor {

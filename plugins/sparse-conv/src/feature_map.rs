@@ -296,7 +296,7 @@ impl FeatureMap {
 
 /// The rows that a 1×1 convolution with a stride looks at, where rows come cell after cell: every so many of a cell, both ways.
 fn strided(rows: &Tensor, conv: &Conv2d, from: &Level) -> Option<Tensor> {
-    let [high, wide] = from.tile()?;
+    let [high, wide] = from.cell_size()?;
     if !conv.is_pointwise() || high % conv.stride != 0 || wide % conv.stride != 0 {
         return None;
     }

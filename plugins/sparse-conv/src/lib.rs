@@ -4,9 +4,10 @@
 //! make visible positions only. A network written once over [`FeatureMap`] runs both ways with the same parameters.
 //!
 //! A sparse map is kept as the rows of its visible positions, `(N, C)`. Norms, ReLU, sums and 1×1 convolutions are those
-//! of the rows. A wider convolution multiplies what its windows see with the weights, and nothing else (`conv`); where nearly
-//! everything is visible, libtorch's convolution of the whole map is cheaper, and [`Way`] chooses that. Networks
-//! touch tensors only when they enter ([`FeatureMap::images`]) and leave ([`FeatureMap::into_map`]).
+//! of the rows. A 3×3 convolution takes visible positions two by two, with less than half of the arithmetic
+//! ([`winograd`](jepa_plugin_api::winograd)); any other multiplies what its windows see with the weights, and nothing else
+//! (`conv`); where nearly everything is visible, the convolution of the whole map is cheaper. [`Way`] chooses. Networks touch
+//! tensors only when they enter ([`FeatureMap::images`]) and leave ([`FeatureMap::into_map`]).
 
 mod canvas;
 mod conv;

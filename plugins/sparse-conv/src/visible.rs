@@ -198,7 +198,7 @@ impl Level {
     }
 
     /// Height and width of a cell, in positions, where rows come cell after cell.
-    pub fn tile(&self) -> Option<[i64; 2]> {
+    pub fn cell_size(&self) -> Option<[i64; 2]> {
         let [lines, columns] = self.cells.as_ref()?.grid;
         Some([self.size.0 / lines, self.size.1 / columns])
     }
