@@ -56,7 +56,7 @@ def main():
         row = {"dense": seconds(dense, images)}
         for share in args.shares:
             # Its time does not hang on the share: all is computed.
-            visible.mask = random_mask(args.batch, args.size // 32, 1 - share)
+            visible.mask = random_mask(args.batch, args.size // 32, 1 - share, "cpu")
             row[f"emulated {share}"] = seconds(emulated, images * visible.at(args.size), 1)
         ours = json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, env=environment).stdout)
         row |= {f"ours {name}": times["forward_backward_s"] for name, times in ours.items()}
