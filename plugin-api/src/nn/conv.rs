@@ -125,11 +125,8 @@ impl Conv2d {
         assert!(self.takes_tiles(rows), "{self:?} takes no tiles of {rows:?}");
         let [x, w] = [rows, &self.weight].map(|x| x.detach().contiguous());
         let (outputs, inputs) = (w.size()[0] as usize, w.size()[1] as usize);
-        let y = winograd::convolution(
-            values(&x),
-            tiles,
-            &Kernels::new(values(&w), &Layout::convolution(outputs, inputs, 3)),
-        );
+        let layout = Layout::convolution(outputs, inputs, 3);
+        let y = winograd::convolution(values(&x), tiles, &Kernels::new(values(&w), &layout));
         let wanted = [rows, &self.weight].map(autograd::is_recorded);
         let tiles = Arc::clone(tiles);
         let y = autograd::record("WinogradConv", &[rows, &self.weight], y, move |grad| {
@@ -140,13 +137,7 @@ impl Conv2d {
             };
             let of_weight = || {
                 filled(&w.size(), |out| {
-                    winograd::gradient(
-                        values(&x),
-                        values(&grad),
-                        &tiles,
-                        &Layout::convolution(outputs, inputs, 3),
-                        out,
-                    );
+                    winograd::gradient(values(&x), values(&grad), &tiles, &layout, out);
                 })
             };
             vec![wanted[0].then(of_x), wanted[1].then(of_weight)]
@@ -160,12 +151,11 @@ impl Conv2d {
     /// Whether [`winograd`](crate::winograd) can compute it of `x` `(N, in)` or `(B, in, H, W)`: a 3×3 kernel with a stride and a
     /// padding of 1 and a single group, channels that come in groups of [`winograd::CHANNELS`], on the CPU and in fp32. Since 1.1.
     pub fn takes_tiles(&self, x: &Tensor) -> bool {
-        let (shape, channels) = (self.weight.size(), |count: i64| {
-            count > 0 && (count as usize).is_multiple_of(winograd::CHANNELS)
-        });
+        let shape = self.weight.size();
+        let in_groups = |channels: i64| channels > 0 && channels % winograd::CHANNELS as i64 == 0;
         (self.kernel(), self.stride, self.padding, self.groups) == (3, 1, 1, 1)
-            && channels(shape[0])
-            && channels(shape[1])
+            && in_groups(shape[0])
+            && in_groups(shape[1])
             && x.size().get(1) == Some(&shape[1])
             && [x, &self.weight].iter().all(|x| x.device() == Device::Cpu && x.kind() == Kind::Float)
             && autograd::autocast_kind(x) == Kind::Float
