@@ -48,9 +48,18 @@ impl Trace {
 
     /// This thread was busy with `name` from `start` to `end`. A file that cannot be written is said once, and left.
     pub fn span(&self, name: &str, start: Instant, end: Instant) {
+        self.write(name, None, start, end);
+    }
+
+    /// The whole of a training step, over the spans of its parts.
+    pub fn step(&self, number: u64, start: Instant, end: Instant) {
+        self.write("step", Some(number), start, end);
+    }
+
+    fn write(&self, name: &str, step: Option<u64>, start: Instant, end: Instant) {
         let mut open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(file) = open.as_mut() else { return };
-        let ended = match file.write_span(name, start.duration_since(self.0.begin), end - start) {
+        let ended = match file.write_span(name, step, start.duration_since(self.0.begin), end - start) {
             Ok(()) if file.spans < MOST => return,
             Ok(()) => file.close().inspect(|()| {
                 tracing::info!("{} has {MOST} spans, and gets no more", self.0.path.display());
@@ -76,7 +85,13 @@ impl Trace {
 }
 
 impl Open {
-    fn write_span(&mut self, name: &str, since: Duration, lasted: Duration) -> io::Result<()> {
+    fn write_span(
+        &mut self,
+        name: &str,
+        step: Option<u64>,
+        since: Duration,
+        lasted: Duration,
+    ) -> io::Result<()> {
         let thread = thread::current();
         let thread = thread.name().unwrap_or("unnamed");
         let number = match self.threads.iter().position(|known| known == thread) {
@@ -94,7 +109,11 @@ impl Open {
         let micros = |duration: Duration| duration.as_nanos() as f64 / 1e3;
         self.spans += 1;
         let (ts, dur) = (micros(since), micros(lasted));
-        self.write_event(&json!({ "name": name, "ph": "X", "pid": 1, "tid": number, "ts": ts, "dur": dur }))
+        let mut span = json!({ "name": name, "ph": "X", "pid": 1, "tid": number, "ts": ts, "dur": dur });
+        if let Some(step) = step {
+            span["args"] = json!({ "step": step });
+        }
+        self.write_event(&span)
     }
 
     fn write_event(&mut self, event: &serde_json::Value) -> io::Result<()> {

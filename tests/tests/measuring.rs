@@ -96,6 +96,19 @@ fn a_run_can_write_a_timeline() {
     let of_step =
         |name: &str| events.iter().filter(|event| event["name"] == name && event["ph"] == "X").count();
     assert_eq!((of_step("forward"), of_step("backward"), of_step("optimizer")), (6, 6, 6));
+    let steps: Vec<&Value> = events.iter().filter(|event| event["name"] == "step").collect();
+    assert_eq!(
+        steps.iter().map(|step| number(&step["args"]["step"])).collect::<Vec<_>>(),
+        [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    );
+    let ends = |span: &Value| (number(&span["ts"]), number(&span["ts"]) + number(&span["dur"]));
+    for (step, forward) in steps.iter().zip(events.iter().filter(|event| event["name"] == "forward")) {
+        let (step, forward) = (ends(step), ends(forward));
+        assert!(
+            step.0 <= forward.0 && forward.1 <= step.1,
+            "a step is around its parts: {step:?}, {forward:?}"
+        );
+    }
     assert!(of_step("decode") >= 6 * 16, "every image of the six steps");
     let named = events.iter().filter(|event| event["name"] == "thread_name");
     let threads: BTreeSet<&str> = named.map(|event| event["args"]["name"].as_str().unwrap()).collect();

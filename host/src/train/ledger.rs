@@ -76,6 +76,7 @@ pub type Seconds = [f64; Part::ALL.len()];
 /// Seconds by part, and images, since the last log line of the epoch.
 pub struct Ledger {
     since: Instant,
+    step: Instant,
     lap: Instant,
     seconds: Seconds,
     steps: u64,
@@ -95,6 +96,7 @@ impl Ledger {
         let now = Instant::now();
         Ledger {
             since: now,
+            step: now,
             lap: now,
             seconds: Seconds::default(),
             steps: 0,
@@ -124,6 +126,7 @@ impl Ledger {
     /// A step begins: what came between, such as a checkpoint, is no part of it.
     pub fn start_step(&mut self) {
         self.lap = Instant::now();
+        self.step = self.lap;
         self.last_step = Seconds::default();
     }
 
@@ -140,6 +143,13 @@ impl Ledger {
             trace.span(part.name(), self.lap, now);
         }
         self.lap = now;
+    }
+
+    /// The step with this number, from 1, goes into the trace as a whole.
+    pub fn trace_step(&self, number: u64) {
+        if let Some(trace) = &self.trace {
+            trace.step(number, self.step, self.lap);
+        }
     }
 
     /// A step of so many images is done.

@@ -483,6 +483,7 @@ impl<'t> Run<'t> {
         self.ledger.lap(Part::Sync);
         self.report_step(lr);
         self.ledger.lap(Part::Log);
+        self.ledger.trace_step(self.state.step);
         Ok(())
     }
 
