@@ -251,6 +251,13 @@ fn a_stride_is_refused() {
 }
 
 #[test]
+#[should_panic(expected = "takes no tiles of")]
+fn a_map_is_no_rows() {
+    let _ = conv(16, 16, false)
+        .by_tiles(&Tensor::zeros([1, 16, 4, 4], F32), &Arc::new(Tiles::of_maps((4, 4), 1)));
+}
+
+#[test]
 #[should_panic(expected = "positions come line by line, each once")]
 fn a_position_that_comes_twice_is_refused() {
     let _ = Tiles::of_positions((4, 4), [&[(1, 1), (1, 1)][..]]);

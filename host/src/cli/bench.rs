@@ -28,10 +28,21 @@ pub(super) enum BenchCommand {
 
 /// Time the parts of a training step
 ///
-/// Trains some steps with the settings of a run, and keeps nothing of it. Shown are medians over the steps. On a GPU each
-/// part is waited for, which a run does not do.
+/// Trains some steps with the settings of a run, and keeps nothing of it. Shown are medians over the steps, and as shares of the
+/// median step, so they need not add up. On a GPU each part is waited for, which a run does not do.
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Parts of a step:
+  wait       until the data threads have a batch
+  copy       of the batch to the device
+  forward    the method's step: backbones, heads and the loss
+  backward   from the loss to gradients
+  exchange   of gradients between ranks, beyond the backward pass; next to nothing for one
+  optimizer  norm and clipping of gradients, and the update
+  ema        target networks and what batch norms remember
+  sync       until the figures of the step are read
+  log        progress, log lines and example images
+
 Examples:
   jepa-host bench step --plugin cnn_jepa --config configs/demo.toml
   jepa-host bench step --plugin byol --config configs/byol_imagenet.toml --trace step.json
@@ -229,7 +240,8 @@ impl Report {
             seconds.sort_by(f64::total_cmp);
             let at = |share: f64| {
                 let place = (seconds.len() - 1) as f64 * share;
-                (seconds[place.floor() as usize] + seconds[place.ceil() as usize]) / 2.0
+                let (low, high) = (seconds[place.floor() as usize], seconds[place.ceil() as usize]);
+                low + (high - low) * place.fract()
             };
             Row { part, median_s: at(0.5), quartiles_s: [at(0.25), at(0.75)] }
         };
@@ -276,7 +288,8 @@ impl Report {
         writeln!(
             out,
             "{method} with {backbone}, {size} px, {images} images a step ({data}), {precision}, {device}, \
-             {ranks} × {threads} threads: {} steps after {warmup}\n",
+             {}{threads} threads: {} steps after {warmup}\n",
+            if *ranks == 1 { String::new() } else { format!("{ranks} ranks × ") },
             self.steps
         )?;
         let ms = |seconds: f64| format!("{:.2}", seconds * 1e3);

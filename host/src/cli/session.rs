@@ -155,7 +155,15 @@ impl Session {
         match (trainer.threads, comm) {
             (0, None) => {}
             (0, Some(comm)) => tch::set_num_threads(cores_of(comm) as i32),
-            (threads, _) => tch::set_num_threads(threads as i32),
+            (threads, _) => {
+                let cores = available_cores();
+                if threads > cores {
+                    tracing::warn!(
+                        "trainer.threads={threads} on {cores} cores: threads that wait for each other make a step slower"
+                    );
+                }
+                tch::set_num_threads(threads as i32);
+            }
         }
         Ok(device)
     }
@@ -163,8 +171,11 @@ impl Session {
 
 /// The cores that a rank has for itself, at least 1.
 pub(super) fn cores_of(comm: &Comm) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    (cores / comm.cores_shared_by()).max(1)
+    (available_cores() / comm.cores_shared_by()).max(1)
+}
+
+fn available_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get())
 }
 
 /// Puts libtorch's generator where a run of `seed` draws its weights from.

@@ -84,8 +84,9 @@ impl Conv2d {
     /// `(B, in, H, W)` to `(B, out, H', W')` with H' = ⌊(H + 2 · padding − k) / stride⌋ + 1.
     ///
     /// In memory the result is as libtorch makes it, but on the CPU that of a [pointwise](Self::is_pointwise) convolution, and of a
-    /// 3×3 one that is computed [in tiles](Self::by_tiles), as those are where that pays: channels last. These have in fp32 no
-    /// second derivative, and `x` and the weight must not be changed in place before the backward pass.
+    /// 3×3 one that is computed [in tiles](Self::by_tiles), as those are where that [pays](Tiles::pay): channels last, so do not
+    /// count on strides. These have in fp32 no second derivative, and `x` and the weight must not be changed in place before the
+    /// backward pass.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         if self.is_pointwise() && x.dim() == 4 && x.device() == Device::Cpu {
             // A matrix product. Besides, oneDNN's gradient of one with a stride and few channels never returns on a CPU
@@ -117,12 +118,27 @@ impl Conv2d {
     }
 
     /// Of a 3×3 convolution that [takes tiles](Self::takes_tiles), the same for any positions of its maps: `(N, in)` to `(N, out)`,
-    /// with zeros at all others. Since 1.1.
+    /// with zeros at all others. Rows come image by image, and line by line, as positions do in the tiles. Since 1.1.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use jepa_plugin_api::nn::{Conv2d, ConvOptions};
+    /// # use jepa_plugin_api::winograd::Tiles;
+    /// # use jepa_plugin_api::{Params, tch};
+    /// let params = Params::new(tch::Device::Cpu);
+    /// let conv = Conv2d::new(&params, 32, 48, 3, ConvOptions { padding: 1, ..ConvOptions::default() });
+    /// // What is visible of two maps of 8 × 8: a square of one, and a line of the other.
+    /// let square: Vec<(u32, u32)> = (0..4).flat_map(|y| (0..4).map(move |x| (y, x))).collect();
+    /// let line: Vec<(u32, u32)> = (0..8).map(|x| (5, x)).collect();
+    /// let tiles = Arc::new(Tiles::of_positions((8, 8), [&square[..], &line[..]]));
+    /// let rows = tch::Tensor::zeros([16 + 8, 32], (tch::Kind::Float, tch::Device::Cpu));
+    /// assert_eq!(conv.by_tiles(&rows, &tiles).size(), [16 + 8, 48]);
+    /// ```
     ///
     /// # Panics
     /// When it does not take `rows` in tiles, or they are not a row for each position of these.
     pub fn by_tiles(&self, rows: &Tensor, tiles: &Arc<Tiles>) -> Tensor {
-        assert!(self.takes_tiles(rows), "{self:?} takes no tiles of {rows:?}");
+        assert!(rows.dim() == 2 && self.takes_tiles(rows), "{self:?} takes no tiles of {rows:?}");
         let [x, w] = [rows, &self.weight].map(|x| x.detach().contiguous());
         let (outputs, inputs) = (w.size()[0] as usize, w.size()[1] as usize);
         let layout = Layout::convolution(outputs, inputs, 3);
@@ -156,7 +172,8 @@ impl Conv2d {
         (self.kernel(), self.stride, self.padding, self.groups) == (3, 1, 1, 1)
             && in_groups(shape[0])
             && in_groups(shape[1])
-            && x.size().get(1) == Some(&shape[1])
+            && matches!(x.dim(), 2 | 4)
+            && x.size()[1] == shape[1]
             && [x, &self.weight].iter().all(|x| x.device() == Device::Cpu && x.kind() == Kind::Float)
             && autograd::autocast_kind(x) == Kind::Float
     }

@@ -42,7 +42,8 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Those whose matrix `(9 · C, C')` lies in `weights` like this, with the taps of a kernel line by line.
+    /// Those whose matrix `(9 · C, C')` lies in `weights` like this, with the taps (positions of a kernel) line by line:
+    /// [`Layout::convolution`] of a kernel of 3, or for the gradient of the input [`Layout::convolution_transposed`].
     ///
     /// # Panics
     /// When there are not nine taps, channels do not come in [`CHANNELS`], or the matrix reaches beyond the weights.

@@ -53,9 +53,9 @@ impl Tiles {
         self.times * self.windows.len()
     }
 
-    /// Whether they take less time than the windows of single positions do, for convolutions of so many channels: by a model of
-    /// what `cargo bench -p jepa-tests --bench sparse_conv` has measured, so that a run makes the same choices when it is
-    /// resumed.
+    /// Whether a convolution of so many channels takes less time by these tiles than by one product for each position: not where
+    /// positions are few, or scattered, or channels are few. By a model of what `cargo bench -p jepa-tests --bench sparse_conv`
+    /// has measured, so that a run makes the same choices when it is resumed.
     pub fn pay(&self, inputs: usize, outputs: usize) -> bool {
         // In products of a pair of channels, by figures of machines with AVX-512: of a tile, with its transforms; and of kernels.
         let of_tile = AREA as f64 + 160.0 / inputs as f64 + 160.0 / outputs as f64;
