@@ -7,6 +7,7 @@ pub mod draw;
 pub mod fixture;
 pub mod ranks;
 pub mod real;
+pub mod threads;
 pub mod training;
 pub mod wandb;
 

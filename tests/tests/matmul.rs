@@ -4,16 +4,11 @@ use jepa_plugin_api::matmul::{self, Layout, Packed, Rows};
 use jepa_plugin_api::memory::{filled, values};
 use jepa_plugin_api::nn::{Conv2d, ConvOptions, Linear};
 use jepa_plugin_api::{Params, Rng, tch};
+use jepa_tests::fixture::relative_error as error;
+use jepa_tests::threads::assert_same_for_any_number;
 use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
-
-/// The greatest difference, in units of the greatest value.
-fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
-    let theirs = theirs.to_kind(Kind::Double);
-    let difference = (ours.to_kind(Kind::Double) - &theirs).abs().max();
-    f64::try_from(difference / theirs.abs().max().clamp_min(1e-12)).unwrap()
-}
 
 /// One of the sizes, by keyed randomness.
 fn one_of(rng: &mut Rng, sizes: &[usize]) -> usize {
@@ -76,19 +71,11 @@ fn a_product_has_the_same_bytes_for_any_number_of_threads() {
     let starts: Vec<usize> = (0..5000).map(|i| i * 300).collect();
     let layout = Layout::linear(90, 300);
     let rows = || Rows { values: values(&x), starts: &starts, pieces: 1, length: 300, pitch: 0 };
-    let all = |threads: i32| {
-        tch::set_num_threads(threads);
+    assert_same_for_any_number(|| {
         let y = matmul::product(rows(), &Packed::new(values(&w), &layout), None);
         let of_w = filled(&[90, 300], |out| matmul::gradient(rows(), values(&grad), &layout, out));
-        (y, of_w)
-    };
-    let before = tch::get_num_threads();
-    let one = all(1);
-    for threads in [2, 3, 8] {
-        let several = all(threads);
-        assert!(several.0.equal(&one.0) && several.1.equal(&one.1), "{threads} threads");
-    }
-    tch::set_num_threads(before);
+        vec![y, of_w]
+    });
 }
 
 /// `y` and the gradients of `inputs`, for a fixed gradient of y.

@@ -9,17 +9,17 @@ use jepa_plugin_api::nn::{Conv2d, ConvOptions};
 use jepa_plugin_api::winograd::{self, Kernels, Tiles};
 use jepa_plugin_api::{Params, tch};
 use jepa_tests::draw::{Draw, alone};
+use jepa_tests::fixture::relative_error;
+use jepa_tests::threads::assert_same_for_any_number;
 use sparse_conv::{FeatureMap, Way};
 use tch::{Device, Kind, Tensor};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
-/// The greatest difference, in units of the greatest value.
+/// [`relative_error`] of tensors of one shape.
 fn error(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size());
-    let theirs = theirs.to_kind(Kind::Double);
-    let difference = (ours.to_kind(Kind::Double) - &theirs).abs().max();
-    f64::try_from(difference / theirs.abs().max().clamp_min(1e-12)).unwrap()
+    relative_error(ours, theirs)
 }
 
 fn conv(inputs: i64, outputs: i64, bias: bool) -> Conv2d {
@@ -219,21 +219,13 @@ fn the_same_bytes_come_of_any_number_of_threads() {
     let grad = Tensor::randn([3 * 46 * 46, 80], F32);
     let layout = Layout::convolution(80, 64, 3);
     let tiles = Tiles::of_maps((46, 46), 3);
-    let all = |threads: i32| {
-        tch::set_num_threads(threads);
+    assert_same_for_any_number(|| {
         let y = winograd::convolution(values(&x), &tiles, &Kernels::new(values(&w), &layout));
         let of_w = filled(&w.size(), |out| {
             winograd::gradient(values(&x), values(&grad), &tiles, &layout, out);
         });
-        (y, of_w)
-    };
-    let before = tch::get_num_threads();
-    let one = all(1);
-    for threads in [2, 3, 8] {
-        let several = all(threads);
-        assert!(several.0.equal(&one.0) && several.1.equal(&one.1), "{threads} threads");
-    }
-    tch::set_num_threads(before);
+        vec![y, of_w]
+    });
 }
 
 #[test]

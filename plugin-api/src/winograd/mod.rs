@@ -23,7 +23,7 @@ use tch::Tensor;
 
 pub use self::tiles::Tiles;
 use self::tiles::{INNER, NOWHERE};
-use self::transform::{AREA, SIDE, both_ways};
+use self::transform::{AREA, SIDE, apply, both_ways, square};
 use crate::matmul::tile::{Target, Vectors, for_tile, gradient_tiles, rows_of_tiles};
 use crate::matmul::{Block, Layout, Packed, Rows};
 use crate::memory;
@@ -86,18 +86,10 @@ impl WithSimd for Transform<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let Transform { taps, made } = self;
         let count = taps.len() / 9;
-        let zero = simd.splat_f32s(0.0);
         let taps: [&[S::f32s]; 9] = array::from_fn(|tap| S::as_simd_f32s(&taps[tap * count..][..count]).0);
         let mut made = planes::<S>(made, count, 0..count);
         for v in 0..count / S::F32_LANES {
-            let mut kernel = [[zero; 3]; 3];
-            for (tap, from) in taps.iter().enumerate() {
-                kernel[tap / 3][tap % 3] = from[v];
-            }
-            let kernel = both_ways(simd, &kernel, transform::kernel);
-            for (i, to) in made.iter_mut().enumerate() {
-                to[v] = kernel[i / SIDE][i % SIDE];
-            }
+            apply(simd, &taps, &mut made, v, transform::kernel);
         }
     }
 }
@@ -128,7 +120,6 @@ fn transform_input<S: Simd>(
     (seen, plane): (&mut [f32], usize),
 ) {
     let length = part.len();
-    let zero = simd.splat_f32s(0.0);
     for (t, tile) in range.enumerate() {
         let (window, offset) = tiles.window(tile);
         let rows: [&[S::f32s]; AREA] = array::from_fn(|i| {
@@ -140,14 +131,7 @@ fn transform_input<S: Simd>(
         });
         let mut to = planes::<S>(seen, plane, t * length..(t + 1) * length);
         for v in 0..length / S::F32_LANES {
-            let mut window = [[zero; SIDE]; SIDE];
-            for (i, row) in rows.iter().enumerate() {
-                window[i / SIDE][i % SIDE] = row[v];
-            }
-            let window = both_ways(simd, &window, transform::input);
-            for (i, to) in to.iter_mut().enumerate() {
-                to[v] = window[i / SIDE][i % SIDE];
-            }
+            apply(simd, &rows, &mut to, v, transform::input);
         }
     }
 }
@@ -248,16 +232,11 @@ fn transform_output<'a, S: Simd>(
     first: usize,
     (out, column, outputs): (&mut [f32], usize, usize),
 ) {
-    let zero = simd.splat_f32s(0.0);
     for (t, (window, offset)) in tiles.enumerate() {
         let from: [&[S::f32s]; AREA] =
             array::from_fn(|i| S::as_simd_f32s(&made[i * plane + t * width..][..width]).0);
         for v in 0..width / S::F32_LANES {
-            let mut products = [[zero; SIDE]; SIDE];
-            for (i, from) in from.iter().enumerate() {
-                products[i / SIDE][i % SIDE] = from[v];
-            }
-            let values = both_ways(simd, &products, transform::output);
+            let values = both_ways(simd, &square(simd, &from, v), transform::output);
             for (i, inner) in INNER.into_iter().enumerate() {
                 if window[inner] != NOWHERE {
                     let row = offset + window[inner] as usize - first;
@@ -402,7 +381,6 @@ fn transform_gradient<'a, S: Simd>(
     (made, plane): (&mut [f32], usize),
 ) {
     let length = part.len();
-    let zero = simd.splat_f32s(0.0);
     for (t, (window, offset)) in tiles.enumerate() {
         let rows: [&[S::f32s]; INNER.len()] = array::from_fn(|i| {
             let row = match window[INNER[i]] {
@@ -413,14 +391,7 @@ fn transform_gradient<'a, S: Simd>(
         });
         let mut to = planes::<S>(made, plane, t * length..(t + 1) * length);
         for v in 0..length / S::F32_LANES {
-            let mut outputs = [[zero; 2]; 2];
-            for (i, row) in rows.iter().enumerate() {
-                outputs[i / 2][i % 2] = row[v];
-            }
-            let products = both_ways(simd, &outputs, transform::output_gradient);
-            for (i, to) in to.iter_mut().enumerate() {
-                to[v] = products[i / SIDE][i % SIDE];
-            }
+            apply(simd, &rows, &mut to, v, transform::output_gradient);
         }
     }
 }

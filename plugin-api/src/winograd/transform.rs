@@ -7,6 +7,35 @@ pub(super) const SIDE: usize = 4;
 /// Numbers of a window.
 pub(super) const AREA: usize = SIDE * SIDE;
 
+/// Of N lines of vectors, the ones at `at`, transformed by `f` both ways, to the same place of as many lines as that makes.
+#[inline(always)]
+pub(super) fn apply<S: Simd, const A: usize, const N: usize, const B: usize, const M: usize>(
+    simd: S,
+    from: &[&[S::f32s]; N],
+    to: &mut [&mut [S::f32s]; M],
+    at: usize,
+    f: impl Fn(S, [S::f32s; A]) -> [S::f32s; B],
+) {
+    let values = both_ways(simd, &square(simd, from, at), f);
+    for (i, to) in to.iter_mut().enumerate() {
+        to[at] = values[i / B][i % B];
+    }
+}
+
+/// Of N lines of vectors, the ones at `at`, side by side.
+#[inline(always)]
+pub(super) fn square<S: Simd, const A: usize, const N: usize>(
+    simd: S,
+    from: &[&[S::f32s]; N],
+    at: usize,
+) -> [[S::f32s; A]; A] {
+    let mut square = [[simd.splat_f32s(0.0); A]; A];
+    for (i, from) in from.iter().enumerate() {
+        square[i / A][i % A] = from[at];
+    }
+    square
+}
+
 /// `f` of each column of `x`, and of each row of what that makes.
 #[inline(always)]
 pub(super) fn both_ways<S: Simd, const A: usize, const B: usize>(
